@@ -1,0 +1,113 @@
+//! What the repository serves: manifests, chunk indexes, chunks, and names for them.
+//!
+//! | method and path | body → answer | who |
+//! | --- | --- | --- |
+//! | `GET /v1/images` | → `[ImageSummary]` | people |
+//! | `GET /v1/images/{name}` | → `ImageSummary`; the name is a tag or a digest | all |
+//! | `PUT /v1/images/{name}` | `Tag` → `ImageSummary`; the manifest and all it names must be there | people |
+//! | `DELETE /v1/images/{name}` | → 204; removes the name, not the content | people |
+//! | `GET /v1/blobs/{digest}` | → the bytes of a manifest or an index | nodes |
+//! | `PUT /v1/blobs/{digest}` | bytes → 204; refused when the digest does not match | people |
+//! | `POST /v1/chunks/fetch` | `ChunkList` → frames (see [`FRAME_HEADER_LEN`]) in the order asked | nodes |
+//! | `POST /v1/chunks/missing` | `ChunkList` → `ChunkList` of those that are not there | people |
+//! | `POST /v1/chunks` | frames → 204; every chunk is verified before it is kept | people |
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::Digest;
+
+/// Most digests that one [`ChunkList`] may hold.
+pub const MAX_CHUNK_LIST: usize = 256;
+
+/// A frame on the wire is the 32 bytes of the chunk's digest, a little-endian `u32` with the length of what follows, and
+/// the chunk as stored: one compressed frame, whose decompressed bytes have that digest.
+pub const FRAME_HEADER_LEN: usize = 36;
+
+/// What an image is an image of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageKind {
+    /// A hypervisor: boots a blank machine into a node.
+    Vmm,
+    /// A guest's disk.
+    Disk,
+}
+
+/// An immutable description of an image; its digest is the image's name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Manifest {
+    /// Version of this format; 1 today. Readers refuse what they do not know.
+    pub schema: u32,
+    /// What it is an image of.
+    pub kind: ImageKind,
+    /// The address spaces that make up the image, by name: a disk image has `disk`, and `kernel` and `initrd` where they
+    /// were found inside it; a VMM image has `kernel` and `initrd`.
+    pub parts: BTreeMap<String, Part>,
+    /// How to start it without a boot loader; absent when no kernel was found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot: Option<BootData>,
+    /// Free text by key, for people: what was imported, from where, by which version.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// One address space made of chunks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Part {
+    /// Length in bytes; the last chunk may be short.
+    pub size: u64,
+    /// The index blob: from chunk number to chunk digest.
+    pub index: Digest,
+    /// Bytes of distinct non-zero chunks before compression; what a copy to an empty node has to move, at most.
+    pub content: u64,
+}
+
+/// Direct boot: which parts to load, and the kernel's command line.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootData {
+    /// Name of the part with the kernel (bzImage or ELF).
+    pub kernel: String,
+    /// Name of the part with the initial RAM disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<String>,
+    /// Command line as found in the image; consoles and the like are added by whoever boots it.
+    pub cmdline: String,
+}
+
+/// A name and what it points to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageSummary {
+    /// The tag, for example `web`.
+    pub name: String,
+    /// Digest of the manifest.
+    pub digest: Digest,
+    /// What it is an image of.
+    pub kind: ImageKind,
+    /// Size that a guest sees (of the part `disk`), or the sum of the parts of a VMM image, in bytes.
+    pub size: u64,
+    /// Sum of the parts' `content`, in bytes.
+    pub content: u64,
+    /// It can be started without a boot loader.
+    pub direct_boot: bool,
+}
+
+/// What a tag shall point to.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Tag {
+    /// Digest of a manifest in the repository.
+    pub digest: Digest,
+}
+
+/// Digests of chunks, [`MAX_CHUNK_LIST`] at most.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChunkList {
+    /// In any order; each answer keeps it.
+    pub digests: Vec<Digest>,
+}

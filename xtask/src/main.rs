@@ -1,0 +1,2 @@
+//! Build, check, lab and demo commands.
+fn main() {}
