@@ -25,6 +25,12 @@ pub const MAX_CHUNK_LIST: usize = 256;
 /// the chunk as stored: one compressed frame, whose decompressed bytes have that digest.
 pub const FRAME_HEADER_LEN: usize = 36;
 
+/// Most bytes of a compressed chunk: 64 KiB of incompressible data and what the compressed format adds, with room.
+pub const MAX_FRAME_LEN: usize = 80 * 1024;
+
+/// Most bytes of a manifest or an index: the index of a part of 128 TiB is larger, but a body has to fit into memory.
+pub const MAX_BLOB_LEN: usize = 512 * 1024 * 1024;
+
 /// What an image is an image of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

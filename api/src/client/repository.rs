@@ -1,0 +1,120 @@
+//! Calls of [`crate::image`]: the repository of the control node, and chunks from a peer.
+
+use bytes::Bytes;
+use reqwest::Method;
+
+use super::{Client, ClientError, Frames, blob_path, segment};
+use crate::Digest;
+use crate::error::ErrorKind;
+use crate::image::{ChunkList, ImageSummary, MAX_BLOB_LEN, Tag};
+
+impl Client {
+    /// Every tag of the repository.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn images(&self) -> Result<Vec<ImageSummary>, ClientError> {
+        self.fetch("/v1/images").await
+    }
+
+    /// What `name`, a tag or a digest, stands for.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn image(&self, name: &str) -> Result<ImageSummary, ClientError> {
+        self.fetch(&format!("/v1/images/{}", segment(name))).await
+    }
+
+    /// Lets `name` point to the manifest `digest`, all of whose content has been sent.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn tag_image(&self, name: &str, digest: Digest) -> Result<ImageSummary, ClientError> {
+        self.put(&format!("/v1/images/{}", segment(name)), &Tag { digest }).await
+    }
+
+    /// Removes the name; the content goes with the next garbage collection.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn untag_image(&self, name: &str) -> Result<(), ClientError> {
+        self.delete(&format!("/v1/images/{}", segment(name))).await
+    }
+
+    /// A manifest or an index. Not verified here: the caller's store does that when it keeps the bytes.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; a blob larger than any of ours is refused while it arrives.
+    pub async fn blob(&self, digest: &Digest) -> Result<Vec<u8>, ClientError> {
+        let path = blob_path(digest);
+        let mut response = self.send(self.request(Method::GET, &path)).await?;
+        let mut body = Vec::new();
+        while let Some(bytes) = response.chunk().await.map_err(|e| self.answer_error(&path, &e))? {
+            if body.len() + bytes.len() > MAX_BLOB_LEN {
+                return Err(ClientError::Answer {
+                    endpoint: self.endpoint().clone(),
+                    what: path,
+                    cause: format!("more than {MAX_BLOB_LEN} bytes, which no manifest or index has"),
+                });
+            }
+            body.extend_from_slice(&bytes);
+        }
+        Ok(body)
+    }
+
+    /// Sends a manifest or an index.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn put_blob(&self, digest: &Digest, bytes: Vec<u8>) -> Result<(), ClientError> {
+        self.send(self.request(Method::PUT, &blob_path(digest)).body(bytes)).await.map(drop)
+    }
+
+    /// Which of `digests` (at most [`crate::image::MAX_CHUNK_LIST`]) the repository lacks.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn missing_chunks(&self, digests: Vec<Digest>) -> Result<Vec<Digest>, ClientError> {
+        let missing: ChunkList = self.post("/v1/chunks/missing", &ChunkList { digests }).await?;
+        Ok(missing.digests)
+    }
+
+    /// Asks for `digests` (at most [`crate::image::MAX_CHUNK_LIST`]) and hands each chunk, as claimed and compressed, to
+    /// `keep`, which verifies it. Stops at the first refusal.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; what `keep` refuses becomes the cause of [`ClientError::Answer`].
+    pub async fn fetch_chunks(
+        &self,
+        digests: Vec<Digest>,
+        mut keep: impl AsyncFnMut(Digest, Bytes) -> Result<(), String>,
+    ) -> Result<(), ClientError> {
+        let path = "/v1/chunks/fetch";
+        let response = self.send(self.request(Method::POST, path).json(&ChunkList { digests })).await?;
+        let mut frames = Frames::new(Box::pin(response.bytes_stream()));
+        let broken = |source| ClientError::Frames { endpoint: self.endpoint().clone(), source };
+        while let Some((digest, compressed)) = frames.next().await.map_err(broken)? {
+            keep(digest, compressed).await.map_err(|cause| ClientError::Answer {
+                endpoint: self.endpoint().clone(),
+                what: path.to_owned(),
+                cause,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Sends frames made by [`super::encode_frame`].
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn put_chunks(&self, frames: Vec<Bytes>) -> Result<(), ClientError> {
+        let stream = futures_util::stream::iter(frames.into_iter().map(Ok::<_, std::convert::Infallible>));
+        let body = reqwest::Body::wrap_stream(stream);
+        self.send(self.request(Method::POST, "/v1/chunks").body(body)).await.map(drop)
+    }
+
+    /// Whether the server says that it has no such thing.
+    pub fn is_not_found(error: &ClientError) -> bool {
+        error.kind() == Some(ErrorKind::NotFound)
+    }
+}
