@@ -1,2 +1,422 @@
 //! Between a node agent, or a person, and one VM process: Firecracker's paths and JSON for what both have.
-//! (being written with the VMM)
+//!
+//! HTTP over the process's Unix socket. A change that succeeds answers 204 without a body; every error answers with
+//! [`Fault`], 400 unless another status is named.
+//!
+//! | method and path | body → answer |
+//! | --- | --- |
+//! | `GET /` | → [`InstanceInfo`] |
+//! | `GET /version` | → [`Version`] |
+//! | `GET /vm/config` | → [`VmConfig`] |
+//! | `PATCH /vm` | [`VmStateChange`] |
+//! | `PUT /actions` | [`Action`] |
+//! | `PUT /boot-source` | [`BootSource`]; before the start only, as all that follow up to `/metrics` |
+//! | `GET`, `PUT`, `PATCH /machine-config` | [`MachineConfig`], or [`MachineConfigPatch`] for `PATCH` |
+//! | `PUT /drives/{id}` | [`Drive`] |
+//! | `PUT /network-interfaces/{id}` | [`NetworkInterface`] |
+//! | `PUT /vsock` | [`Vsock`] |
+//! | `PUT /entropy` | [`Entropy`] |
+//! | `PUT /serial` | [`SerialDevice`] |
+//! | `PUT /logger` | [`Logger`] |
+//! | `PUT /metrics` | [`Metrics`] |
+//! | `GET /bedplate/status` | → [`Status`] |
+//! | `PUT /bedplate/power-button` | no body; presses the ACPI power button |
+//! | `PUT /bedplate/stop` | no body; ends the VM at once, the process exits with code 0 |
+
+use serde::{Deserialize, Serialize};
+
+/// Body of every error answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fault {
+    /// What is wrong and what to do, for a person.
+    pub fault_message: String,
+}
+
+/// Everything that makes a VM: the body of a `--config-file`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct VmConfig {
+    /// Kernel, initial RAM disk and command line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_source: Option<BootSource>,
+    /// Disks, in the order in which the guest sees them (the root device comes first).
+    #[serde(default)]
+    pub drives: Vec<Drive>,
+    /// vCPUs and memory.
+    #[serde(default)]
+    pub machine_config: MachineConfig,
+    /// Network interfaces, in the order in which the guest sees them.
+    #[serde(default)]
+    pub network_interfaces: Vec<NetworkInterface>,
+    /// Sockets between host and guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<Vsock>,
+    /// A source of randomness for the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<Entropy>,
+    /// Where the serial console goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<SerialDevice>,
+    /// Where messages of the VMM go.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logger: Option<Logger>,
+    /// Where counters go.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<Metrics>,
+}
+
+/// What the VM boots.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootSource {
+    /// A bzImage, or an uncompressed ELF kernel, on the host.
+    pub kernel_image_path: String,
+    /// An initial RAM disk on the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd_path: Option<String>,
+    /// The kernel's command line. Absent: `reboot=k panic=1 console=ttyS0`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_args: Option<String>,
+}
+
+/// One disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drive {
+    /// Name, unique among the drives; the guest sees its first 20 bytes as the serial number.
+    pub drive_id: String,
+    /// A raw image file, a block device, or the directory of a copy-on-write disk.
+    pub path_on_host: String,
+    /// The guest mounts this one as `/`: it becomes the first disk and `root=` is added to the command line.
+    pub is_root_device: bool,
+    /// Partition to mount as `/`, where `is_root_device`. Absent: the whole disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub partuuid: Option<String>,
+    /// The guest cannot write.
+    #[serde(default)]
+    pub is_read_only: bool,
+    /// Whether a flush of the guest reaches the host's disk.
+    #[serde(default)]
+    pub cache_type: CacheType,
+    /// Accepted for Firecracker's clients; both values use the same engine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub io_engine: Option<IoEngine>,
+}
+
+/// What a flush does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum CacheType {
+    /// Flushes are answered without flushing: fast, and data is lost when the host fails.
+    Unsafe,
+    /// Flushes are honoured. Firecracker's default is `Unsafe`; ours is this one.
+    #[default]
+    Writeback,
+}
+
+/// Firecracker's choice of block engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum IoEngine {
+    Sync,
+    Async,
+}
+
+/// vCPUs and memory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// Number of vCPUs.
+    pub vcpu_count: u8,
+    /// RAM in MiB.
+    pub mem_size_mib: u64,
+    /// Two threads per core. Only `false` is offered.
+    #[serde(default)]
+    pub smt: bool,
+    /// Only `false` is offered.
+    #[serde(default)]
+    pub track_dirty_pages: bool,
+    /// Only `None` is offered.
+    #[serde(default)]
+    pub huge_pages: HugePages,
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        Self {
+            vcpu_count: 1,
+            mem_size_mib: 128,
+            smt: false,
+            track_dirty_pages: false,
+            huge_pages: HugePages::None,
+        }
+    }
+}
+
+/// Size of the host pages behind the guest's RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum HugePages {
+    /// The host's normal pages.
+    #[default]
+    None,
+}
+
+/// A change of some of [`MachineConfig`].
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)]
+pub struct MachineConfigPatch {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpu_count: Option<u8>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mem_size_mib: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub smt: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub track_dirty_pages: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub huge_pages: Option<HugePages>,
+}
+
+/// One network interface.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkInterface {
+    /// Name, unique among the interfaces.
+    pub iface_id: String,
+    /// Tap device on the host.
+    pub host_dev_name: String,
+    /// MAC address that the guest uses. Absent: one made from the tap's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_mac: Option<String>,
+}
+
+/// Sockets between host and guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Vsock {
+    /// The guest's context id, 3 or more.
+    pub guest_cid: u32,
+    /// Unix socket on the host: connections to it reach the guest after the line `CONNECT port`, and those of the guest
+    /// to a port arrive at `{uds_path}_{port}`.
+    pub uds_path: String,
+    /// Ignored; Firecracker deprecated it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock_id: Option<String>,
+}
+
+/// A source of randomness for the guest. It has no settings.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entropy {}
+
+/// Where the serial console goes, if the command line did not say it.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialDevice {
+    /// File that output is appended to. Absent: as on the command line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial_out_path: Option<String>,
+}
+
+/// Where messages of the VMM go.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Logger {
+    /// File or named pipe, appended to. Absent: stderr.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub log_path: Option<String>,
+    /// Least severe level that is written. Absent: `Info`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub level: Option<LogLevel>,
+    /// Write the level with each message.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub show_level: Option<bool>,
+    /// Write the place in the source with each message; accepted, and not offered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub show_log_origin: Option<bool>,
+}
+
+/// Severity of a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum LogLevel {
+    Off,
+    Error,
+    #[serde(alias = "Warn")]
+    Warning,
+    Info,
+    Debug,
+    Trace,
+}
+
+/// Where counters go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Metrics {
+    /// File or named pipe; each flush appends one line of JSON, a [`Status`].
+    pub metrics_path: String,
+}
+
+/// What to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Action {
+    /// What to do.
+    pub action_type: ActionType,
+}
+
+/// Firecracker's actions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ActionType {
+    /// Boot.
+    InstanceStart,
+    /// Ask the guest to shut down. There is no keyboard: it gets the power button.
+    SendCtrlAltDel,
+    /// Write the counters now.
+    FlushMetrics,
+}
+
+/// Pause or go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmStateChange {
+    /// The state to reach.
+    pub state: TargetState,
+}
+
+/// States that can be asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum TargetState {
+    /// No vCPU runs.
+    Paused,
+    /// All vCPUs run.
+    Resumed,
+}
+
+/// Where the VM stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum RunState {
+    /// Being configured.
+    #[serde(rename = "Not started")]
+    NotStarted,
+    /// Its vCPUs run.
+    Running,
+    /// Its vCPUs stand still.
+    Paused,
+}
+
+/// Answer of `GET /`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct InstanceInfo {
+    /// Always `Bedplate`.
+    pub app_name: String,
+    /// As given with `--id`.
+    pub id: String,
+    pub state: RunState,
+    pub vmm_version: String,
+}
+
+/// Answer of `GET /version`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Version {
+    /// Our version, under the name that Firecracker's clients look for.
+    pub firecracker_version: String,
+}
+
+/// What was observed of a VM: counters since the start.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// As given with `--id`.
+    pub id: String,
+    /// Where it stands.
+    pub state: RunState,
+    /// Process id of the VMM.
+    pub pid: u32,
+    /// Seconds since the first vCPU instruction; 0 before it.
+    pub uptime_seconds: u64,
+    /// Why vCPUs left the guest, summed over all of them.
+    pub exits: ExitCounts,
+}
+
+/// How often vCPUs left the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ExitCounts {
+    /// To read a port.
+    pub port_read: u64,
+    /// To write a port.
+    pub port_write: u64,
+    /// To read memory-mapped registers.
+    pub mmio_read: u64,
+    /// To write memory-mapped registers.
+    pub mmio_write: u64,
+    /// Because of a signal: a pause, a stop.
+    pub interrupted: u64,
+    /// For any other reason.
+    pub other: u64,
+    /// Port accesses, counted above, that no device answered.
+    pub unknown_port: u64,
+    /// Memory-mapped accesses, counted above, that no device answered.
+    pub unknown_mmio: u64,
+}
+
+/// How a VM ended: the content of an exit file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Exit {
+    /// Class.
+    pub reason: ExitReason,
+    /// For a person.
+    pub detail: String,
+}
+
+/// How a VM can end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ExitReason {
+    /// The guest powered off.
+    GuestPowerOff,
+    /// The guest reset itself; a VM process does not start it again.
+    GuestReset,
+    /// Somebody outside stopped it.
+    Stopped,
+    /// The guest did what no machine can go on from.
+    GuestFault,
+    /// The host failed, or the VM could not be started.
+    HostFault,
+}
+
+impl ExitReason {
+    /// Exit code of the process.
+    pub const fn code(self) -> u8 {
+        match self {
+            Self::GuestPowerOff | Self::GuestReset | Self::Stopped => 0,
+            Self::GuestFault | Self::HostFault => 1,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_firecracker_config_file_is_understood_and_an_unknown_field_is_refused() {
+        let text = r#"{
+            "boot-source": {"kernel_image_path": "vmlinux", "boot_args": "console=ttyS0"},
+            "drives": [{"drive_id": "rootfs", "path_on_host": "r.ext4", "is_root_device": true, "is_read_only": false,
+                        "cache_type": "Unsafe"}],
+            "machine-config": {"vcpu_count": 2, "mem_size_mib": 1024},
+            "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "tap0"}],
+            "vsock": {"guest_cid": 3, "uds_path": "v.sock"}, "entropy": {}
+        }"#;
+        let config: VmConfig = serde_json::from_str(text).unwrap();
+        assert_eq!(config.machine_config.vcpu_count, 2);
+        assert_eq!(config.drives[0].cache_type, CacheType::Unsafe);
+        let again: VmConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
+        assert_eq!(again, config);
+
+        let error = serde_json::from_str::<VmConfig>(&text.replace("guest_cid", "guest_kid")).unwrap_err();
+        assert!(error.to_string().contains("guest_kid"), "{error}");
+    }
+}
