@@ -1,0 +1,34 @@
+//! The few devices of a PC that Linux expects at fixed ports: serial port, clock, reset line, ACPI power registers.
+//!
+//! All are called on vCPU threads through [`crate::bus::Bus`]. None of them owns a thread or a descriptor that blocks.
+
+mod acpi_pm;
+mod calendar;
+mod i8042;
+mod rtc;
+mod serial;
+
+pub use acpi_pm::{
+    AcpiPm, PM_BLOCK_LEN, PM_TIMER_OFFSET, PM1_CONTROL_OFFSET, PM1_EVENT_OFFSET, RESET_OFFSET, SLEEP_TYPE_S5,
+};
+pub use i8042::{I8042, I8042_LEN};
+pub use rtc::{RTC_LEN, Rtc};
+pub use serial::{SERIAL_LEN, SerialPort};
+
+/// What the guest asks of the machine as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PowerRequest {
+    /// Soft off (ACPI S5).
+    Off,
+    /// A reset of all processors.
+    Reset,
+}
+
+/// Told of a [`PowerRequest`], on the vCPU thread that made it and with the device locked: must not call the device.
+pub type PowerSink = Box<dyn Fn(PowerRequest) + Send>;
+
+/// An interrupt line whose level stays as it was set last.
+pub trait IrqLine: Send {
+    /// Raises or lowers the line. Idempotent.
+    fn set(&self, asserted: bool);
+}
