@@ -1,0 +1,76 @@
+//! What runs a machine's processors: KVM where it can run a whole node, else emulation.
+
+use std::fs;
+use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use crate::{Console, Process};
+
+/// Set to `kvm` or `tcg` to choose without a trial.
+pub const CHOICE: &str = "BEDPLATE_LAB_ACCEL";
+
+/// How long the firmware may take to find that there is nothing to boot: a fraction of a second on real KVM.
+const TRIAL: Duration = Duration::from_secs(10);
+
+/// What runs a machine's processors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Accel {
+    /// The host's hardware virtualization, nested: the node's own VMs use it too.
+    Kvm,
+    /// Emulation of an AMD processor with virtualization of its own. Much slower, everything works.
+    Tcg,
+}
+
+impl Accel {
+    /// The best that works here. Tried once in a process: /dev/kvm alone says little, since it may be unable to nest, or
+    /// to run unmodified code at all.
+    pub fn best() -> Self {
+        static BEST: OnceLock<Accel> = OnceLock::new();
+        *BEST.get_or_init(|| match std::env::var(CHOICE).as_deref() {
+            Ok("kvm") => Self::Kvm,
+            Ok("tcg") => Self::Tcg,
+            _ if kvm_can_nest() && kvm_runs_firmware() => Self::Kvm,
+            _ => Self::Tcg,
+        })
+    }
+
+    /// QEMU's arguments for it.
+    pub(crate) fn args(self) -> [&'static str; 4] {
+        match self {
+            Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
+            // QEMU emulates AMD's virtualization only, hence an AMD processor.
+            Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "EPYC"],
+        }
+    }
+
+    /// In words.
+    pub const fn describe(self) -> &'static str {
+        match self {
+            Self::Kvm => "KVM, nested",
+            Self::Tcg => "emulation (no KVM here that can run a whole node)",
+        }
+    }
+}
+
+fn kvm_can_nest() -> bool {
+    ["kvm_amd", "kvm_intel"].iter().any(|module| {
+        fs::read_to_string(format!("/sys/module/{module}/parameters/nested"))
+            .is_ok_and(|value| matches!(value.trim(), "1" | "Y"))
+    })
+}
+
+/// Starts a machine without disks and sees whether its firmware gets to the point of saying so.
+fn kvm_runs_firmware() -> bool {
+    let dir = std::env::temp_dir().join(format!("bedplate-kvm-trial-{}", std::process::id()));
+    let mut command = Command::new("qemu-system-x86_64");
+    command.args(["-M", "q35", "-nodefaults", "-display", "none", "-m", "64"]).args(Accel::Kvm.args());
+    command.args(["-chardev", "stdio,id=log", "-device", "isa-debugcon,iobase=0x402,chardev=log"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let Ok(mut trial) = Process::start("KVM trial", command) else { return false };
+    let (Some(output), Some(input)) = (trial.take_stdout(), trial.take_stdin()) else { return false };
+    let booted = Console::new("KVM trial", &dir, output, input)
+        .is_ok_and(|console| console.wait_for("No bootable device", TRIAL).is_ok());
+    let _ = fs::remove_file(&dir);
+    booted
+}
