@@ -1,1 +1,105 @@
-//! (being written)
+//! The command `bedplate`, as a library, so that its parts can be tested.
+//!
+//! Three groups that share little: [`control`] speaks with a control node, [`image`] with the local image store (and
+//! carries images between the two), [`run`] and [`doctor`] with this machine.
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+pub mod control;
+pub mod output;
+pub mod size;
+
+pub use output::Format;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0    done; for `run`: the guest powered off or was reset, or you left it; for `doctor`: `run` would work
+  1    failed; one line on stderr says what, why, and what to do
+  2    the command line is wrong
+  128+N  `run` was ended by signal N, after cleaning up
+
+Colours appear on a terminal only, and never where NO_COLOR is set. Results go to stdout, all else to stderr.";
+
+/// Virtual machines on this machine, and on a cluster of them.
+#[derive(Debug, Parser)]
+#[command(name = "bedplate", version, after_help = EXIT_CODES, max_term_width = 110)]
+pub struct Cli {
+    /// How results are printed
+    #[arg(short, long, global = true, value_enum, default_value_t, value_name = "FORMAT")]
+    pub output: Format,
+    /// What to do
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// The machines that a control node knows
+    #[command(subcommand_required = true)]
+    Node(control::node::Args),
+    /// The free pool: what waits to be given something to do
+    Pool(control::pool::Args),
+    /// Tiers: numbers of like VMs that the control node keeps running
+    Tier(control::tier::Args),
+    /// Create and change tiers as a file says
+    Apply(control::apply::Args),
+    /// The VMs of a cluster
+    Vm(control::vm::Args),
+    /// What happened, and why
+    Events(control::events::Args),
+    /// What the control node would do now, and why
+    Plan(control::plan::Args),
+    /// Print a script that completes this command's words in a shell
+    #[command(after_help = "Examples:\n  bedplate completion bash > /etc/bash_completion.d/bedplate\n  \
+                            bedplate completion zsh > \"${fpath[1]}/_bedplate\"\n  \
+                            bedplate completion fish > ~/.config/fish/completions/bedplate.fish")]
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Why a command failed: one line that names the thing, the cause and the remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Something about a control node.
+    #[error(transparent)]
+    Control(#[from] control::Error),
+    /// The result could not be printed.
+    #[error(transparent)]
+    Print(#[from] output::PrintError),
+}
+
+/// Does what the command line says. Returns the exit code.
+///
+/// # Errors
+/// See [`Error`].
+pub fn run(cli: Cli) -> Result<u8, Error> {
+    let format = cli.output;
+    match cli.command {
+        Command::Node(args) => control::node::run(args, format)?,
+        Command::Pool(args) => control::pool::run(args, format)?,
+        Command::Tier(args) => control::tier::run(args, format)?,
+        Command::Apply(args) => control::apply::run(args, format)?,
+        Command::Vm(args) => control::vm::run(args, format)?,
+        Command::Events(args) => control::events::run(args, format)?,
+        Command::Plan(args) => control::plan::run(args, format)?,
+        Command::Completion { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "bedplate", &mut script);
+            output::line(String::from_utf8_lossy(&script).trim_end())?;
+        }
+    }
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,89 @@
+//! `bedplate vm`: virtual machines of a cluster.
+
+use bedplate_api::control::VmView;
+use bedplate_api::node::VmPhase;
+use clap::Subcommand;
+use comfy_table::Cell;
+
+use super::{ControlArgs, Error, Session};
+use crate::output::{self, Format, Health, PrintError};
+
+/// `bedplate vm …`
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Examples:\n  bedplate vm ls\n  bedplate vm log web-1\n  bedplate vm console web-1   # Ctrl-A X leaves"
+)]
+pub struct Args {
+    #[command(flatten)]
+    control: ControlArgs,
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// List the VMs
+    Ls {
+        /// Only those of this tier
+        #[arg(long)]
+        tier: Option<String>,
+    },
+    /// Print the last 64 KiB of a VM's console
+    Log {
+        /// Its name
+        name: String,
+    },
+}
+
+/// Runs it.
+///
+/// # Errors
+/// See [`Error`].
+pub fn run(args: Args, format: Format) -> Result<(), Error> {
+    let session = Session::open(&args.control.control)?;
+    match args.action {
+        Action::Ls { tier } => {
+            let mut vms = session.wait(session.client.vms())?;
+            vms.retain(|vm| tier.as_ref().is_none_or(|tier| vm.tier == *tier));
+            print(&vms, "No VM has a slot.", format)?;
+        }
+        Action::Log { name } => {
+            let log = session.wait(session.client.vm_log(&name))?;
+            match format {
+                Format::Json => output::json(&serde_json::json!({ "name": name, "log": log }))?,
+                Format::Table => output::line(log.trim_end_matches('\n'))?,
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Prints VMs; used by `node show` too.
+pub(super) fn print(vms: &[VmView], empty: &str, format: Format) -> Result<(), PrintError> {
+    output::list(format, vms, empty, &["NAME", "NODE", "PHASE", "ADDRESS", "RESTARTS", "DETAIL"], row)
+}
+
+fn row(vm: &VmView) -> Vec<Cell> {
+    let mut detail = vm.detail.clone().unwrap_or_default();
+    if let Some(copy) = vm.copy {
+        let percent = copy.done.saturating_mul(100).checked_div(copy.total).unwrap_or(100);
+        detail = format!("{percent} % of {} copied {detail}", output::bytes(copy.total)).trim_end().to_owned();
+    }
+    vec![
+        Cell::new(&vm.name),
+        Cell::new(format!("{}/{}", vm.node, vm.slot)),
+        output::state(&output::word(&vm.phase), health(vm.phase)),
+        Cell::new(output::or_dash(vm.address)),
+        Cell::new(vm.restarts),
+        Cell::new(detail),
+    ]
+}
+
+const fn health(phase: VmPhase) -> Health {
+    match phase {
+        VmPhase::Running => Health::Good,
+        VmPhase::Pending | VmPhase::Copying | VmPhase::Starting | VmPhase::Stopping => Health::Busy,
+        VmPhase::Stopped => Health::Off,
+        VmPhase::BackOff | VmPhase::Failed => Health::Bad,
+    }
+}

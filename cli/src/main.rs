@@ -1,0 +1,16 @@
+//! `bedplate`: see `bedplate --help` and `docs/cli.md`.
+
+use std::process::ExitCode;
+
+use bedplate_cli::{Cli, run};
+use clap::Parser;
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("bedplate: {error}");
+            ExitCode::from(1)
+        }
+    }
+}
