@@ -1,0 +1,224 @@
+//! The root complex: which function sits where, and where its BARs are decoded.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
+
+use super::bridge::HostBridge;
+use super::{BAR_COUNT, ConfigPorts, Ecam, PciFunction};
+use crate::bus::{Bus, BusDevice};
+
+/// Devices that one bus can have.
+const SLOTS: usize = 32;
+
+/// A function could not be added.
+#[derive(Debug, thiserror::Error)]
+pub enum PciError {
+    /// All device numbers are taken.
+    #[error("no free PCI slot: the bus has {SLOTS} and one is the host bridge's; configure fewer devices")]
+    NoSlot,
+    /// The windows are used up.
+    #[error("no room for a BAR of {size:#x} bytes in the PCI memory windows")]
+    NoSpace {
+        /// What was asked for.
+        size: u64,
+    },
+}
+
+/// The place of a device on the bus: its device number. Every device has one function, 0.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Slot(u8);
+
+impl Slot {
+    pub(super) fn new(device: u8) -> Self {
+        Self(device)
+    }
+
+    /// The device number, 0 to 31.
+    pub fn number(self) -> u8 {
+        self.0
+    }
+}
+
+impl fmt::Display for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "00:{:02x}.0", self.0)
+    }
+}
+
+/// A PCI Express root complex with one bus. Cheap to clone; all clones are the same one.
+#[derive(Clone)]
+pub struct PciRoot {
+    functions: Arc<Mutex<Functions>>,
+}
+
+impl PciRoot {
+    /// A root with nothing but its host bridge. BARs are decoded on `bus`, and only inside `windows`: those that the
+    /// machine's description names (ACPI `_CRS`), free of RAM and of other devices.
+    pub fn new(bus: &Arc<Bus>, windows: Vec<Range<u64>>) -> Self {
+        let bridge = Entry { function: Arc::new(Mutex::new(HostBridge::new())), bars: Vec::new() };
+        let windows = windows.into_iter().map(|range| Window { next: range.start, range }).collect();
+        Self { functions: Arc::new(Mutex::new(Functions { slots: vec![bridge], bus: Arc::downgrade(bus), windows })) }
+    }
+
+    /// Puts `function` into the next free slot and gives each of its BARs an address, as firmware would. The guest still
+    /// has to enable memory decoding.
+    ///
+    /// # Errors
+    /// No slot or no address space is left; nothing was changed.
+    pub fn add<F: PciFunction + 'static>(&self, function: F) -> Result<Slot, PciError> {
+        self.add_shared(Arc::new(Mutex::new(function)))
+    }
+
+    /// The same for a function that the caller goes on to share. Lock order: root before function.
+    ///
+    /// # Errors
+    /// As [`PciRoot::add`].
+    pub fn add_shared(&self, function: Arc<Mutex<dyn PciFunction>>) -> Result<Slot, PciError> {
+        self.lock().add(function)
+    }
+
+    /// What answers at the memory-mapped configuration window, [`super::ECAM_LEN`] bytes long.
+    pub fn ecam(&self) -> Arc<Mutex<Ecam>> {
+        Arc::new(Mutex::new(Ecam { functions: Arc::clone(&self.functions) }))
+    }
+
+    /// What answers at the ports [`super::CONFIG_PORT`] and the [`super::CONFIG_PORTS`] - 1 after it.
+    pub fn config_ports(&self) -> Arc<Mutex<ConfigPorts>> {
+        Arc::new(Mutex::new(ConfigPorts { functions: Arc::clone(&self.functions), address: 0 }))
+    }
+
+    /// Stops all functions: when this returns no device thread touches guest memory. Idempotent.
+    pub fn shutdown(&self) {
+        for entry in &self.lock().slots {
+            lock(&entry.function).shutdown();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Functions> {
+        self.functions.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+fn lock(function: &Mutex<dyn PciFunction>) -> MutexGuard<'_, dyn PciFunction + 'static> {
+    function.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// An address range that the bridge forwards, handed out from the bottom.
+struct Window {
+    range: Range<u64>,
+    next: u64,
+}
+
+impl Window {
+    fn allocate(&mut self, size: u64) -> Option<u64> {
+        let start = self.next.checked_next_multiple_of(size)?;
+        let end = start.checked_add(size).filter(|end| *end <= self.range.end)?;
+        self.next = end;
+        Some(start)
+    }
+}
+
+/// One BAR and where the bus knows it.
+struct BarMapping {
+    index: usize,
+    size: u64,
+    device: Arc<Mutex<BarDevice>>,
+    mapped: Option<u64>,
+}
+
+struct Entry {
+    function: Arc<Mutex<dyn PciFunction>>,
+    bars: Vec<BarMapping>,
+}
+
+/// The state behind every handle.
+pub(super) struct Functions {
+    /// By device number.
+    slots: Vec<Entry>,
+    /// Not an owner: the bus holds the configuration windows, which hold this.
+    bus: Weak<Bus>,
+    windows: Vec<Window>,
+}
+
+impl Functions {
+    fn add(&mut self, function: Arc<Mutex<dyn PciFunction>>) -> Result<Slot, PciError> {
+        if self.slots.len() == SLOTS {
+            return Err(PciError::NoSlot);
+        }
+        let mut bars = Vec::new();
+        for index in 0..BAR_COUNT {
+            let size = lock(&function).config().bar_size(index);
+            if size == 0 {
+                continue;
+            }
+            let address = self.windows.iter_mut().find_map(|w| w.allocate(size)).ok_or(PciError::NoSpace { size })?;
+            lock(&function).config().set_bar_address(index, address);
+            let device = Arc::new(Mutex::new(BarDevice { function: Arc::clone(&function), index }));
+            bars.push(BarMapping { index, size, device, mapped: None });
+        }
+        self.slots.push(Entry { function, bars });
+        Ok(Slot((self.slots.len() - 1) as u8))
+    }
+
+    pub(super) fn read_config(&mut self, slot: Slot, register: u16, data: &mut [u8]) {
+        match self.slots.get(usize::from(slot.0)) {
+            Some(entry) => lock(&entry.function).read_config(register, data),
+            // Nobody answers: a master abort, which reads as ones.
+            None => data.fill(0xff),
+        }
+    }
+
+    pub(super) fn write_config(&mut self, slot: Slot, register: u16, data: &[u8]) {
+        if let Some(entry) = self.slots.get_mut(usize::from(slot.0)) {
+            lock(&entry.function).write_config(register, data);
+            entry.remap(&self.bus, &self.windows);
+        }
+    }
+}
+
+impl Entry {
+    /// Makes the bus agree with command register and BARs.
+    fn remap(&mut self, bus: &Weak<Bus>, windows: &[Window]) {
+        let Some(bus) = bus.upgrade() else { return };
+        let mut function = lock(&self.function);
+        for bar in &mut self.bars {
+            let config = function.config();
+            let address = config.bar_address(bar.index);
+            let forwarded = address.checked_add(bar.size).is_some_and(|end| {
+                windows.iter().any(|window| window.range.start <= address && end <= window.range.end)
+            });
+            let wanted = (config.memory_enabled() && forwarded).then_some(address);
+            if wanted == bar.mapped {
+                continue;
+            }
+            if let Some(old) = bar.mapped.take() {
+                function.bar_moved(bar.index, None);
+                bus.remove(old);
+            }
+            // Two BARs in one place are a fault of the guest: the first one stays, the second is not decoded.
+            if let Some(new) = wanted
+                && bus.insert(new, bar.size, Arc::clone(&bar.device) as Arc<Mutex<dyn BusDevice>>).is_ok()
+            {
+                bar.mapped = Some(new);
+                function.bar_moved(bar.index, Some(new));
+            }
+        }
+    }
+}
+
+/// One BAR of a function, as the memory bus sees it.
+struct BarDevice {
+    function: Arc<Mutex<dyn PciFunction>>,
+    index: usize,
+}
+
+impl BusDevice for BarDevice {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        lock(&self.function).read_bar(self.index, offset, data);
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        lock(&self.function).write_bar(self.index, offset, data);
+    }
+}

@@ -1,0 +1,352 @@
+//! The virtio transport over PCI: Virtio 1.2, 4.1, without the legacy interface.
+//!
+//! One BAR holds the four register structures, the MSI-X table and its pending bits. A driver's notification is a write
+//! to that BAR which an ioeventfd turns into an event of the device's worker; the ordinary write path does the same, for
+//! a host that could not set the ioeventfd up.
+//!
+//! How a VMM attaches a device:
+//!
+//! ```no_run
+//! # use std::sync::Arc;
+//! # use bedplate_devices::{Memory, bus::Bus, host::PciHost, pci::{self, PciRoot}};
+//! # use bedplate_devices::virtio::{block::{Block, BlockConfig, RawFile}, pci::VirtioPciDevice};
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let (memory, host): (Memory, Arc<dyn PciHost>) = unimplemented!();
+//! let (mmio, ports) = (Arc::new(Bus::new()), Bus::new());
+//! // Once: a root that decodes BARs in one window, with its two ways to configuration space.
+//! let root = PciRoot::new(&mmio, vec![0x80_0000_0000..0x90_0000_0000]);
+//! mmio.insert(0xe000_0000, pci::ECAM_LEN, root.ecam())?;
+//! ports.insert(pci::CONFIG_PORT, pci::CONFIG_PORTS, root.config_ports())?;
+//! // For each device: the device over its backend, the transport over the device, a slot for the transport.
+//! let disk = Block::new(RawFile::open("disk.img".as_ref(), false)?, BlockConfig::default());
+//! let slot = root.add(VirtioPciDevice::new(disk, &memory, &host)?)?;
+//! # let _ = slot;
+//! // At the end: all workers are joined.
+//! root.shutdown();
+//! # Ok(())
+//! # }
+//! ```
+
+mod common;
+mod interrupt;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::Arc;
+
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use self::common::{COMMON_LEN, Common, Effect};
+use self::interrupt::Lines;
+use super::{Active, COMMON_FEATURES, Interrupt, VirtioDevice, Virtqueue};
+use crate::Memory;
+use crate::host::PciHost;
+use crate::pci::{ConfigSpace, Identity, Msix, PciFunction};
+
+/// The BAR that everything is in. Each structure has a page, so that a guest may map them one by one.
+const BAR: usize = 0;
+const BAR_LEN: u64 = 0x8000;
+const COMMON: u64 = 0;
+const ISR: u64 = 0x1000;
+const DEVICE: u64 = 0x2000;
+const NOTIFY: u64 = 0x3000;
+const TABLE: u64 = 0x4000;
+const PENDING: u64 = 0x5000;
+const PAGE: u64 = 0x1000;
+/// Bytes between the notification addresses of two queues.
+const NOTIFY_STRIDE: u64 = 4;
+
+const VENDOR_CAPABILITY: u8 = 0x09;
+const EXPRESS_CAPABILITY: u8 = 0x10;
+const MSIX_CAPABILITY: u8 = 0x11;
+/// `cfg_type` of the capabilities, 4.1.4.
+const TYPE_COMMON: u8 = 1;
+const TYPE_NOTIFY: u8 = 2;
+const TYPE_ISR: u8 = 3;
+const TYPE_DEVICE: u8 = 4;
+const TYPE_PCI: u8 = 5;
+
+/// The host could not provide for a device.
+#[derive(Debug, thiserror::Error)]
+pub enum VirtioPciError {
+    /// No event descriptor for a queue.
+    #[error("cannot make an event descriptor for a virtqueue: {0}; raise the limit of open files")]
+    Event(#[source] io::Error),
+    /// No interrupt vector.
+    #[error("cannot allocate an interrupt vector for a virtio device: {0}")]
+    Vector(#[source] io::Error),
+}
+
+/// A virtio device as a PCI function.
+pub struct VirtioPciDevice {
+    device: Box<dyn VirtioDevice>,
+    memory: Memory,
+    host: Arc<dyn PciHost>,
+    /// One for each queue.
+    notify: Vec<Arc<EventFd>>,
+    /// Where the capabilities are that need a look after a write.
+    msix_at: usize,
+    window_at: usize,
+
+    config: ConfigSpace,
+    msix: Msix,
+    common: Common,
+    lines: Arc<Lines>,
+    /// Where the BAR is decoded, and with it the ioeventfds.
+    mapped: Option<u64>,
+}
+
+impl VirtioPciDevice {
+    /// `device` behind this transport. Takes one interrupt vector for each queue and one for the device from `host`.
+    ///
+    /// # Errors
+    /// The host has no vectors or descriptors left.
+    pub fn new(
+        device: impl VirtioDevice + 'static,
+        memory: &Memory,
+        host: &Arc<dyn PciHost>,
+    ) -> Result<Self, VirtioPciError> {
+        let sizes = device.queue_sizes();
+        let event = |_| EventFd::new(EFD_NONBLOCK).map(Arc::new).map_err(VirtioPciError::Event);
+        let notify = sizes.iter().map(event).collect::<Result<Vec<_>, _>>()?;
+        let vector_count = sizes.len() + 1;
+        let vectors = (0..vector_count).map(|_| host.msi_vector()).collect::<Result<Vec<_>, _>>();
+        let msix = Msix::new(vectors.map_err(VirtioPciError::Vector)?);
+        let lines = Arc::new(Lines::new(sizes.len(), msix.vectors(), Arc::clone(device.metrics())));
+        let offered = device.features() | COMMON_FEATURES;
+        let common = Common::new(offered, sizes, vector_count as u16, Arc::clone(&lines));
+        let mut config = ConfigSpace::new(&identity(device.device_type()));
+        config.add_memory_bar(BAR, BAR_LEN);
+        let window_at = usize::from(add_capabilities(&mut config, sizes.len() as u64));
+        let (body, writable) = msix.capability(BAR as u32, TABLE as u32, PENDING as u32);
+        let msix_at = usize::from(config.add_capability(MSIX_CAPABILITY, &body, &writable));
+        Ok(Self {
+            device: Box::new(device),
+            memory: Arc::clone(memory),
+            host: Arc::clone(host),
+            notify,
+            msix_at,
+            window_at,
+            config,
+            msix,
+            common,
+            lines,
+            mapped: None,
+        })
+    }
+
+    /// The device behind the transport.
+    pub fn device(&mut self) -> &mut dyn VirtioDevice {
+        &mut *self.device
+    }
+
+    fn write_common(&mut self, offset: u64, data: &[u8]) {
+        match self.common.write(offset, data) {
+            Effect::None => {}
+            Effect::Fault => self.guest_fault(),
+            Effect::Reset => self.reset(),
+            Effect::Activate => self.activate(),
+        }
+    }
+
+    fn guest_fault(&self) {
+        self.device.metrics().guest_faults.increment();
+    }
+
+    fn host_fault(&self, what: &str, result: io::Result<()>) {
+        if let Err(error) = result {
+            self.device.metrics().host_fault(|| format!("cannot {what}: {error}"));
+        }
+    }
+
+    fn reset(&mut self) {
+        self.device.stop();
+        self.common.reset();
+    }
+
+    fn activate(&mut self) {
+        let features = self.common.features();
+        let mut queues = Vec::new();
+        for (index, config) in self.common.queues.iter().enumerate() {
+            if !config.enabled {
+                queues.push(None);
+                continue;
+            }
+            let Ok(queue) = config.activate(&self.memory, features & 1 << VIRTIO_RING_F_EVENT_IDX != 0) else {
+                self.guest_fault();
+                return self.lines.needs_reset();
+            };
+            let interrupt = Arc::clone(&self.lines) as Arc<dyn Interrupt>;
+            let metrics = Arc::clone(self.device.metrics());
+            let notify = Arc::clone(&self.notify[index]);
+            queues.push(Some(Virtqueue::new(index as u16, queue, &self.memory, notify, interrupt, metrics)));
+        }
+        let result = self.device.activate(Active { queues, features });
+        if result.is_err() {
+            self.lines.needs_reset();
+        }
+        self.host_fault("start a virtio device", result);
+    }
+
+    fn notify(&self, index: u64) {
+        match self.notify.get(index as usize) {
+            Some(event) => self.host_fault("signal a virtqueue's event descriptor", event.write(1)),
+            None => self.guest_fault(),
+        }
+    }
+
+    /// Where the window of the PCI configuration access capability looks, 4.1.4.9.
+    fn window(&self) -> Option<(u64, usize)> {
+        let bar = self.config.word(self.window_at + 4) & 0xff;
+        let offset = u64::from(self.config.dword(self.window_at + 8));
+        let len = self.config.dword(self.window_at + 12);
+        let valid = matches!(len, 1 | 2 | 4) && offset.is_multiple_of(u64::from(len)) && offset < BAR_LEN;
+        (bar == BAR as u16 && valid).then_some((offset, len as usize))
+    }
+
+    /// Whether an access touches the data of that window.
+    fn touches_window(&self, offset: u16, len: usize) -> bool {
+        let data = self.window_at + 16;
+        usize::from(offset) < data + 4 && usize::from(offset) + len > data
+    }
+}
+
+/// Identity of a device of this type, 4.1.2.
+fn identity(device_type: u32) -> Identity {
+    Identity {
+        vendor: 0x1af4,
+        device: 0x1040 + device_type as u16,
+        revision: 1,
+        class: match device_type {
+            VIRTIO_ID_NET => 0x02_0000,
+            VIRTIO_ID_BLOCK => 0x01_8000,
+            _ => 0x07_8000,
+        },
+        subsystem_vendor: 0x1af4,
+        subsystem: 0x40 + device_type as u16,
+    }
+}
+
+/// Appends what a driver finds the structures by; returns where the configuration access window is.
+fn add_capabilities(config: &mut ConfigSpace, queues: u64) -> u16 {
+    // An endpoint that is integrated into the root complex, version 2, with role-based error reporting.
+    let mut express = [0; 58];
+    express[0] = 0x92;
+    express[3] = 0x80;
+    // Device control's permissions are the guest's to set; they have no effect here.
+    config.add_capability(EXPRESS_CAPABILITY, &express, &[0, 0, 0, 0, 0, 0, 0xff, 0x7f]);
+
+    let body = |cfg_type: u8, offset: u64, len: u64, extra: usize| {
+        let mut body = vec![0; 14 + extra];
+        body[0] = (16 + extra) as u8;
+        body[1] = cfg_type;
+        body[2] = BAR as u8;
+        body[6..10].copy_from_slice(&(offset as u32).to_le_bytes());
+        body[10..14].copy_from_slice(&(len as u32).to_le_bytes());
+        body
+    };
+    for (cfg_type, offset, len) in
+        [(TYPE_COMMON, COMMON, COMMON_LEN as u64), (TYPE_ISR, ISR, 1), (TYPE_DEVICE, DEVICE, PAGE)]
+    {
+        config.add_capability(VENDOR_CAPABILITY, &body(cfg_type, offset, len, 0), &[]);
+    }
+    let mut notify = body(TYPE_NOTIFY, NOTIFY, queues * NOTIFY_STRIDE, 4);
+    notify[14..].copy_from_slice(&(NOTIFY_STRIDE as u32).to_le_bytes());
+    config.add_capability(VENDOR_CAPABILITY, &notify, &[]);
+    // BAR, offset, length and data of the window are the driver's.
+    let mut writable = [0; 18];
+    writable[2] = 0xff;
+    writable[6..].fill(0xff);
+    config.add_capability(VENDOR_CAPABILITY, &body(TYPE_PCI, 0, 0, 4), &writable)
+}
+
+impl PciFunction for VirtioPciDevice {
+    fn config(&mut self) -> &mut ConfigSpace {
+        &mut self.config
+    }
+
+    fn read_config(&mut self, offset: u16, data: &mut [u8]) {
+        if self.touches_window(offset, data.len())
+            && let Some((at, len)) = self.window()
+        {
+            let mut value = [0; 4];
+            self.read_bar(BAR, at, &mut value[..len]);
+            self.config.put(self.window_at + 16, &value);
+        }
+        self.config.read(offset, data);
+    }
+
+    fn write_config(&mut self, offset: u16, data: &[u8]) {
+        self.config.write(offset, data);
+        if self.touches_window(offset, data.len())
+            && let Some((at, len)) = self.window()
+        {
+            let value = self.config.dword(self.window_at + 16).to_le_bytes();
+            self.write_bar(BAR, at, &value[..len]);
+        }
+        let control = self.config.word(self.msix_at + 2);
+        let result = self.msix.set_control(control);
+        self.host_fault("route an interrupt", result);
+    }
+
+    fn read_bar(&mut self, _bar: usize, offset: u64, data: &mut [u8]) {
+        let at = offset % PAGE;
+        match offset - at {
+            COMMON => self.common.read(at, data),
+            ISR => {
+                data.fill(0);
+                if let (0, Some(first)) = (at, data.first_mut()) {
+                    *first = self.lines.take_isr();
+                }
+            }
+            DEVICE => self.device.read_config(at, data),
+            TABLE => self.msix.read_table(at, data),
+            PENDING => self.msix.read_pending(at, data),
+            // Notification addresses are write-only.
+            _ => data.fill(0),
+        }
+    }
+
+    fn write_bar(&mut self, _bar: usize, offset: u64, data: &[u8]) {
+        let at = offset % PAGE;
+        match offset - at {
+            COMMON => self.write_common(at, data),
+            DEVICE => self.device.write_config(at, data),
+            NOTIFY => self.notify(at / NOTIFY_STRIDE),
+            TABLE => {
+                let result = self.msix.write_table(at, data);
+                self.host_fault("route an interrupt", result);
+            }
+            _ => self.guest_fault(),
+        }
+    }
+
+    fn bar_moved(&mut self, _bar: usize, address: Option<u64>) {
+        for (index, event) in self.notify.iter().enumerate() {
+            let at = |base: u64| base + NOTIFY + index as u64 * NOTIFY_STRIDE;
+            if let Some(old) = self.mapped {
+                self.host_fault("remove an ioeventfd", self.host.remove_notify(at(old), event));
+            }
+            if let Some(new) = address {
+                self.host_fault("set an ioeventfd", self.host.add_notify(at(new), event));
+            }
+        }
+        self.mapped = address;
+    }
+
+    fn shutdown(&mut self) {
+        self.reset();
+        self.bar_moved(BAR, None);
+        let result = self.msix.shutdown();
+        self.host_fault("release an interrupt", result);
+    }
+}
+
+impl Drop for VirtioPciDevice {
+    fn drop(&mut self) {
+        self.shutdown();
+    }
+}
