@@ -1,2 +1,38 @@
-//! Build, check, lab and demo commands.
-fn main() {}
+//! `cargo xtask`: build, check, test and show everything. Each command installs the Debian packages that it needs.
+
+mod build;
+mod images;
+mod setup;
+
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+usage: cargo xtask COMMAND
+
+  demo [--exit-when-ready] [--nodes N] [--vms-per-node N]
+           two blank emulated machines become nodes, VMs boot on them and serve web pages
+  test     every test, from units to clusters of emulated machines
+  images   the VMM image, the sample image `web`, the tiny test image, into target/guest-images
+  check    formatting, lints, and the rules of ARCHITECTURE.md
+  setup    installs the Debian packages that the others need
+";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    let done = match words[..] {
+        ["images"] => setup::run().and_then(|()| images::run()),
+        ["setup"] => setup::run(),
+        _ => {
+            eprint!("{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! The tiny image: Debian's kernel and busybox in an initramfs. Its init brings the network up, says what it sees on the
+//! serial console, and obeys commands typed there: a test is a conversation with it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use bedplate_lab::Archive;
+use bedplate_lab::process::output;
+
+use crate::cache::Key;
+use crate::error::at;
+use crate::packages::{PINS, section};
+use crate::{Kernel, Result, Workshop};
+
+const INIT: &str = include_str!("../files/tiny/init");
+const UDHCPC: &str = include_str!("../files/tiny/udhcpc");
+
+/// Loaded by init in this order.
+const MODULES: [&str; 7] =
+    ["virtio_pci", "virtio_net", "virtio_blk", "virtio-rng", "vmw_vsock_virtio_transport", "evdev", "button"];
+
+/// Files of the tiny image.
+#[derive(Debug, Clone)]
+pub struct TinyImage {
+    /// The kernel, a bzImage.
+    pub kernel: PathBuf,
+    /// The same kernel as ELF.
+    pub kernel_elf: PathBuf,
+    /// The initramfs.
+    pub initrd: PathBuf,
+    /// A disk (ext4, 96 MiB) with both in `/boot`, importable as any disk image.
+    pub disk: PathBuf,
+}
+
+impl Workshop<'_> {
+    /// The tiny image; `probe`, a static program, becomes `/bin/probe` in it.
+    pub fn tiny(&self, probe: &Path) -> Result<TinyImage> {
+        let kernel = self.kernel()?;
+        let pins = section(PINS, "tiny")?;
+        let key = Key::default().text(include_str!("tiny.rs")).text(INIT).text(UDHCPC).text(&format!("{pins:?}"));
+        let key = key.text(&kernel.modules.to_string_lossy()).file(probe)?;
+        let dir = self.cached("tiny", key, |dir| {
+            self.say("tiny: packing the initramfs and the disk");
+            let mut archive = self.busybox_archive(dir)?;
+            archive.file("/init", 0o755, INIT).file("/etc/udhcpc", 0o755, UDHCPC).copy("/bin/probe", 0o755, probe)?;
+            load_list(&mut archive, &kernel, &MODULES)?;
+            let initrd = dir.join("initrd");
+            fs::write(&initrd, archive.zstd(9)?).map_err(at("write", &initrd))?;
+            make_disk(dir, &kernel, &initrd)
+        })?;
+        let [initrd, disk] = ["initrd", "disk.raw"].map(|name| dir.join(name));
+        Ok(TinyImage { kernel: kernel.vmlinuz, kernel_elf: kernel.vmlinux, initrd, disk })
+    }
+
+    /// An archive with static busybox as every command, and the directories that an init mounts.
+    pub(crate) fn busybox_archive(&self, dir: &Path) -> Result<Archive> {
+        let root = dir.join("busybox");
+        for request in self.resolve(&section(PINS, "tiny")?)? {
+            self.unpack(&request, dir, &root)?;
+        }
+        let mut archive = Archive::new();
+        archive.copy("/bin/busybox", 0o755, &root.join("bin/busybox"))?;
+        for directory in ["/proc", "/sys", "/dev", "/run", "/tmp", "/mnt"] {
+            archive.dir(directory);
+        }
+        archive.character_device("/dev/console", 5, 1).symlink("/bin/sh", "busybox");
+        fs::remove_dir_all(&root).map_err(at("remove", &root))?;
+        Ok(archive)
+    }
+}
+
+/// Adds modules as files numbered in load order, so that the init of a shell script needs no `modprobe`.
+pub(crate) fn load_list(archive: &mut Archive, kernel: &Kernel, names: &[&str]) -> Result<()> {
+    for (number, path) in kernel.open_modules()?.closure(names)?.iter().enumerate() {
+        let name = path.rsplit('/').next().unwrap_or(path);
+        archive.copy(&format!("/modules/{number:02}-{name}"), 0o644, &kernel.modules.join(path))?;
+    }
+    Ok(())
+}
+
+/// An ext4 file system without partitions, with what it takes to boot it directly.
+fn make_disk(dir: &Path, kernel: &Kernel, initrd: &Path) -> Result<()> {
+    let root = dir.join("root");
+    let (boot, etc) = (root.join("boot"), root.join("etc/kernel"));
+    for directory in [&boot, &etc] {
+        fs::create_dir_all(directory).map_err(at("create", directory))?;
+    }
+    for (from, name) in [(&kernel.vmlinuz, "vmlinuz"), (&initrd.to_owned(), "initrd.img")] {
+        fs::copy(from, boot.join(name)).map_err(at("copy", from))?;
+    }
+    let cmdline = etc.join("cmdline");
+    fs::write(&cmdline, "console=ttyS0 quiet\n").map_err(at("write", &cmdline))?;
+    make_ext4(&root, &dir.join("disk.raw"), "96M")?;
+    fs::remove_dir_all(&root).map_err(at("remove", &root))
+}
+
+/// Turns a directory into an ext4 image of `size`.
+pub(crate) fn make_ext4(root: &Path, image: &Path, size: &str) -> Result<()> {
+    let mut mke2fs = Command::new("mke2fs");
+    // A fresh file reads as zeros: the inode tables need not be written, now or in the background of the running VM.
+    mke2fs.args(["-q", "-t", "ext4", "-m", "0", "-E", "lazy_itable_init=0,assume_storage_prezeroed=1"]);
+    output(mke2fs.arg("-d").arg(root).arg(image).arg(size))?;
+    Ok(())
+}

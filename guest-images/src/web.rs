@@ -1,0 +1,180 @@
+//! The sample application image `web`: Debian with systemd, nginx, and a page that names its VM.
+//!
+//! It is a sample: its console logs root in without a password, and units that a short-lived VM has no use for are masked,
+//! so that it is up quickly also where processors are emulated.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use bedplate_lab::process::output;
+
+use crate::cache::Key;
+use crate::error::at;
+use crate::packages::{PINS, section};
+use crate::tiny::{load_list, make_ext4};
+use crate::{Kernel, Result, Workshop};
+
+/// Files of the image, by path: those that Debian's packages do not have.
+const FILES: [(&str, &str); 8] = [
+    ("etc/fstab", "/dev/vda / ext4 rw,noatime 0 0\n"),
+    ("etc/hostname", "web\n"),
+    // Empty: made at each first boot, so that no two VMs have the same.
+    ("etc/machine-id", ""),
+    ("etc/kernel/cmdline", "root=/dev/vda rw console=ttyS0 quiet\n"),
+    ("etc/systemd/network/50-dhcp.network", include_str!("../files/web/dhcp.network")),
+    ("etc/systemd/system/serial-getty@.service.d/autologin.conf", include_str!("../files/web/autologin.conf")),
+    ("etc/nginx/sites-available/default", include_str!("../files/web/site.conf")),
+    ("var/www/html/index.html", include_str!("../files/web/index.html")),
+];
+
+const INIT: &str = include_str!("../files/web/init");
+
+/// Loaded by the initramfs.
+const EARLY_MODULES: [&str; 2] = ["virtio_pci", "virtio_blk"];
+
+/// In the image's `/lib/modules`, loaded by udev as devices show up.
+const MODULES: [&str; 9] = [
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_net",
+    "virtio-rng",
+    "virtio_console",
+    "virtio_balloon",
+    "vmw_vsock_virtio_transport",
+    "button",
+    "evdev",
+];
+
+/// Units that do nothing for a VM that lives for minutes to days, but cost its boot time.
+const MASKED: [&str; 17] = [
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
+    "dpkg-db-backup.timer",
+    "e2scrub_all.timer",
+    "e2scrub_reap.service",
+    "fstrim.timer",
+    "getty@tty1.service",
+    "ldconfig.service",
+    "systemd-hwdb-update.service",
+    "systemd-journal-catalog-update.service",
+    "systemd-journal-flush.service",
+    "systemd-networkd-wait-online.service",
+    "systemd-pcrphase.service",
+    "systemd-pcrphase-sysinit.service",
+    "systemd-update-utmp.service",
+    "systemd-update-utmp-runlevel.service",
+    "sys-kernel-debug.mount",
+];
+
+/// What packages bring and a server does not read.
+const UNREAD: [&str; 4] = ["usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info"];
+
+/// What installing packages left, and the database of hardware that no VM has.
+const LEFT: [&str; 4] = ["usr/lib/udev/hwdb.d", "usr/lib/udev/hwdb.bin", "var/cache/apt", "var/log/apt"];
+
+impl Workshop<'_> {
+    /// The disk of the application image `web`: raw, ext4, with kernel and initramfs in `/boot`.
+    pub fn web(&self) -> Result<PathBuf> {
+        let kernel = self.kernel()?;
+        let pins = section(PINS, "web")?;
+        let key = Key::default().text(include_str!("web.rs")).text(include_str!("tiny.rs")).text(INIT);
+        let key = key.text(&format!("{FILES:?}{pins:?}")).text(&kernel.modules.to_string_lossy());
+        let dir = self.cached("web", key, |dir| {
+            let root = dir.join("root");
+            let requests = self.resolve(&pins)?;
+            self.say(format!("web: installing Debian, {} packages", requests.len()));
+            debian(&root, &requests)?;
+            configure(&root)?;
+            self.say("web: adding the kernel and making the disk");
+            self.make_bootable(dir, &root, &kernel)?;
+            make_ext4(&root, &dir.join("disk.raw"), "1G")?;
+            fs::remove_dir_all(&root).map_err(at("remove", &root))
+        })?;
+        Ok(dir.join("disk.raw"))
+    }
+
+    /// Kernel, modules and a small initramfs, under the names that Debian gives them.
+    fn make_bootable(&self, dir: &Path, root: &Path, kernel: &Kernel) -> Result<()> {
+        let version = kernel.version();
+        let boot = root.join("boot");
+        copy(&kernel.vmlinuz, &boot.join(format!("vmlinuz-{version}")))?;
+        let mut archive = self.busybox_archive(dir)?;
+        archive.file("/init", 0o755, INIT);
+        load_list(&mut archive, kernel, &EARLY_MODULES)?;
+        write(&boot.join(format!("initrd.img-{version}")), archive.zstd(9)?)?;
+        link(&format!("boot/vmlinuz-{version}"), &root.join("vmlinuz"))?;
+        link(&format!("boot/initrd.img-{version}"), &root.join("initrd.img"))?;
+        let tree = root.join("lib/modules").join(&version);
+        for path in kernel.open_modules()?.closure(&MODULES)? {
+            copy(&kernel.modules.join(&path), &tree.join(&path))?;
+        }
+        for list in ["modules.builtin", "modules.builtin.modinfo", "modules.order"] {
+            copy(&kernel.modules.join(list), &tree.join(list))?;
+        }
+        output(Command::new("depmod").arg("-b").arg(root).arg(&version))?;
+        Ok(())
+    }
+}
+
+/// Installs `requests` and what every Debian has into `root`.
+fn debian(root: &Path, requests: &[String]) -> Result<()> {
+    let mut mmdebstrap = Command::new("mmdebstrap");
+    mmdebstrap.args(["--quiet", "--mode=root", "--variant=minbase"]);
+    // With the directories merged from the start no package is needed that merges them, nor the Perl that it is written in.
+    mmdebstrap.arg("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr");
+    mmdebstrap.args(["--aptopt=Acquire::Languages \"none\"", "--dpkgopt=force-unsafe-io"]);
+    for unread in UNREAD {
+        mmdebstrap.arg(format!("--dpkgopt=path-exclude=/{unread}/*"));
+    }
+    mmdebstrap.arg(format!("--include={}", requests.join(",")));
+    output(mmdebstrap.arg("bookworm").arg(root))?;
+    Ok(())
+}
+
+fn configure(root: &Path) -> Result<()> {
+    for left in UNREAD.iter().chain(&LEFT).map(|path| root.join(path)) {
+        let removed = if left.is_dir() { fs::remove_dir_all(&left) } else { fs::remove_file(&left) };
+        match removed {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(at("remove", &left)(error)),
+            _ => {}
+        }
+    }
+    for (path, content) in FILES {
+        write(&root.join(path), content)?;
+    }
+    let units = root.join("etc/systemd/system");
+    for unit in MASKED {
+        link("/dev/null", &units.join(unit))?;
+    }
+    let networkd = "/lib/systemd/system/systemd-networkd.service";
+    link(networkd, &units.join("multi-user.target.wants/systemd-networkd.service"))?;
+    // Tells systemd that /etc and /var are as this version of /usr wants them, so that nothing is rebuilt at boot.
+    for stamp in ["etc/.updated", "var/.updated"] {
+        write(&root.join(stamp), "")?;
+    }
+    Ok(())
+}
+
+fn write(path: &Path, content: impl AsRef<[u8]>) -> Result<()> {
+    make_parent(path)?;
+    fs::write(path, content).map_err(at("write", path))?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o644)).map_err(at("change", path))
+}
+
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    make_parent(to)?;
+    fs::copy(from, to).map_err(at("copy", from)).map(drop)
+}
+
+/// Replaces what is at `path`.
+fn link(target: &str, path: &Path) -> Result<()> {
+    make_parent(path)?;
+    let _ = fs::remove_file(path);
+    symlink(target, path).map_err(at("link", path))
+}
+
+fn make_parent(path: &Path) -> Result<()> {
+    path.parent().map_or(Ok(()), |parent| fs::create_dir_all(parent).map_err(at("create", parent)))
+}

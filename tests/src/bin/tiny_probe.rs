@@ -1,0 +1,58 @@
+//! `/bin/probe` of the tiny image: what busybox cannot do. A test types these commands on the VM's console.
+//!
+//! `probe vsock-connect PORT TEXT` connects to the host, sends a line and prints the line that comes back;
+//! `probe vsock-serve PORT` answers one connection from the host by sending each line back in capitals, until it closes.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::process::ExitCode;
+
+use socket2::{Domain, SockAddr, Socket, Type};
+
+/// The address of the host, for every guest.
+const HOST: u32 = 2;
+/// Connections from anywhere.
+const ANY: u32 = u32::MAX;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    let done = match words[..] {
+        ["vsock-connect", port, text] => port_of(port).and_then(|port| connect(port, text)),
+        ["vsock-serve", port] => port_of(port).and_then(serve),
+        _ => Err(io::Error::other("usage: probe vsock-connect PORT TEXT | vsock-serve PORT")),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("probe: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn port_of(text: &str) -> io::Result<u32> {
+    text.parse().map_err(|_| io::Error::other(format!("{text:?} is not a port")))
+}
+
+fn connect(port: u32, text: &str) -> io::Result<()> {
+    let mut socket = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+    socket.connect(&SockAddr::vsock(HOST, port))?;
+    writeln!(socket, "{text}")?;
+    let mut answer = String::new();
+    BufReader::new(&mut socket).read_line(&mut answer)?;
+    print!("{answer}");
+    Ok(())
+}
+
+fn serve(port: u32) -> io::Result<()> {
+    let listener = Socket::new(Domain::VSOCK, Type::STREAM, None)?;
+    listener.bind(&SockAddr::vsock(ANY, port))?;
+    listener.listen(1)?;
+    println!("listening");
+    let (mut client, _) = listener.accept()?;
+    let lines = BufReader::new(client.try_clone()?).lines();
+    for line in lines {
+        writeln!(client, "{}", line?.to_uppercase())?;
+    }
+    Ok(())
+}
