@@ -13,6 +13,8 @@ pub mod host;
 pub mod metrics;
 pub mod pci;
 pub mod platform;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod virtio;
 
 /// A VM's RAM, shared between the machine and its devices. The mapping outlives every holder of the handle.

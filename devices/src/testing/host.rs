@@ -1,0 +1,186 @@
+//! A host without KVM.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::Memory;
+use crate::bus::Bus;
+use crate::host::{MsiVector, PciHost};
+use crate::pci::{self, PciFunction, PciRoot, Slot};
+
+/// How long anything may take before a test gives up.
+pub(super) const DEADLINE: Duration = Duration::from_secs(20);
+
+/// An interrupt vector that a test can look at.
+pub struct FakeVector {
+    event: EventFd,
+    route: Mutex<Option<(u64, u32)>>,
+}
+
+impl FakeVector {
+    /// Where the device's message goes, if anywhere.
+    pub fn route(&self) -> Option<(u64, u32)> {
+        *self.route.lock().unwrap()
+    }
+
+    /// Signals since the last call.
+    pub fn take(&self) -> u64 {
+        self.event.read().unwrap_or(0)
+    }
+
+    /// Waits for a signal and takes it; false at the deadline.
+    pub fn wait(&self, deadline: Instant) -> bool {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut poll = libc::pollfd { fd: self.event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: one valid `pollfd`.
+        let ready = unsafe { libc::poll(&mut poll, 1, left.as_millis() as libc::c_int) };
+        ready == 1 && self.take() > 0
+    }
+}
+
+struct Line(Arc<FakeVector>);
+
+impl MsiVector for Line {
+    fn trigger(&self) -> &EventFd {
+        &self.0.event
+    }
+
+    fn route(&self, address: u64, data: u32) -> io::Result<()> {
+        *self.0.route.lock().unwrap() = Some((address, data));
+        Ok(())
+    }
+
+    fn unroute(&self) -> io::Result<()> {
+        *self.0.route.lock().unwrap() = None;
+        Ok(())
+    }
+}
+
+/// Vectors and ioeventfds.
+#[derive(Default)]
+pub struct FakeHost {
+    /// In the order of allocation.
+    pub vectors: Mutex<Vec<Arc<FakeVector>>>,
+    notifies: Mutex<Vec<(u64, EventFd)>>,
+}
+
+impl FakeHost {
+    /// Addresses at which a write signals an event.
+    pub fn notify_addresses(&self) -> Vec<u64> {
+        self.notifies.lock().unwrap().iter().map(|(address, _)| *address).collect()
+    }
+
+    /// Does what KVM does with a guest's write before it leaves the guest; false if it has to leave.
+    pub fn intercept(&self, address: u64) -> bool {
+        let notifies = self.notifies.lock().unwrap();
+        let hit = notifies.iter().find(|(at, _)| *at == address);
+        hit.map(|(_, event)| event.write(1).unwrap()).is_some()
+    }
+}
+
+impl PciHost for FakeHost {
+    fn msi_vector(&self) -> io::Result<Box<dyn MsiVector>> {
+        let vector = Arc::new(FakeVector { event: EventFd::new(EFD_NONBLOCK)?, route: Mutex::new(None) });
+        self.vectors.lock().unwrap().push(Arc::clone(&vector));
+        Ok(Box::new(Line(vector)))
+    }
+
+    fn add_notify(&self, address: u64, event: &EventFd) -> io::Result<()> {
+        assert!(!self.notify_addresses().contains(&address), "{address:#x} is taken");
+        self.notifies.lock().unwrap().push((address, event.try_clone()?));
+        Ok(())
+    }
+
+    fn remove_notify(&self, address: u64, _event: &EventFd) -> io::Result<()> {
+        let mut notifies = self.notifies.lock().unwrap();
+        let before = notifies.len();
+        notifies.retain(|(at, _)| *at != address);
+        if notifies.len() < before { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
+    }
+}
+
+/// RAM, a bus and a PCI root.
+pub struct Machine {
+    /// Guest memory, from address 0.
+    pub memory: Memory,
+    /// The memory bus, with ECAM and BARs.
+    pub bus: Arc<Bus>,
+    /// The root complex.
+    pub root: PciRoot,
+    /// The host below.
+    pub host: Arc<FakeHost>,
+}
+
+impl Machine {
+    /// Where ECAM is.
+    pub const ECAM: u64 = 0xe000_0000;
+    /// Where BARs may be.
+    pub const WINDOW: std::ops::Range<u64> = 0x80_0000_0000..0x80_1000_0000;
+    /// Bytes of RAM.
+    pub const RAM: usize = 16 << 20;
+
+    /// A machine with no devices but the host bridge.
+    pub fn new() -> Self {
+        let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), Self::RAM)]).unwrap());
+        let bus = Arc::new(Bus::new());
+        let root = PciRoot::new(&bus, vec![Self::WINDOW]);
+        bus.insert(Self::ECAM, pci::ECAM_LEN, root.ecam()).unwrap();
+        Self { memory, bus, root, host: Arc::default() }
+    }
+
+    /// Adds a function.
+    pub fn add(&self, function: impl PciFunction + 'static) -> Slot {
+        self.root.add(function).unwrap()
+    }
+
+    /// The host, as devices take it.
+    pub fn pci_host(&self) -> Arc<dyn PciHost> {
+        Arc::clone(&self.host) as Arc<dyn PciHost>
+    }
+
+    /// A guest's write to memory space.
+    pub fn write(&self, address: u64, data: &[u8]) {
+        if !self.host.intercept(address) {
+            self.bus.write(address, data);
+        }
+    }
+
+    /// A guest's read.
+    pub fn read<const N: usize>(&self, address: u64) -> [u8; N] {
+        let mut data = [0; N];
+        self.bus.read(address, &mut data);
+        data
+    }
+
+    /// Address of a configuration register.
+    pub fn config(slot: Slot, register: u64) -> u64 {
+        Self::ECAM + (u64::from(slot.number()) << 15) + register
+    }
+
+    /// Reads a configuration register.
+    pub fn read_config(&self, slot: Slot, register: u64) -> u32 {
+        u32::from_le_bytes(self.read(Self::config(slot, register)))
+    }
+
+    /// Writes a configuration register.
+    pub fn write_config(&self, slot: Slot, register: u64, value: u32) {
+        self.write(Self::config(slot, register), &value.to_le_bytes());
+    }
+}
+
+impl Default for Machine {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.root.shutdown();
+    }
+}
