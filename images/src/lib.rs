@@ -1,1 +1,20 @@
-//! (being written)
+//! Disk images as address spaces made of content-addressed chunks.
+//!
+//! The way of an image through this crate: [`import`] reads somebody's file and cuts it into chunks → [`store`] keeps
+//! each chunk once, compressed, under the digest of its plain bytes → [`disk`] hands a VM a writable child whose
+//! untouched parts are read from the store, every chunk verified. `docs/image-format.md` describes all that is on disk.
+//!
+//! Absences: no async runtime, no network, nothing that knows KVM. The VMM links this crate for [`disk`] alone.
+
+pub mod digest;
+pub mod disk;
+#[cfg(test)]
+mod fixtures;
+pub mod frame;
+pub mod index;
+pub mod manifest;
+pub mod store;
+
+pub use digest::digest_of;
+pub use frame::{CHUNK_SIZE, MAX_FRAME_LEN};
+pub use store::{Store, StoreError};

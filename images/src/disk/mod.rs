@@ -1,0 +1,309 @@
+//! A VM's disk: a writable child of an image.
+//!
+//! ```text
+//! disk.json   what it is a child of (see [`Spec`]); written last when a disk is made, never changed
+//! data        the clusters that were written, each at its own offset; holes elsewhere
+//! map         two bits per cluster: in the image, in `data`, or zeros
+//! ```
+//!
+//! One process at a time has a disk open: the directory is locked (`flock`) while a [`Disk`] lives. The owner is one
+//! thread, the block device's. What was flushed survives `kill -9` and power cuts; how is written in `overlay.rs`.
+//!
+//! A *non-persistent* disk starts from the image each time it is opened.
+
+mod backing;
+mod base;
+mod map;
+mod overlay;
+#[cfg(test)]
+mod tests;
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use bedplate_api::Digest;
+use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
+
+use crate::manifest::DISK;
+use crate::store::{Store, StoreError, lock, sync_dir};
+use map::{CLUSTER, Map};
+use overlay::Overlay;
+
+/// The version of `disk.json` and `map` that this program writes and reads.
+const SCHEMA: u32 = 1;
+
+/// Whether what a guest wrote is there after a restart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// Yes.
+    Persistent,
+    /// No: every time the disk is opened it is the image again.
+    NonPersistent,
+}
+
+/// `disk.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Spec {
+    /// Version of the directory's format.
+    pub schema: u32,
+    /// Digest of the manifest of the image that this is a child of.
+    pub image: Digest,
+    /// Absolute path of the store that has the image.
+    pub store: PathBuf,
+    /// Size in bytes.
+    pub size: u64,
+    /// Bytes per entry of the map, 4096.
+    pub cluster: u64,
+    /// Whether writes are kept.
+    pub mode: Mode,
+}
+
+/// Why a disk cannot be made or opened.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskError {
+    /// Its image.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Made before.
+    #[error("{dir} is a disk already: open it, or remove the directory to start anew")]
+    Exists {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// Never made, or only by half.
+    #[error("{dir} is not a disk (it has no disk.json): create one there")]
+    NotADisk {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// Locked.
+    #[error("the disk {dir} is open in another process: stop the VM that uses it first")]
+    InUse {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// `disk.json` does not say what it must.
+    #[error("{path} is damaged or of a later version ({cause}): restore it, or remove the disk and create it again")]
+    BadSpec {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        cause: String,
+    },
+    /// `map` or `data` cannot be relied on.
+    #[error("{path} is damaged ({cause}): restore the disk from a backup, or remove it and create it again")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        cause: String,
+    },
+    /// The operating system said no.
+    #[error("cannot {what} {path}: {cause}")]
+    Io {
+        /// A verb.
+        what: &'static str,
+        /// What it was done to.
+        path: PathBuf,
+        /// Why not.
+        cause: io::Error,
+    },
+}
+
+fn io_at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskError {
+    move |cause| DiskError::Io { what, path: path.to_owned(), cause }
+}
+
+/// An open disk.
+///
+/// Offsets and lengths are in bytes, of any alignment. A request past the end fails with `InvalidInput` and changes
+/// nothing. A chunk of the image that is missing fails with `NotFound`, one that is damaged with `InvalidData`, both with
+/// a [`StoreError`] inside that names image, part, chunk and file; a full host disk with `StorageFull`, after which
+/// everything reads as before the request or as it asked, cluster by cluster.
+#[derive(Debug)]
+pub struct Disk {
+    overlay: Overlay<File, base::Image>,
+    spec: Spec,
+    dir: PathBuf,
+    /// The directory itself, locked.
+    _lock: File,
+}
+
+impl Disk {
+    /// Makes the directory `dir` a disk that is a child of the image `image` of `store`, and opens it. A directory left by
+    /// a creation that was interrupted is used again.
+    pub fn create(dir: &Path, store: &Store, image: &Digest, mode: Mode) -> Result<Self, DiskError> {
+        let size = store.part(image, DISK)?.size();
+        fs::create_dir_all(dir).map_err(io_at("create", dir))?;
+        let lock = lock_dir(dir)?;
+        let spec_path = dir.join("disk.json");
+        if fs::exists(&spec_path).map_err(io_at("examine", &spec_path))? {
+            return Err(DiskError::Exists { dir: dir.to_owned() });
+        }
+        for (name, len) in [("data", size), ("map", Map::file_len(size))] {
+            let path = dir.join(name);
+            let made = File::create(&path).and_then(|file| file.set_len(len).and_then(|()| file.sync_all()));
+            made.map_err(io_at("create", &path))?;
+        }
+        let store = fs::canonicalize(store.dir()).map_err(io_at("examine", store.dir()))?;
+        let spec = Spec { schema: SCHEMA, image: *image, store, size, cluster: CLUSTER, mode };
+        write_spec(&spec, &spec_path)?;
+        sync_dir(dir)?;
+        Self::open_locked(dir, lock)
+    }
+
+    /// Opens the disk in `dir`, which stays locked until this is dropped.
+    pub fn open(dir: &Path) -> Result<Self, DiskError> {
+        let lock = lock_dir(dir)?;
+        Self::open_locked(dir, lock)
+    }
+
+    fn open_locked(dir: &Path, lock: File) -> Result<Self, DiskError> {
+        let spec = Self::spec_of(dir)?;
+        if spec.mode == Mode::NonPersistent {
+            reset(dir, &spec)?;
+        }
+        let overlay = open_overlay(dir, &spec)?;
+        Ok(Self { overlay, spec, dir: dir.to_owned(), _lock: lock })
+    }
+
+    /// What `disk.json` in `dir` says, without opening the disk: for who must know which image it needs.
+    pub fn spec_of(dir: &Path) -> Result<Spec, DiskError> {
+        let path = dir.join("disk.json");
+        let bad = |cause: String| DiskError::BadSpec { path: path.clone(), cause };
+        let bytes = match fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                return Err(DiskError::NotADisk { dir: dir.to_owned() });
+            }
+            Err(e) => return Err(io_at("read", &path)(e)),
+        };
+        let spec: Spec = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
+        if spec.schema != SCHEMA {
+            return Err(bad(format!("schema {}, and this program knows {SCHEMA}", spec.schema)));
+        }
+        if spec.cluster != CLUSTER {
+            return Err(bad(format!("clusters of {} bytes, and this program knows {CLUSTER}", spec.cluster)));
+        }
+        Ok(spec)
+    }
+
+    /// What it is a child of.
+    pub const fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    /// Size in bytes.
+    pub const fn size(&self) -> u64 {
+        self.overlay.size()
+    }
+
+    /// Bytes that the guest has written and that are kept apart from the image.
+    pub fn written(&self) -> u64 {
+        self.overlay.map().data_clusters() * CLUSTER
+    }
+
+    /// Fills `bytes` from `offset`.
+    pub fn read_at(&mut self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        self.overlay.read_at(bytes, offset)
+    }
+
+    /// Writes `bytes` at `offset`. They survive `kill -9` and power cuts after the next [`Disk::flush`].
+    pub fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.overlay.write_at(bytes, offset)
+    }
+
+    /// Returns when everything written so far survives a power cut.
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.overlay.flush()
+    }
+
+    /// Gives the space of a range back; it reads as zeros from then on.
+    pub fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        // With a map that knows zeros there is nothing that a discard could do more cheaply.
+        self.overlay.write_zeroes(offset, len)
+    }
+
+    /// Makes a range read as zeros.
+    pub fn write_zeroes(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.overlay.write_zeroes(offset, len)
+    }
+
+    /// Forgets everything written: the disk is the image again.
+    pub fn reset(&mut self) -> Result<(), DiskError> {
+        reset(&self.dir, &self.spec)?;
+        self.overlay = open_overlay(&self.dir, &self.spec)?;
+        Ok(())
+    }
+}
+
+impl Drop for Disk {
+    /// A VM that ends without a last flush keeps what its disk has acknowledged, as with a file.
+    fn drop(&mut self) {
+        // Who needs to know whether this works calls `flush`.
+        let _ = self.overlay.flush();
+    }
+}
+
+fn lock_dir(dir: &Path) -> Result<File, DiskError> {
+    let file = match File::open(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(DiskError::NotADisk { dir: dir.to_owned() }),
+        opened => opened.map_err(io_at("open", dir))?,
+    };
+    if lock(&file, FlockOperation::NonBlockingLockExclusive).map_err(io_at("lock", dir))? {
+        Ok(file)
+    } else {
+        Err(DiskError::InUse { dir: dir.to_owned() })
+    }
+}
+
+fn write_spec(spec: &Spec, path: &Path) -> Result<(), DiskError> {
+    let mut bytes = serde_json::to_vec_pretty(spec)
+        .map_err(|e| DiskError::BadSpec { path: path.to_owned(), cause: e.to_string() })?;
+    bytes.push(b'\n');
+    // The directory is locked, so nobody else uses this name.
+    let draft = path.with_extension("json.tmp");
+    File::create(&draft)
+        .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()))
+        .and_then(|()| fs::rename(&draft, path))
+        .map_err(io_at("write", path))
+}
+
+/// The map goes first: without it, whatever is left in `data` is not looked at.
+fn reset(dir: &Path, spec: &Spec) -> Result<(), DiskError> {
+    for (name, len) in [("map", Map::file_len(spec.size)), ("data", spec.size)] {
+        let path = dir.join(name);
+        File::options()
+            .write(true)
+            .open(&path)
+            .and_then(|file| file.set_len(0).and_then(|()| file.set_len(len)).and_then(|()| file.sync_all()))
+            .map_err(io_at("reset", &path))?;
+    }
+    Ok(())
+}
+
+fn open_overlay(dir: &Path, spec: &Spec) -> Result<Overlay<File, base::Image>, DiskError> {
+    let reader = Store::open(&spec.store)?.part(&spec.image, DISK)?;
+    let damaged = |name: &str, cause: String| DiskError::Damaged { path: dir.join(name), cause };
+    if reader.size() != spec.size {
+        return Err(damaged("disk.json", format!("it says {} bytes and the image has {}", spec.size, reader.size())));
+    }
+    let file = |name: &str, len: u64| -> Result<File, DiskError> {
+        let path = dir.join(name);
+        let file = File::options().read(true).write(true).open(&path).map_err(io_at("open", &path))?;
+        let found = file.metadata().map_err(io_at("examine", &path))?.len();
+        if found != len {
+            return Err(damaged(name, format!("it has {found} bytes and should have {len}")));
+        }
+        Ok(file)
+    };
+    let (data, map_file) = (file("data", spec.size)?, file("map", Map::file_len(spec.size))?);
+    let map = Map::load(&map_file, spec.size)
+        .map_err(io_at("read", &dir.join("map")))?
+        .map_err(|cluster| damaged("map", format!("the sector of cluster {cluster} fails its checksum")))?;
+    Ok(Overlay::new(spec.size, data, map_file, map, base::Image::new(reader)))
+}

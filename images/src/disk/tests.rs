@@ -1,0 +1,400 @@
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use proptest::prelude::*;
+
+use super::backing::Backing;
+use super::map::State;
+use super::overlay::Base;
+use super::*;
+use crate::CHUNK_SIZE;
+use crate::fixtures::{files, flip, image, noise, store};
+
+/// Not a multiple of a chunk, nor of a cluster.
+const SIZE: usize = 3 * CHUNK_SIZE + 4096 + 777;
+
+/// The first and the last chunk have content, the second is zeros.
+fn content() -> Vec<u8> {
+    let mut bytes = noise(1, SIZE);
+    bytes[CHUNK_SIZE..2 * CHUNK_SIZE].fill(0);
+    bytes
+}
+
+fn read_all(disk: &mut Disk) -> Vec<u8> {
+    let mut bytes = vec![0xee; disk.size() as usize];
+    disk.read_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+#[derive(Debug, Clone)]
+enum Op {
+    Write(usize, Vec<u8>),
+    Zero(usize, usize),
+    Read(usize, usize),
+    Flush,
+    Reopen,
+}
+
+fn op(size: usize) -> impl Strategy<Value = Op> {
+    // Offsets near cluster and chunk boundaries as well as anywhere.
+    let at = prop_oneof![0..size, (0..size / 4096).prop_map(|c| c * 4096), Just(0), Just(size - 1)];
+    let range = (at, prop_oneof![0..9000_usize, Just(4096), Just(CHUNK_SIZE)])
+        .prop_map(move |(at, len)| (at, len.min(size - at)));
+    prop_oneof![
+        4 => (range.clone(), any::<u8>()).prop_map(|((at, len), fill)| Op::Write(at, vec![fill; len])),
+        2 => range.clone().prop_map(|(at, len)| Op::Zero(at, len)),
+        2 => range.prop_map(|(at, len)| Op::Read(at, len)),
+        1 => Just(Op::Flush),
+        1 => Just(Op::Reopen),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    #[test]
+    fn a_disk_is_its_model(ops in prop::collection::vec(op(SIZE), 1..40)) {
+        let (dir, store) = store();
+        let mut model = content();
+        let image = image(&store, &model);
+        let path = dir.path().join("disk");
+        let mut disk = Disk::create(&path, &store, &image, Mode::Persistent).unwrap();
+        for op in ops {
+            match op {
+                Op::Write(at, bytes) => {
+                    disk.write_at(&bytes, at as u64).unwrap();
+                    model[at..at + bytes.len()].copy_from_slice(&bytes);
+                }
+                Op::Zero(at, len) => {
+                    disk.write_zeroes(at as u64, len as u64).unwrap();
+                    model[at..at + len].fill(0);
+                }
+                Op::Read(at, len) => {
+                    let mut bytes = vec![0xee; len];
+                    disk.read_at(&mut bytes, at as u64).unwrap();
+                    prop_assert!(bytes == model[at..at + len]);
+                }
+                Op::Flush => disk.flush().unwrap(),
+                Op::Reopen => {
+                    drop(disk);
+                    disk = Disk::open(&path).unwrap();
+                }
+            }
+        }
+        prop_assert!(read_all(&mut disk) == model);
+    }
+}
+
+// ---- power cuts -----------------------------------------------------------------------------------------------------
+
+/// What was done to the two files, in order.
+#[derive(Debug, Clone)]
+enum Event {
+    Write { file: usize, offset: u64, bytes: Vec<u8> },
+    Sync { file: usize },
+}
+
+/// A file in memory that records.
+#[derive(Debug, Clone)]
+struct Recorder {
+    file: usize,
+    bytes: Rc<RefCell<Vec<u8>>>,
+    log: Rc<RefCell<Vec<Event>>>,
+    fail: Rc<RefCell<Option<io::ErrorKind>>>,
+}
+
+impl Recorder {
+    fn pair(lens: [u64; 2]) -> [Self; 2] {
+        let log = Rc::default();
+        [0, 1].map(|file| Self {
+            file,
+            bytes: Rc::new(RefCell::new(vec![0; lens[file] as usize])),
+            log: Rc::clone(&log),
+            fail: Rc::default(),
+        })
+    }
+
+    fn check(&self) -> io::Result<()> {
+        self.fail.borrow().map_or(Ok(()), |kind| Err(kind.into()))
+    }
+}
+
+impl Backing for Recorder {
+    fn read(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        bytes.copy_from_slice(&self.bytes.borrow()[offset as usize..][..bytes.len()]);
+        Ok(())
+    }
+
+    fn write(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.check()?;
+        self.bytes.borrow_mut()[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+        self.log.borrow_mut().push(Event::Write { file: self.file, offset, bytes: bytes.to_vec() });
+        Ok(())
+    }
+
+    fn punch(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.write(&vec![0; len as usize], offset)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.check()?;
+        self.log.borrow_mut().push(Event::Sync { file: self.file });
+        Ok(())
+    }
+}
+
+struct Flat(Vec<u8>);
+
+impl Base for Flat {
+    fn read(&mut self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        bytes.copy_from_slice(&self.0[offset as usize..][..bytes.len()]);
+        Ok(())
+    }
+}
+
+const SMALL: u64 = 20 * CLUSTER + 100;
+
+fn small_base() -> Vec<u8> {
+    noise(7, SMALL as usize)
+}
+
+fn overlay(files: [Recorder; 2]) -> Overlay<Recorder, Flat> {
+    let [data, map_file] = files;
+    let map = Map::load(&map_file, SMALL).unwrap().expect("no cut may damage the map");
+    Overlay::new(SMALL, data, map_file, map, Flat(small_base()))
+}
+
+/// The two files as a power cut after `events` may leave them. A sector on disk holds what it held at the last sync or at
+/// any moment since; `coin` decides at each write whether it reaches the disk before the cut.
+fn after_cut(events: &[Event], lens: [u64; 2], mut coin: impl FnMut() -> bool) -> [Recorder; 2] {
+    let (cached, durable) = (Recorder::pair(lens), Recorder::pair(lens));
+    for event in events {
+        match event {
+            Event::Write { file, offset, bytes } => {
+                let start = *offset as usize;
+                let mut cache = cached[*file].bytes.borrow_mut();
+                cache[start..start + bytes.len()].copy_from_slice(bytes);
+                for sector in start / 512..(start + bytes.len()).div_ceil(512) {
+                    let range = sector * 512..cache.len().min(sector * 512 + 512);
+                    if coin() {
+                        durable[*file].bytes.borrow_mut()[range.clone()].copy_from_slice(&cache[range]);
+                    }
+                }
+            }
+            Event::Sync { file } => {
+                durable[*file].bytes.borrow_mut().copy_from_slice(&cached[*file].bytes.borrow());
+            }
+        }
+    }
+    durable
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(48))]
+
+    /// At every point of every run: each 512-byte sector of the disk holds what it held at the last acknowledged flush,
+    /// or something that was written to it since.
+    #[test]
+    fn an_acknowledged_flush_survives_a_cut_at_any_point(
+        ops in prop::collection::vec(op(SMALL as usize), 1..20), mut seed: u64,
+    ) {
+        let lens = [SMALL, Map::file_len(SMALL)];
+        let files = Recorder::pair(lens);
+        let log = Rc::clone(&files[0].log);
+        let mut disk = overlay(files);
+        let mut model = small_base();
+        // States of the model after each operation with the length of the log then; the bool says "flushed".
+        let mut history = vec![(0, true, model.clone())];
+        for op in ops {
+            let mut flushed = false;
+            match op {
+                Op::Write(at, bytes) => {
+                    disk.write_at(&bytes, at as u64).unwrap();
+                    model[at..at + bytes.len()].copy_from_slice(&bytes);
+                }
+                Op::Zero(at, len) => {
+                    disk.write_zeroes(at as u64, len as u64).unwrap();
+                    model[at..at + len].fill(0);
+                }
+                Op::Flush => {
+                    disk.flush().unwrap();
+                    flushed = true;
+                }
+                Op::Read(..) | Op::Reopen => {}
+            }
+            history.push((log.borrow().len(), flushed, model.clone()));
+        }
+        let log = log.borrow();
+        let mut coin = || {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            seed >> 63 == 1
+        };
+        for cut in 0..=log.len() {
+            let mut disk = overlay(after_cut(&log[..cut], lens, &mut coin));
+            let mut found = vec![0; SMALL as usize];
+            disk.read_at(&mut found, 0).unwrap();
+            // From the last flush acknowledged before the cut up to the operation that the cut fell into.
+            let from = history.iter().rposition(|(at, flushed, _)| *flushed && *at <= cut).unwrap();
+            let to = history.iter().position(|(at, ..)| *at >= cut && cut < log.len()).unwrap_or(history.len() - 1);
+            for (number, sector) in found.chunks(512).enumerate() {
+                let start = number * 512;
+                let known = history[from..=to.max(from)].iter().any(|(_, _, m)| m[start..start + sector.len()] == *sector);
+                prop_assert!(known, "cut {cut}: sector {number} is neither old nor new");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_full_host_disk_loses_nothing_and_a_failed_sync_is_remembered() {
+    let files = Recorder::pair([SMALL, Map::file_len(SMALL)]);
+    let [data_fails, map_fails] = [0, 1].map(|f| Rc::clone(&files[f].fail));
+    let mut disk = overlay(files);
+    let mut model = small_base();
+    disk.write_at(&[1; 5000], 100).unwrap();
+    model[100..5100].fill(1);
+
+    *data_fails.borrow_mut() = Some(io::ErrorKind::StorageFull);
+    assert_eq!(disk.write_at(&[2; 5000], 40_000).unwrap_err().kind(), io::ErrorKind::StorageFull);
+    let mut found = vec![0; SMALL as usize];
+    disk.read_at(&mut found, 0).unwrap();
+    assert!(found == model, "a write that failed for want of space changed nothing");
+    *data_fails.borrow_mut() = None;
+
+    *map_fails.borrow_mut() = Some(io::ErrorKind::StorageFull);
+    assert_eq!(disk.flush().unwrap_err().kind(), io::ErrorKind::StorageFull);
+    *map_fails.borrow_mut() = None;
+    disk.flush().unwrap();
+
+    disk.write_at(&[3], 0).unwrap();
+    *data_fails.borrow_mut() = Some(io::ErrorKind::Other);
+    assert!(disk.flush().is_err());
+    *data_fails.borrow_mut() = None;
+    assert!(disk.flush().unwrap_err().to_string().contains("earlier sync"), "success now would be a lie");
+}
+
+#[test]
+fn a_write_that_changes_no_state_touches_no_map() {
+    let files = Recorder::pair([SMALL, Map::file_len(SMALL)]);
+    let log = Rc::clone(&files[0].log);
+    let mut disk = overlay(files);
+    disk.write_at(&[1; 4096], 4096).unwrap();
+    disk.flush().unwrap();
+    disk.flush().unwrap();
+    let before = log.borrow().len();
+    disk.write_at(&[2; 10], 4100).unwrap();
+    disk.flush().unwrap();
+    assert!(matches!(log.borrow()[before..], [Event::Write { file: 0, .. }, Event::Sync { file: 0 }]));
+    assert_eq!(disk.map().state(1), State::Data);
+}
+
+// ---- the directory --------------------------------------------------------------------------------------------------
+
+#[test]
+fn one_process_at_a_time_and_clear_words_for_the_rest() {
+    let (dir, store) = store();
+    let image = image(&store, &content());
+    let path = dir.path().join("disk");
+    assert!(matches!(Disk::open(&path), Err(DiskError::NotADisk { .. })));
+    // A creation that was cut off before disk.json is no obstacle.
+    fs::create_dir(&path).unwrap();
+    fs::write(path.join("data"), "rubbish").unwrap();
+    assert!(matches!(Disk::open(&path), Err(DiskError::NotADisk { .. })));
+    let mut disk = Disk::create(&path, &store, &image, Mode::Persistent).unwrap();
+    let error = Disk::open(&path).unwrap_err();
+    assert!(matches!(error, DiskError::InUse { .. }) && error.to_string().contains("stop the VM"), "{error}");
+    assert!(read_all(&mut disk) == content());
+    assert_eq!(disk.read_at(&mut [0; 2], SIZE as u64 - 1).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    assert_eq!(disk.write_at(&[0], u64::MAX).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    assert_eq!(disk.discard(1, u64::MAX).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    drop(disk);
+    assert!(matches!(Disk::create(&path, &store, &image, Mode::Persistent), Err(DiskError::Exists { .. })));
+    Disk::open(&path).unwrap();
+}
+
+#[test]
+fn non_persistent_disks_start_from_the_image() {
+    let (dir, store) = store();
+    let image = image(&store, &content());
+    let path = dir.path().join("disk");
+    let mut disk = Disk::create(&path, &store, &image, Mode::NonPersistent).unwrap();
+    disk.write_at(&[9; 10_000], 50_000).unwrap();
+    disk.flush().unwrap();
+    assert_eq!(disk.written(), 3 * CLUSTER);
+    drop(disk);
+    let mut disk = Disk::open(&path).unwrap();
+    assert!(read_all(&mut disk) == content());
+    disk.write_at(&[9], 0).unwrap();
+    disk.reset().unwrap();
+    assert!(read_all(&mut disk) == content());
+}
+
+#[test]
+fn discard_gives_space_back() {
+    use std::os::unix::fs::MetadataExt;
+    let (dir, store) = store();
+    let image = image(&store, &content());
+    let path = dir.path().join("disk");
+    let mut disk = Disk::create(&path, &store, &image, Mode::Persistent).unwrap();
+    disk.write_at(&noise(2, SIZE), 0).unwrap();
+    disk.flush().unwrap();
+    let used = || fs::metadata(path.join("data")).unwrap().blocks() * 512;
+    assert!(used() >= SIZE as u64);
+    disk.discard(0, SIZE as u64).unwrap();
+    disk.flush().unwrap();
+    assert!(used() < CLUSTER * 2, "{} bytes still in use", used());
+    assert!(read_all(&mut disk).iter().all(|b| *b == 0));
+    assert_eq!(disk.written(), 0);
+}
+
+#[test]
+fn damaged_and_missing_chunks_are_errors_that_name_them() {
+    let (dir, store) = store();
+    let image = image(&store, &content());
+    let path = dir.path().join("disk");
+    let mut disk = Disk::create(&path, &store, &image, Mode::Persistent).unwrap();
+    let chunks = files(&store.dir().join("chunks"));
+    for chunk in &chunks {
+        flip(chunk, 200);
+    }
+    let mut bytes = [0; 16];
+    let error = disk.read_at(&mut bytes, 0).unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    assert!(error.to_string().contains("part \"disk\", chunk 0"), "{error}");
+    assert_eq!(disk.read_at(&mut bytes, 0).unwrap_err().kind(), io::ErrorKind::NotFound, "set aside: now missing");
+    disk.read_at(&mut bytes, CHUNK_SIZE as u64).unwrap();
+    // A whole cluster written needs nothing from the base; a part of one does.
+    disk.write_at(&[5; 4096], 0).unwrap();
+    assert!(disk.write_at(&[5], 5000).is_err());
+    disk.read_at(&mut bytes, 0).unwrap();
+    assert_eq!(bytes, [5; 16]);
+}
+
+#[test]
+fn damage_to_each_file_of_the_directory_is_found_at_open() {
+    let (dir, store) = store();
+    let image = image(&store, &content());
+    let path = dir.path().join("disk");
+    let mut disk = Disk::create(&path, &store, &image, Mode::Persistent).unwrap();
+    disk.write_at(&[1; 100], 0).unwrap();
+    drop(disk);
+    let refused = |name: &str, damage: &dyn Fn(&Path)| {
+        let file = path.join(name);
+        let whole = fs::read(&file).unwrap();
+        damage(&file);
+        let error = Disk::open(&path).unwrap_err().to_string();
+        assert!(error.contains(name), "{error}");
+        fs::write(&file, whole).unwrap();
+        Disk::open(&path).unwrap();
+    };
+    refused("map", &|file| flip(file, 0));
+    refused("map", &|file| flip(file, 511 * 8));
+    refused("map", &|file| fs::write(file, "").unwrap());
+    refused("data", &|file| fs::File::options().write(true).open(file).unwrap().set_len(5).unwrap());
+    refused("disk.json", &|file| fs::write(file, "{}").unwrap());
+    refused("disk.json", &|file| fs::write(file, "").unwrap());
+    let spec = fs::read_to_string(path.join("disk.json")).unwrap();
+    refused("disk.json", &|file| fs::write(file, spec.replace("\"schema\": 1", "\"schema\": 2")).unwrap());
+    refused("disk.json", &|file| fs::write(file, spec.replace("4096", "512")).unwrap());
+    refused("disk.json", &|file| fs::write(file, spec.replace(&SIZE.to_string(), "5")).unwrap());
+}

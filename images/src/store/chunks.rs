@@ -1,0 +1,109 @@
+//! Chunks.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+
+use bedplate_api::Digest;
+
+use super::{Store, StoreError};
+use crate::digest_of;
+use crate::frame::{self, CHUNK_SIZE, FrameError, MAX_FRAME_LEN, is_zero};
+
+impl Store {
+    /// Keeps the chunk `plain`, [`CHUNK_SIZE`] bytes at most, and returns its name: [`Digest::ZERO`], and nothing kept,
+    /// when it is all zeros. A chunk that is there already is not written again.
+    pub fn put_chunk(&self, plain: &[u8]) -> Result<Digest, StoreError> {
+        if is_zero(plain) {
+            return Ok(Digest::ZERO);
+        }
+        let digest = digest_of(plain);
+        if !self.has_chunk(&digest) {
+            let path = self.content_path("chunks", &digest);
+            let frame = frame::compress(plain).map_err(StoreError::io("compress", &path))?;
+            self.keep_frame(&digest, &frame)?;
+        }
+        Ok(digest)
+    }
+
+    /// Keeps a chunk that somebody sent: `bytes` is its frame, verified before it is kept.
+    pub fn put_frame(&self, digest: &Digest, bytes: &[u8]) -> Result<(), StoreError> {
+        let mut plain = frame::chunk_buffer();
+        self.put_frame_with(digest, bytes, &mut plain)
+    }
+
+    /// [`Store::put_frame`] for many frames in a row: `scratch` is only room to work in.
+    pub fn put_frame_with(
+        &self,
+        digest: &Digest,
+        bytes: &[u8],
+        scratch: &mut [u8; CHUNK_SIZE],
+    ) -> Result<(), StoreError> {
+        frame::decompress(digest, bytes, scratch)
+            .map_err(|cause| StoreError::FrameRefused { digest: *digest, cause })?;
+        // Also over a file that is there: it may be damaged, and this one is known to be whole.
+        self.keep_frame(digest, bytes)
+    }
+
+    fn keep_frame(&self, digest: &Digest, bytes: &[u8]) -> Result<(), StoreError> {
+        let mut draft = self.draft()?;
+        draft.write(bytes)?;
+        self.publish(draft, &self.content_path("chunks", digest))
+    }
+
+    /// Whether the chunk is there. It is verified when it is read.
+    pub fn has_chunk(&self, digest: &Digest) -> bool {
+        *digest == Digest::ZERO || self.content_path("chunks", digest).metadata().is_ok_and(|m| m.len() > 0)
+    }
+
+    /// Those of `digests` that are not here, in the same order, each once.
+    pub fn missing(&self, digests: &[Digest]) -> Vec<Digest> {
+        let mut seen = std::collections::HashSet::new();
+        digests.iter().filter(|digest| seen.insert(**digest) && !self.has_chunk(digest)).copied().collect()
+    }
+
+    /// Reads and verifies a chunk to the front of `plain` and returns its length. A damaged one is set aside, so that it
+    /// counts as missing from then on.
+    pub fn read_chunk(&self, digest: &Digest, plain: &mut [u8; CHUNK_SIZE]) -> Result<usize, StoreError> {
+        self.read_frame(digest, plain).map(|(_, len)| len)
+    }
+
+    /// The frame of a chunk as it is stored, verified: what is sent to who lacks it.
+    pub fn frame(&self, digest: &Digest) -> Result<Vec<u8>, StoreError> {
+        self.read_frame(digest, &mut frame::chunk_buffer()).map(|(frame, _)| frame)
+    }
+
+    fn read_frame(&self, digest: &Digest, plain: &mut [u8; CHUNK_SIZE]) -> Result<(Vec<u8>, usize), StoreError> {
+        let path = self.content_path("chunks", digest);
+        let missing = || StoreError::ChunkMissing { digest: *digest, path: path.clone() };
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(missing()),
+            Err(e) => return Err(StoreError::io("read", &path)(e)),
+        };
+        // One byte more than allowed is enough to know that it is too long.
+        let mut bytes = Vec::with_capacity(8 << 10);
+        (&file).take(MAX_FRAME_LEN as u64 + 1).read_to_end(&mut bytes).map_err(StoreError::io("read", &path))?;
+        if bytes.is_empty() {
+            return Err(missing());
+        }
+        match frame::decompress(digest, &bytes, plain) {
+            Ok(len) => Ok((bytes, len)),
+            Err(cause) => Err(self.damaged(digest, &file, cause)),
+        }
+    }
+
+    fn damaged(&self, digest: &Digest, file: &File, cause: FrameError) -> StoreError {
+        let path = self.content_path("chunks", digest);
+        self.set_aside(&path, file);
+        StoreError::ChunkCorrupt { digest: *digest, path, cause }
+    }
+
+    /// Forgets a chunk, whether it is there or not. For a copier that was told a chunk is damaged elsewhere.
+    pub fn remove_chunk(&self, digest: &Digest) -> Result<(), StoreError> {
+        let path = self.content_path("chunks", digest);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(StoreError::io("remove", &path)(e)),
+            _ => Ok(()),
+        }
+    }
+}
