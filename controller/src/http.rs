@@ -1,0 +1,121 @@
+//! The control node's HTTP: one set of handlers, three routers. Who may do what is decided by which router a listener
+//! serves, here and nowhere else:
+//!
+//! - [`people`]: everything, on the Unix socket that only the owner may open;
+//! - [`nodes`]: registration, reports and the reading half of the repository, with the nodes' token; what a blank machine
+//!   fetches while it boots, without;
+//! - [`page`]: looking only, for a browser on the same machine.
+
+pub mod answer;
+mod boot;
+mod images;
+mod nodes;
+mod tiers;
+mod views;
+mod vms;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{Method, header};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use bedplate_api::error::ErrorKind;
+use subtle::ConstantTimeEq;
+
+use crate::control::Control;
+use answer::Refusal;
+
+/// The handlers' state.
+pub type Shared = State<Arc<Control>>;
+
+/// For people: the whole API and the page.
+pub fn people(control: Arc<Control>) -> Router {
+    looking()
+        .route("/v1/tiers", get(tiers::list).post(tiers::create))
+        .route("/v1/tiers/{name}", get(tiers::show).put(tiers::put).delete(tiers::delete))
+        .route("/v1/vms/{name}/console", get(vms::console))
+        .route("/v1/images", get(images::list))
+        .route("/v1/images/{name}", get(images::show).put(images::tag).delete(images::untag))
+        .route("/v1/blobs/{digest}", get(images::blob).put(images::put_blob))
+        .route("/v1/chunks", post(images::put_chunks))
+        .route("/v1/chunks/fetch", post(images::fetch_chunks))
+        .route("/v1/chunks/missing", post(images::missing_chunks))
+        .fallback(unknown)
+        .method_not_allowed_fallback(wrong_method)
+        .with_state(control)
+}
+
+/// For nodes, and for machines that are about to be.
+pub fn nodes(control: Arc<Control>) -> Router {
+    let with_token = Router::new()
+        .route("/v1/nodes/register", post(nodes::register))
+        .route("/v1/nodes/{id}/status", post(nodes::status))
+        .route("/v1/images", get(images::list))
+        .route("/v1/images/{name}", get(images::show))
+        .route("/v1/blobs/{digest}", get(images::blob))
+        .route("/v1/chunks/fetch", post(images::fetch_chunks))
+        .route_layer(from_fn_with_state(Arc::clone(&control), token));
+    let without = Router::new().route("/boot/ipxe", get(boot::script)).route("/boot/{digest}/{part}", get(boot::part));
+    with_token.merge(without).fallback(unknown).method_not_allowed_fallback(wrong_method).with_state(control)
+}
+
+/// For a browser on this machine.
+pub fn page(control: Arc<Control>) -> Router {
+    looking()
+        .route("/v1/tiers", get(tiers::list))
+        .route("/v1/tiers/{name}", get(tiers::show))
+        .fallback(unknown)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn(local))
+        .with_state(control)
+}
+
+fn looking() -> Router<Arc<Control>> {
+    Router::new()
+        .route("/", get(crate::page::page))
+        .route("/v1/nodes", get(nodes::list))
+        .route("/v1/pool", get(nodes::pool))
+        .route("/v1/vms", get(vms::list))
+        .route("/v1/vms/{name}/log", get(vms::log))
+        .route("/v1/events", get(views::events))
+        .route("/v1/plan", get(views::dry_run))
+}
+
+async fn unknown(request: Request) -> Refusal {
+    Refusal::new(ErrorKind::NotFound, format!("there is nothing at {}", request.uri().path()))
+}
+
+async fn wrong_method(request: Request) -> Response {
+    let message = format!("{} does not take {}", request.uri().path(), request.method());
+    // The one status that is no class of error of ours: the body says what the request got wrong.
+    let mut response = Refusal::new(ErrorKind::BadRequest, message).into_response();
+    *response.status_mut() = axum::http::StatusCode::METHOD_NOT_ALLOWED;
+    response
+}
+
+async fn token(State(control): Shared, request: Request, next: Next) -> Response {
+    let shown = request.headers().get(header::AUTHORIZATION).and_then(|v| v.as_bytes().strip_prefix(b"Bearer "));
+    match shown {
+        Some(shown) if bool::from(shown.ct_eq(control.token.as_bytes())) => next.run(request).await,
+        Some(_) => Refusal::new(ErrorKind::Unauthorized, "that is not this control node's token").into_response(),
+        None => Refusal::new(ErrorKind::Unauthorized, "nodes show the control node's token: Authorization: Bearer …")
+            .into_response(),
+    }
+}
+
+/// A page of another site in the same browser must not read this one by a name that it has pointed here.
+async fn local(request: Request, next: Next) -> Response {
+    let host = request.headers().get(header::HOST).and_then(|v| v.to_str().ok()).unwrap_or_default();
+    let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
+    if !matches!(name, "localhost" | "127.0.0.1" | "[::1]") {
+        let message = format!("this page is for a browser on the same machine, not for one that calls it {host:?}");
+        return Refusal::new(ErrorKind::BadRequest, message).into_response();
+    }
+    if request.method() != Method::GET && request.method() != Method::HEAD {
+        return wrong_method(request).await;
+    }
+    next.run(request).await
+}

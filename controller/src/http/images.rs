@@ -1,0 +1,198 @@
+//! The repository: what [`bedplate_api::image`] describes, over the image store. Chunks pass through one by one, so an
+//! image of any size takes a bounded amount of memory here.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::Body as Stream;
+use axum::extract::{Path, Request, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use bedplate_api::client::{FrameError, Frames, encode_frame};
+use bedplate_api::error::ErrorKind;
+use bedplate_api::image::{ChunkList, ImageKind, ImageSummary, MAX_BLOB_LEN, MAX_CHUNK_LIST, Tag};
+use bedplate_api::{ApiError, Digest};
+use bedplate_images::{Store, StoreError};
+use bytes::Bytes;
+use futures_util::stream;
+use tokio::sync::{Semaphore, mpsc};
+
+use super::Shared;
+use super::answer::{Body, Refusal, whole};
+use crate::control::{Control, blocking};
+
+/// An index is held in memory until its digest is known. One at a time, because one may have [`MAX_BLOB_LEN`] bytes.
+static LARGE_BODY: Semaphore = Semaphore::const_new(1);
+/// Frames read ahead of the network: 8 × 80 KiB.
+const READ_AHEAD: usize = 8;
+
+impl From<StoreError> for Refusal {
+    fn from(error: StoreError) -> Self {
+        use StoreError as E;
+        let kind = match &error {
+            E::TagName(_) | E::BlobRefused { .. } | E::FrameRefused { .. } => ErrorKind::BadRequest,
+            E::Manifest { .. } | E::Index { .. } | E::IndexSize { .. } | E::ChunkLength { .. } => ErrorKind::BadRequest,
+            E::TagMissing { .. } | E::BlobMissing { .. } | E::ChunkMissing { .. } => ErrorKind::NotFound,
+            // Damaged content was set aside, so it is not there any more.
+            E::BlobCorrupt { .. } | E::ChunkCorrupt { .. } => ErrorKind::NotFound,
+            E::Incomplete { .. } => ErrorKind::Conflict,
+            E::Busy { .. } => ErrorKind::Unavailable,
+            error if error.is_full() => ErrorKind::NoSpace,
+            _ => ErrorKind::Internal,
+        };
+        Self::new(kind, error.to_string())
+    }
+}
+
+async fn ask<T: Send + 'static>(
+    control: &Arc<Control>,
+    act: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, Refusal> {
+    let images = control.images.clone();
+    Ok(blocking(move || act(&images)).await?)
+}
+
+/// The digest of an image that a tier can boot, or why `name` is none.
+pub async fn bootable_disk(control: &Arc<Control>, name: &str) -> Result<Digest, Refusal> {
+    let asked = name.to_owned();
+    let summary = ask(control, move |images| images.summary(&asked)).await.map_err(|refusal| match refusal.0.kind {
+        // The tier is not what was not found.
+        ErrorKind::NotFound => {
+            Refusal::new(ErrorKind::BadRequest, format!("image {name:?} cannot be used: {}", refusal.0))
+        }
+        _ => refusal,
+    })?;
+    let unusable =
+        |why: &str| Err(Refusal::new(ErrorKind::BadRequest, format!("image {name:?} cannot be used: {why}")));
+    match summary {
+        ImageSummary { kind: ImageKind::Vmm, .. } => {
+            unusable("it is of kind \"vmm\", a tier needs one of kind \"disk\"")
+        }
+        ImageSummary { direct_boot: false, .. } => {
+            unusable("no kernel was found in it when it was imported, so there is no way to start it")
+        }
+        ImageSummary { digest, .. } => Ok(digest),
+    }
+}
+
+/// `GET /v1/images`.
+pub async fn list(State(control): Shared) -> Result<Json<Vec<ImageSummary>>, Refusal> {
+    let list = |images: &Store| {
+        let tags = images.tags()?;
+        tags.into_iter().map(|(name, _)| images.summary(&name)).collect::<Result<_, _>>()
+    };
+    Ok(Json(ask(&control, list).await?))
+}
+
+/// `GET /v1/images/{name}`.
+pub async fn show(State(control): Shared, Path(name): Path<String>) -> Result<Json<ImageSummary>, Refusal> {
+    Ok(Json(ask(&control, move |images| images.summary(&name)).await?))
+}
+
+/// `PUT /v1/images/{name}`.
+pub async fn tag(
+    State(control): Shared,
+    Path(name): Path<String>,
+    Body(tag): Body<Tag>,
+) -> Result<Json<ImageSummary>, Refusal> {
+    let asked = name.clone();
+    let (summary, changed) = ask(&control, move |images| {
+        let before = images.tag(&asked).ok();
+        images.set_tag(&asked, &tag.digest)?;
+        Ok((images.summary(&asked)?, before != Some(tag.digest)))
+    })
+    .await?;
+    if changed {
+        control.event(&name, format!("image {name} is {} now", summary.digest)).await;
+    }
+    Ok(Json(summary))
+}
+
+/// `DELETE /v1/images/{name}`.
+pub async fn untag(State(control): Shared, Path(name): Path<String>) -> Result<StatusCode, Refusal> {
+    let asked = name.clone();
+    ask(&control, move |images| images.remove_tag(&asked)).await?;
+    control.event(&name, format!("image name {name} removed; its content stays")).await;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+fn digest(text: &str) -> Result<Digest, Refusal> {
+    text.parse().map_err(|e| Refusal::new(ErrorKind::BadRequest, format!("{e}")))
+}
+
+/// `GET /v1/blobs/{digest}`.
+pub async fn blob(State(control): Shared, Path(name): Path<String>) -> Result<Response, Refusal> {
+    let digest = digest(&name)?;
+    let bytes = ask(&control, move |images| images.blob(&digest)).await?;
+    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], bytes).into_response())
+}
+
+/// `PUT /v1/blobs/{digest}`.
+pub async fn put_blob(
+    State(control): Shared,
+    Path(name): Path<String>,
+    request: Request,
+) -> Result<StatusCode, Refusal> {
+    let digest = digest(&name)?;
+    let _one = LARGE_BODY.acquire().await;
+    let bytes = whole(request, MAX_BLOB_LEN).await?;
+    ask(&control, move |images| images.put_blob_as(&digest, &bytes)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+fn check(list: &ChunkList) -> Result<(), Refusal> {
+    if list.digests.len() > MAX_CHUNK_LIST {
+        let message = format!("{} digests are too many: at most {MAX_CHUNK_LIST} in one request", list.digests.len());
+        return Err(Refusal::new(ErrorKind::BadRequest, message));
+    }
+    Ok(())
+}
+
+/// `POST /v1/chunks/missing`.
+pub async fn missing_chunks(State(control): Shared, Body(list): Body<ChunkList>) -> Result<Json<ChunkList>, Refusal> {
+    check(&list)?;
+    let digests = ask(&control, move |images| Ok(images.missing(&list.digests))).await?;
+    Ok(Json(ChunkList { digests }))
+}
+
+/// `POST /v1/chunks`.
+pub async fn put_chunks(State(control): Shared, request: Request) -> Result<StatusCode, Refusal> {
+    let mut frames = Frames::new(request.into_body().into_data_stream());
+    loop {
+        match frames.next().await {
+            Ok(Some((digest, frame))) => ask(&control, move |images| images.put_frame(&digest, &frame)).await?,
+            Ok(None) => return Ok(StatusCode::NO_CONTENT),
+            Err(error @ FrameError::TooLong(_)) => return Err(Refusal::new(ErrorKind::TooLarge, error.to_string())),
+            Err(error) => return Err(Refusal::new(ErrorKind::BadRequest, error.to_string())),
+        }
+    }
+}
+
+/// `POST /v1/chunks/fetch`. What is missing is said before the first byte is sent; a chunk that turns out to be damaged
+/// only when it is read ends the stream early, which the reader sees.
+pub async fn fetch_chunks(State(control): Shared, Body(list): Body<ChunkList>) -> Result<Response, Refusal> {
+    check(&list)?;
+    let wanted = list.digests.clone();
+    let missing = ask(&control, move |images| Ok(images.missing(&wanted))).await?;
+    if let Some(first) = missing.first() {
+        let message = format!("{} of {} chunks are not here, the first is {first}", missing.len(), list.digests.len());
+        return Err(Refusal(ApiError::new(ErrorKind::NotFound, message)));
+    }
+    let (sender, receiver) = mpsc::channel::<Result<Bytes, StoreError>>(READ_AHEAD);
+    let shared = Arc::clone(&control);
+    tokio::task::spawn_blocking(move || {
+        for digest in list.digests.iter().filter(|d| **d != Digest::ZERO) {
+            let frame = shared.images.frame(digest).map(|frame| encode_frame(digest, &frame));
+            let broken = frame.is_err();
+            if let Err(error) = &frame {
+                tracing::error!("a chunk could not be sent: {error}");
+            }
+            // The reader has gone, or will be told.
+            if sender.blocking_send(frame).is_err() || broken {
+                return;
+            }
+        }
+    });
+    let stream = stream::unfold(receiver, async |mut receiver| Some((receiver.recv().await?, receiver)));
+    Ok(([(header::CONTENT_TYPE, "application/octet-stream")], Stream::from_stream(stream)).into_response())
+}

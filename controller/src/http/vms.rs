@@ -1,0 +1,86 @@
+//! Virtual machines: the list, and the ways through to the node that has one.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::{Path, Request, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use bedplate_api::VmId;
+use bedplate_api::client::{Client, Endpoint};
+use bedplate_api::control::VmView;
+use bedplate_api::error::ErrorKind;
+use bedplate_api::node::CONSOLE_PROTOCOL;
+use hyper_util::rt::TokioIo;
+
+use super::Shared;
+use super::answer::Refusal;
+use super::views::View;
+use crate::control::Control;
+use crate::store::{NODES, Read, VMS};
+
+/// `GET /v1/vms`.
+pub async fn list(State(control): Shared) -> Result<Json<Vec<VmView>>, Refusal> {
+    Ok(Json(View::take(&control).await?.vms))
+}
+
+/// `GET /v1/vms/{name}/log`.
+pub async fn log(State(control): Shared, Path(name): Path<String>) -> Result<Response, Refusal> {
+    let (client, id) = find(&control, name).await?;
+    let log = client.node_vm_log(id).await?;
+    Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], log).into_response())
+}
+
+/// `GET /v1/vms/{name}/console`: once both sides have agreed, bytes are passed on until either closes.
+pub async fn console(
+    State(control): Shared,
+    Path(name): Path<String>,
+    mut request: Request,
+) -> Result<Response, Refusal> {
+    if !asks_for_console(request.headers()) {
+        let message = format!("a console is an HTTP upgrade: send Connection: upgrade and Upgrade: {CONSOLE_PROTOCOL}");
+        return Err(Refusal::new(ErrorKind::BadRequest, message));
+    }
+    let (client, id) = find(&control, name).await?;
+    let mut node = client.node_vm_console(id).await?;
+    let person = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        match person.await {
+            Ok(person) => {
+                // Either side closing is the normal end of a console.
+                let _ = tokio::io::copy_bidirectional(&mut TokioIo::new(person), &mut node).await;
+            }
+            Err(error) => tracing::debug!("a console was not taken up: {error}"),
+        }
+    });
+    let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, CONSOLE_PROTOCOL)];
+    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+}
+
+fn asks_for_console(headers: &HeaderMap) -> bool {
+    headers.get(header::UPGRADE).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(CONSOLE_PROTOCOL.as_bytes()))
+}
+
+/// The agent that has the VM called `name`, or with that id, and its id.
+async fn find(control: &Arc<Control>, name: String) -> Result<(Client, VmId), Refusal> {
+    let wanted = name.clone();
+    let found: Option<(VmId, Option<SocketAddr>)> = control
+        .read(move |snapshot| {
+            let mut vms = snapshot.all(&VMS)?;
+            vms.retain(|a| a.vm.name == wanted || a.vm.id.to_string() == wanted);
+            // While a VM is being replaced there are two of one name: people mean the one that stays.
+            vms.sort_by_key(|a| !a.wanted());
+            let Some(first) = vms.first() else { return Ok(None) };
+            let node = snapshot.all(&NODES)?.into_iter().find(|n| n.number == first.node);
+            Ok(Some((first.vm.id, node.and_then(|n| n.endpoint))))
+        })
+        .await?;
+    let Some((id, endpoint)) = found else {
+        return Err(Refusal::new(ErrorKind::NotFound, format!("no VM is called {name:?}; see GET /v1/vms")));
+    };
+    let Some(endpoint) = endpoint else {
+        return Err(Refusal::new(ErrorKind::Unavailable, format!("the node of {name} has no agent at the moment")));
+    };
+    Ok((Client::new(Endpoint::Http(endpoint.to_string()), Some(control.token.clone()))?, id))
+}

@@ -1,0 +1,96 @@
+//! The kernel and initial RAM disk of the VMM image as plain files, written out once per image: machines that boot cannot
+//! read a chunk store.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use bedplate_api::Digest;
+use bedplate_api::image::ImageKind;
+use bedplate_images::{Store, StoreError};
+
+use crate::control::Control;
+
+/// Two machines that ask at the same time must not write the same file twice.
+static WRITING: Mutex<()> = Mutex::new(());
+
+/// Why there is nothing to boot.
+#[derive(Debug, thiserror::Error)]
+pub enum FilesError {
+    /// Nobody has put one there yet.
+    #[error("the repository has no image {0:?} yet")]
+    NoImage(String),
+    /// A tag that points to something else.
+    #[error("image {0:?} is not a VMM image with a kernel")]
+    NotBootable(String),
+    /// The repository failed.
+    #[error("the VMM image cannot be read: {0}")]
+    Store(#[from] StoreError),
+    /// The files cannot be written.
+    #[error("cannot write {path}: {source}")]
+    Io {
+        /// What.
+        path: PathBuf,
+        /// Cause.
+        source: std::io::Error,
+    },
+}
+
+/// A VMM image that is ready to be fetched.
+#[derive(Debug, Clone)]
+pub struct Ready {
+    /// Digest of its manifest.
+    pub image: Digest,
+    /// It has an initial RAM disk.
+    pub initrd: bool,
+    /// Command line that belongs to the image.
+    pub cmdline: String,
+}
+
+/// Where the files of `image` are.
+pub fn dir(control: &Control, image: &Digest) -> PathBuf {
+    control.options.state.join("boot").join(image.hex())
+}
+
+/// Writes out the image that blank machines boot, unless that was done before. Blocking.
+pub fn prepare(control: &Control) -> Result<Ready, FilesError> {
+    let (images, tag) = (&control.images, &control.options.vmm_image);
+    let image = match images.resolve(tag) {
+        Ok(image) => image,
+        Err(StoreError::TagMissing { .. } | StoreError::BlobMissing { .. }) => {
+            return Err(FilesError::NoImage(tag.clone()));
+        }
+        Err(error) => return Err(error.into()),
+    };
+    let manifest = images.manifest(&image)?;
+    let boot = match manifest.boot {
+        Some(boot) if manifest.kind == ImageKind::Vmm => boot,
+        _ => return Err(FilesError::NotBootable(tag.clone())),
+    };
+    let dir = dir(control, &image);
+    let one = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
+    fs::create_dir_all(&dir).map_err(|source| FilesError::Io { path: dir.clone(), source })?;
+    write_out(images, &image, &boot.kernel, &dir.join("kernel"))?;
+    if let Some(initrd) = &boot.initrd {
+        write_out(images, &image, initrd, &dir.join("initrd"))?;
+    }
+    remove_others(&dir);
+    drop(one);
+    Ok(Ready { image, initrd: boot.initrd.is_some(), cmdline: boot.cmdline })
+}
+
+fn write_out(images: &Store, image: &Digest, part: &str, path: &Path) -> Result<(), StoreError> {
+    // It appears whole or not at all, so one that is there is whole.
+    if path.exists() { Ok(()) } else { images.materialise(image, part, path) }
+}
+
+/// Earlier images. A machine that is in the middle of one goes on reading an open file, or fails its next request and
+/// fetches its script again.
+fn remove_others(keep: &Path) {
+    let entries = keep.parent().and_then(|dir| fs::read_dir(dir).ok());
+    for other in entries.into_iter().flatten().flatten().map(|entry| entry.path()).filter(|path| path != keep) {
+        if let Err(error) = fs::remove_dir_all(&other) {
+            tracing::warn!("cannot remove {}: {error}", other.display());
+        }
+    }
+}
