@@ -1,6 +1,7 @@
 //! `cargo xtask images`.
 
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -13,6 +14,18 @@ pub struct Images {
     pub vmm: VmmImage,
     pub web: PathBuf,
     pub tiny: TinyImage,
+}
+
+impl Images {
+    /// Tells a test program, through its environment, where images and programs lie; `bedplate-tests` reads it.
+    pub fn tell(&self, command: &mut Command) {
+        command.env("BEDPLATE_PROGRAMS", build::program(""));
+        command.env("BEDPLATE_VMM_KERNEL", &self.vmm.kernel).env("BEDPLATE_VMM_INITRD", &self.vmm.initrd);
+        command.env("BEDPLATE_WEB_DISK", &self.web);
+        command.env("BEDPLATE_TINY_KERNEL_ELF", &self.tiny.kernel_elf).env("BEDPLATE_TINY_INITRD", &self.tiny.initrd);
+        command.env("BEDPLATE_TINY_DISK", &self.tiny.disk);
+        command.env("BEDPLATE_LAB_LOGS", build::target().join("lab-logs"));
+    }
 }
 
 /// Makes what is not there yet; the programs must have been built.

@@ -1,8 +1,10 @@
 //! `cargo xtask`: build, check, test and show everything. Each command installs the Debian packages that it needs.
 
 mod build;
+mod check;
 mod images;
 mod setup;
+mod test;
 
 use std::process::ExitCode;
 
@@ -11,7 +13,8 @@ usage: cargo xtask COMMAND
 
   demo [--exit-when-ready] [--nodes N] [--vms-per-node N]
            two blank emulated machines become nodes, VMs boot on them and serve web pages
-  test     every test, from units to clusters of emulated machines
+  test [SUITE]
+           every test, from units to clusters of emulated machines; or of one program, such as tests/vmm
   images   the VMM image, the sample image `web`, the tiny test image, into target/guest-images
   check    formatting, lints, and the rules of ARCHITECTURE.md
   setup    installs the Debian packages that the others need
@@ -22,6 +25,9 @@ fn main() -> ExitCode {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match words[..] {
         ["images"] => setup::run().and_then(|()| images::run()),
+        ["test"] => test::run(None),
+        ["test", filter] => test::run(Some(filter)),
+        ["check"] => check::run(),
         ["setup"] => setup::run(),
         _ => {
             eprint!("{USAGE}");
