@@ -18,8 +18,10 @@ use crate::metrics::DeviceMetrics;
 
 pub mod block;
 mod buffers;
+pub mod net;
 pub mod pci;
 mod queue;
+pub mod rng;
 mod worker;
 
 pub use buffers::{Buffers, OutsideRam, View};

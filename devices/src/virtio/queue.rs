@@ -5,10 +5,10 @@
 
 use std::num::Wrapping;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Buffers, Interrupt};
@@ -181,8 +181,8 @@ pub struct Virtqueue {
     metrics: Arc<DeviceMetrics>,
     /// Taken out while a device serves it.
     chain: Option<Chain>,
-    /// Something was put into the used ring since the driver was last considered for an interrupt.
-    unannounced: bool,
+    /// The used index up to which the driver was last considered for an interrupt.
+    announced: u16,
     broken: bool,
 }
 
@@ -198,7 +198,7 @@ impl Virtqueue {
     ) -> Self {
         let chain = Some(Chain::new(memory));
         let memory = Arc::clone(memory);
-        Self { index, queue, memory, notify, interrupt, metrics, chain, unannounced: false, broken: false }
+        Self { index, queue, memory, notify, interrupt, metrics, chain, announced: 0, broken: false }
     }
 
     /// Number of the queue in its device.
@@ -295,21 +295,33 @@ impl Virtqueue {
 
     /// Returns a chain to the driver, `len` bytes of which were written.
     pub fn push(&mut self, head: u16, len: u32) {
-        if self.broken {
-            return;
+        self.push_all([(head, len)]);
+    }
+
+    /// Returns several chains, which the driver sees all at once: it needs that for a packet in several buffers.
+    pub fn push_all(&mut self, chains: impl IntoIterator<Item = (u16, u32)>) {
+        if !self.broken && self.try_push(chains).is_err() {
+            self.break_ring();
         }
-        match self.queue.add_used(&*self.memory, head, len) {
-            Ok(()) => {
-                self.metrics.chains.increment();
-                self.unannounced = true;
-            }
-            Err(_) => self.break_ring(),
+    }
+
+    fn try_push(&mut self, chains: impl IntoIterator<Item = (u16, u32)>) -> Result<(), GuestMemoryError> {
+        let ring = self.queue.used_ring();
+        let mut next = self.queue.next_used();
+        for (head, len) in chains {
+            let at = ring + 4 + 8 * u64::from(next % self.queue.size());
+            self.memory.write_obj([u32::from(head).to_le(), len.to_le()], GuestAddress(at))?;
+            next = next.wrapping_add(1);
+            self.metrics.chains.increment();
         }
+        self.queue.set_next_used(next);
+        // Whoever sees the index sees the elements before it.
+        self.memory.store(next.to_le(), GuestAddress(ring + 2), Ordering::Release)
     }
 
     /// Interrupts the driver for what was returned since the last time, if it wants to be.
     pub fn announce(&mut self) {
-        if self.broken || !std::mem::take(&mut self.unannounced) {
+        if self.broken || self.announced == self.queue.next_used() {
             return;
         }
         match self.driver_wants_interrupt() {
@@ -320,20 +332,22 @@ impl Virtqueue {
             Ok(false) => {}
             Err(_) => self.break_ring(),
         }
+        self.announced = self.queue.next_used();
     }
 
-    fn driver_wants_interrupt(&mut self) -> Result<bool, virtio_queue::Error> {
-        if self.queue.event_idx_enabled() {
-            return self.queue.needs_notification(&*self.memory);
-        }
-        // The used index must be visible before the flag is looked at, or both sides could miss each other.
-        std::sync::atomic::fence(Ordering::SeqCst);
+    /// Virtio 1.2, 2.7.7: by the index of which the driver wants to hear, or by its flag.
+    fn driver_wants_interrupt(&mut self) -> Result<bool, GuestMemoryError> {
         const NO_INTERRUPT: u16 = 1;
-        let flags: u16 = self
-            .memory
-            .load(GuestAddress(self.queue.avail_ring()), Ordering::Relaxed)
-            .map_err(virtio_queue::Error::GuestMemory)?;
-        Ok(u16::from_le(flags) & NO_INTERRUPT == 0)
+        // The used index must be visible before the driver's wish is read, or both sides could miss each other.
+        fence(Ordering::SeqCst);
+        let available = self.queue.avail_ring();
+        let read = |at: u64| self.memory.load::<u16>(GuestAddress(at), Ordering::Relaxed).map(u16::from_le);
+        if !self.queue.event_idx_enabled() {
+            return Ok(read(available)? & NO_INTERRUPT == 0);
+        }
+        let event = read(available + 4 + 2 * u64::from(self.queue.size()))?;
+        let next = self.queue.next_used();
+        Ok(next.wrapping_sub(event).wrapping_sub(1) < next.wrapping_sub(self.announced))
     }
 
     /// Tells the driver not to notify.
