@@ -1,9 +1,9 @@
-//! A machine's serial console: read by a thread, kept in a file, awaited without polling.
+//! What a machine or a program prints: read by a thread, kept in a file, awaited without polling.
 
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{ChildStdin, ChildStdout};
+use std::process::ChildStdin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,13 +13,13 @@ use crate::{Error, Result};
 /// What is kept in memory to be searched; the file keeps everything.
 const KEPT: usize = 4 << 20;
 
-/// The serial console of one machine.
+/// The serial console of one machine, or the output of one program.
 #[derive(Debug)]
 pub struct Console {
     machine: String,
     log: PathBuf,
     shared: Arc<Shared>,
-    input: Mutex<ChildStdin>,
+    input: Mutex<Option<ChildStdin>>,
     /// A failure was reported: the log is evidence and stays.
     keep: AtomicBool,
 }
@@ -39,8 +39,13 @@ struct Text {
 }
 
 impl Console {
-    /// Reads `output` to its end in a thread of its own, into `log`.
-    pub(crate) fn new(machine: &str, log: &Path, output: ChildStdout, input: ChildStdin) -> Result<Self> {
+    /// Reads `output` of `machine` to its end in a thread of its own, into the file `log`; what is typed goes to `input`.
+    pub fn new(
+        machine: &str,
+        log: &Path,
+        output: impl Read + Send + 'static,
+        input: Option<ChildStdin>,
+    ) -> Result<Self> {
         let file = File::create(log).map_err(|source| Error::path("create", log, source))?;
         let shared = Arc::new(Shared::default());
         let theirs = Arc::clone(&shared);
@@ -84,11 +89,11 @@ impl Console {
 
     /// Types `bytes`.
     pub fn send(&self, bytes: &[u8]) -> Result<()> {
-        let mut input = lock(&self.input);
-        input
-            .write_all(bytes)
-            .and_then(|()| input.flush())
-            .map_err(|source| Error::io(format!("type on the console of {}", self.machine), source))
+        let typed = match &mut *lock(&self.input) {
+            Some(input) => input.write_all(bytes).and_then(|()| input.flush()),
+            None => Err(std::io::ErrorKind::Unsupported.into()),
+        };
+        typed.map_err(|source| Error::io(format!("type on the console of {}", self.machine), source))
     }
 
     /// Everything printed so far (the last 4 MiB).
@@ -136,7 +141,7 @@ impl Text {
 }
 
 /// Runs in the console's own thread until the machine closes its end.
-fn read(mut output: ChildStdout, mut file: File, shared: &Shared) {
+fn read(mut output: impl Read, mut file: File, shared: &Shared) {
     let mut buffer = [0; 4096];
     loop {
         let n = match output.read(&mut buffer) {
@@ -171,7 +176,7 @@ mod tests {
         let mut command = Command::new("sh");
         command.args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut process = Process::start("shell", command).unwrap();
-        let (output, input) = (process.take_stdout().unwrap(), process.take_stdin().unwrap());
+        let (output, input) = (process.take_stdout().unwrap(), process.take_stdin());
         let console = Console::new("shell", &dir.join("log"), output, input).unwrap();
         (process, console)
     }

@@ -1,6 +1,7 @@
 //! One emulated machine: a QEMU process.
 
 use std::fs;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::Duration;
@@ -136,12 +137,13 @@ impl MachineSpec {
         let mut command = self.command()?;
         command.args(["-chardev", "stdio,id=serial,signal=off", "-serial", "chardev:serial", "-monitor", "none"]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(error_file);
+        // Ctrl-C on a terminal is for this process, which then ends its machines in order.
+        command.process_group(0);
         let mut process = Process::start(&self.name, command)?;
-        let pipes = (process.take_stdout(), process.take_stdin());
-        let (Some(output), Some(input)) = pipes else {
+        let Some(output) = process.take_stdout() else {
             return Err(Error::io(format!("open the console of {}", self.name), std::io::ErrorKind::BrokenPipe.into()));
         };
-        let console = Console::new(&self.name, &log, output, input)?;
+        let console = Console::new(&self.name, &log, output, process.take_stdin())?;
         Ok(Machine { process, console, errors, variables: self.variables() })
     }
 

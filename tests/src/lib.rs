@@ -1,1 +1,15 @@
-//! (being written)
+//! Fixtures of the lab tests and of the demo: a control node on a private network, blank machines that it boots, and
+//! single nodes that a test drives from inside.
+//!
+//! The tests themselves are in `tests/tests`. Each starts real machines (see the crate `lab`) and the real programs; what
+//! they need is built by `cargo xtask test`, which tells them where it lies (see [`Artifacts`]).
+
+pub mod artifacts;
+pub mod cluster;
+pub mod control;
+pub mod http;
+pub mod patience;
+
+pub use artifacts::Artifacts;
+pub use cluster::Cluster;
+pub use control::ControlNode;

@@ -2,6 +2,7 @@
 
 mod build;
 mod check;
+mod demo;
 mod images;
 mod setup;
 mod test;
@@ -24,15 +25,16 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match words[..] {
+        ["demo", ref rest @ ..] => match demo::Options::parse(rest) {
+            Some(options) => demo::run(&options),
+            None => return usage(),
+        },
         ["images"] => setup::run().and_then(|()| images::run()),
         ["test"] => test::run(None),
         ["test", filter] => test::run(Some(filter)),
         ["check"] => check::run(),
         ["setup"] => setup::run(),
-        _ => {
-            eprint!("{USAGE}");
-            return ExitCode::from(2);
-        }
+        _ => return usage(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -41,4 +43,9 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn usage() -> ExitCode {
+    eprint!("{USAGE}");
+    ExitCode::from(2)
 }

@@ -10,6 +10,7 @@ use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use bedplate_tests::Artifacts;
 use serde_json::Value;
 
 use crate::{build, images, setup};
@@ -35,11 +36,11 @@ pub fn run(filter: Option<&str>) -> Result<()> {
     setup::run()?;
     let suites = build_all()?;
     let built = start.elapsed();
-    let images = images::make(&|line| println!("{line}"))?;
+    let artifacts = images::make(&|line| println!("{line}"))?;
     let imaged = start.elapsed();
     let mut totals = Totals::default();
     for suite in suites.iter().filter(|suite| filter.is_none_or(|wanted| suite.name.contains(wanted))) {
-        run_suite(suite, &images, &mut totals)?;
+        run_suite(suite, &artifacts, &mut totals)?;
     }
     for line in &totals.skipped {
         println!("{line}");
@@ -96,13 +97,13 @@ fn is_lab(suite: &Suite) -> bool {
 }
 
 /// Runs one program; prints its tests, and of what they printed only why one was skipped or failed.
-fn run_suite(suite: &Suite, images: &images::Images, totals: &mut Totals) -> Result<()> {
+fn run_suite(suite: &Suite, artifacts: &Artifacts, totals: &mut Totals) -> Result<()> {
     println!("\n     {}", suite.name);
     let mut command = Command::new(&suite.program);
     command.arg("--show-output").current_dir(&suite.package_dir).stdout(Stdio::piped()).stdin(Stdio::null());
     if is_lab(suite) {
         command.arg("--test-threads=1");
-        images.tell(&mut command);
+        artifacts.tell(&mut command);
     }
     let mut child = command.spawn().with_context(|| format!("run {}", suite.program.display()))?;
     let lines = BufReader::new(child.stdout.take().context("no pipe from the tests")?);

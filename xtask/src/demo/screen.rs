@@ -1,0 +1,76 @@
+//! What a person sees: lines that stay, and bars that move below them. Without a terminal each change is a line.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+/// The terminal.
+pub struct Screen {
+    begin: Instant,
+    bars: MultiProgress,
+    rows: BTreeMap<String, Row>,
+    is_terminal: bool,
+}
+
+struct Row {
+    bar: ProgressBar,
+    text: String,
+}
+
+impl Screen {
+    pub fn new() -> Self {
+        let bars = MultiProgress::new();
+        let is_terminal = !bars.is_hidden();
+        Self { begin: Instant::now(), bars, rows: BTreeMap::new(), is_terminal }
+    }
+
+    /// A line that stays, with the time since the story began.
+    pub fn say(&self, line: impl AsRef<str>) {
+        let line = format!("[{:>5.1} s] {}", self.begin.elapsed().as_secs_f64(), line.as_ref());
+        if !self.is_terminal || self.bars.println(&line).is_err() {
+            println!("{line}");
+        }
+    }
+
+    /// Where `name` stands, in words; `progress` is how much of how much is done, where that is known.
+    pub fn show(&mut self, name: &str, text: &str, progress: Option<(u64, u64)>) {
+        let bars = &self.bars;
+        let row = self.rows.entry(name.to_owned()).or_insert_with(|| Row { bar: add(bars, name), text: String::new() });
+        match progress {
+            Some((done, total)) => {
+                row.bar.set_style(style("  {prefix:<12} {bar:24} {bytes}/{total_bytes} {msg}"));
+                row.bar.set_length(total.max(1));
+                row.bar.set_position(done);
+            }
+            None => row.bar.set_style(style("  {prefix:<12} {spinner} {msg}")),
+        }
+        row.bar.set_message(text.to_owned());
+        let changed = row.text != text;
+        row.text = text.to_owned();
+        if changed && !self.is_terminal {
+            self.say(format!("{name}: {text}"));
+        }
+    }
+
+    /// Takes the bars away; what they said last stays as lines.
+    pub fn settle(&mut self) {
+        for (name, row) in std::mem::take(&mut self.rows) {
+            row.bar.finish_and_clear();
+            if self.is_terminal {
+                self.say(format!("{name}: {}", row.text));
+            }
+        }
+    }
+}
+
+fn add(bars: &MultiProgress, name: &str) -> ProgressBar {
+    let bar = bars.add(ProgressBar::new_spinner()).with_prefix(name.to_owned());
+    bar.enable_steady_tick(Duration::from_millis(120));
+    bar
+}
+
+/// A template that indicatif does not understand is our mistake; the default then still shows something.
+fn style(template: &str) -> ProgressStyle {
+    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_spinner())
+}
