@@ -5,9 +5,18 @@
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+pub mod console;
 pub mod control;
+pub mod doctor;
+pub mod image;
+pub mod net;
 pub mod output;
+pub mod place;
+pub mod progress;
+pub mod rundir;
 pub mod size;
+pub mod terminal;
+pub mod vmm;
 
 pub use output::Format;
 
@@ -35,8 +44,11 @@ pub struct Cli {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// What this machine can do, by trying it, and what to do about what it cannot
+    Doctor(doctor::Args),
+    /// Images: of the local store, and between it and a control node
+    Image(image::Args),
     /// The machines that a control node knows
-    #[command(subcommand_required = true)]
     Node(control::node::Args),
     /// The free pool: what waits to be given something to do
     Pool(control::pool::Args),
@@ -63,6 +75,12 @@ pub enum Command {
 /// Why a command failed: one line that names the thing, the cause and the remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// Something about this machine.
+    #[error(transparent)]
+    Doctor(#[from] doctor::Error),
+    /// Something about images.
+    #[error(transparent)]
+    Image(#[from] image::Error),
     /// Something about a control node.
     #[error(transparent)]
     Control(#[from] control::Error),
@@ -78,6 +96,8 @@ pub enum Error {
 pub fn run(cli: Cli) -> Result<u8, Error> {
     let format = cli.output;
     match cli.command {
+        Command::Doctor(args) => return Ok(doctor::run(args, format)?),
+        Command::Image(args) => image::run(args, format)?,
         Command::Node(args) => control::node::run(args, format)?,
         Command::Pool(args) => control::pool::run(args, format)?,
         Command::Tier(args) => control::tier::run(args, format)?,

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 
-use bedplate_api::client::{Client, ClientError, Endpoint};
+use bedplate_api::client::{Client, ClientError, Endpoint, ParseEndpointError};
 use tokio::runtime::{Builder, Runtime};
 
 use crate::output::PrintError;
@@ -48,6 +48,12 @@ pub enum Error {
     /// This process could not get what it needs to speak at all.
     #[error("cannot set up a connection: {0}")]
     Setup(std::io::Error),
+    /// The environment names no endpoint.
+    #[error("{CONTROL_VARIABLE}: {cause}")]
+    Variable {
+        /// What is wrong with it.
+        cause: ParseEndpointError,
+    },
     /// A name that the control node does not know.
     #[error("no {kind} named {name:?}; `bedplate {list}` shows those there are")]
     Unknown {
@@ -68,6 +74,12 @@ pub enum Error {
         name: String,
         /// Why.
         source: std::io::Error,
+    },
+    /// The VM ended, or its node went away.
+    #[error("the console of {name} was closed: the VM has ended or its node is away; `bedplate vm ls` shows which")]
+    ConsoleClosed {
+        /// The VM.
+        name: String,
     },
     /// Stdout is gone.
     #[error(transparent)]
@@ -109,5 +121,13 @@ impl Session {
         Error: From<E>,
     {
         Ok(self.runtime.block_on(call)?)
+    }
+
+    /// Does `work`, which is many calls.
+    ///
+    /// # Errors
+    /// Those of the work.
+    pub fn run<T, E>(&self, work: impl AsyncFnOnce(&Client) -> Result<T, E>) -> Result<T, E> {
+        self.runtime.block_on(work(&self.client))
     }
 }

@@ -6,7 +6,11 @@ use clap::Subcommand;
 use comfy_table::Cell;
 
 use super::{ControlArgs, Error, Session};
+use crate::console::{self, End, Keys};
 use crate::output::{self, Format, Health, PrintError};
+use crate::terminal;
+
+const KEYS: Keys = Keys { leave: "leaves; the VM goes on", power_button: false };
 
 /// `bedplate vm …`
 #[derive(Debug, clap::Args)]
@@ -33,6 +37,11 @@ enum Action {
         /// Its name
         name: String,
     },
+    /// Connect this terminal to a VM's console; Ctrl-A X leaves, the VM goes on
+    Console {
+        /// Its name
+        name: String,
+    },
 }
 
 /// Runs it.
@@ -54,8 +63,23 @@ pub fn run(args: Args, format: Format) -> Result<(), Error> {
                 Format::Table => output::line(log.trim_end_matches('\n'))?,
             }
         }
+        Action::Console { name } => return attach(&session, name),
     }
     Ok(())
+}
+
+fn attach(session: &Session, name: String) -> Result<(), Error> {
+    session.run(async |client| {
+        let stream = client.vm_console(&name).await?;
+        if terminal::is_interactive() {
+            output::note(&format!("Console of {name}; Ctrl-A X leaves, Ctrl-A ? shows more."));
+        }
+        let end = console::attach(stream, KEYS, || {}).await;
+        match end.map_err(|source| Error::Console { name: name.clone(), source })? {
+            End::Closed => Err(Error::ConsoleClosed { name }),
+            End::Left | End::Signal(_) => Ok(()),
+        }
+    })
 }
 
 /// Prints VMs; used by `node show` too.

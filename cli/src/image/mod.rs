@@ -1,0 +1,206 @@
+//! `bedplate image`: the local store, and the way between it and a control node's repository.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use bedplate_api::client::Endpoint;
+use bedplate_images::{Store, StoreError};
+use clap::Subcommand;
+
+use crate::control::{self, CONTROL_VARIABLE, DEFAULT_CONTROL, Session};
+use crate::output::{self, Format, PrintError};
+use crate::place::{PlaceError, StoreArgs};
+
+mod local;
+mod pull;
+mod push;
+
+/// `bedplate image …`
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  bedplate image ls
+  bedplate image push web --as web-2
+  bedplate image pull web
+  bedplate image ls --control
+  bedplate image verify web")]
+pub struct Args {
+    #[command(flatten)]
+    store: StoreArgs,
+    #[command(subcommand)]
+    action: Action,
+}
+
+/// The repository of a control node, instead of the local store.
+#[derive(Debug, clap::Args)]
+struct Remote {
+    /// In the repository of a control node (at this endpoint, else at BEDPLATE_CONTROL, else on this machine)
+    #[arg(long, num_args = 0..=1, value_name = "ENDPOINT")]
+    control: Option<Option<Endpoint>>,
+}
+
+/// The control node to copy to or from.
+#[derive(Debug, clap::Args)]
+struct Peer {
+    /// The control node: unix:/path or http://host:port
+    #[arg(long, env = CONTROL_VARIABLE, default_value = DEFAULT_CONTROL, value_name = "ENDPOINT")]
+    control: Endpoint,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// List images
+    Ls {
+        #[command(flatten)]
+        remote: Remote,
+    },
+    /// Show an image: its manifest, and what of it is here
+    Inspect {
+        /// Its name or digest
+        name: String,
+    },
+    /// Remove a name; what no other name needs goes with the next `gc`
+    Rm {
+        /// The name
+        name: String,
+        #[command(flatten)]
+        remote: Remote,
+    },
+    /// Send an image to a control node's repository; only what it lacks is sent
+    Push {
+        /// Its name or digest here
+        name: String,
+        /// Its name there [default: the name here]
+        #[arg(long = "as", value_name = "NAME")]
+        to: Option<String>,
+        #[command(flatten)]
+        peer: Peer,
+    },
+    /// Fetch an image from a control node's repository; only what is missing here is fetched
+    Pull {
+        /// Its name or digest there
+        name: String,
+        /// Its name here [default: the name there]
+        #[arg(long = "as", value_name = "NAME")]
+        to: Option<String>,
+        #[command(flatten)]
+        peer: Peer,
+    },
+    /// Remove what no name and no disk of a VM needs
+    Gc {
+        /// Keep what is younger than this many seconds
+        #[arg(long, default_value_t = 3600, value_name = "SECONDS")]
+        grace: u64,
+    },
+    /// Read every byte of images and compare it with its digest
+    Verify {
+        /// Name or digest; all names where none is given
+        name: Option<String>,
+    },
+    /// Write a part of an image to a file
+    Export {
+        /// Its name or digest
+        name: String,
+        /// The file; must not be there yet
+        file: PathBuf,
+        /// Which part: disk, kernel or initrd
+        #[arg(long, default_value = "disk")]
+        part: String,
+    },
+}
+
+/// Why a command about images failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No place for the store.
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    /// The store, or what is in it.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The control node.
+    #[error(transparent)]
+    Control(#[from] control::Error),
+    /// A file that is there already is not written over.
+    #[error("{} is there already; remove it or name another file", .0.display())]
+    Exists(PathBuf),
+    /// A digest is no name.
+    #[error("{0} is a digest; say under which name with --as")]
+    NameNeeded(String),
+    /// A chunk list of the other side that does not fit what was asked.
+    #[error(
+        "the repository at {endpoint} did not send {count} of the chunks that it was asked for; try again, and if it stays, `bedplate-control` there has lost data"
+    )]
+    Unsent {
+        /// Whom we asked.
+        endpoint: Endpoint,
+        /// How many.
+        count: usize,
+    },
+    /// Stdout is gone.
+    #[error(transparent)]
+    Print(#[from] PrintError),
+}
+
+impl From<bedplate_api::client::ClientError> for Error {
+    fn from(error: bedplate_api::client::ClientError) -> Self {
+        Self::Control(error.into())
+    }
+}
+
+/// Runs it.
+///
+/// # Errors
+/// See [`Error`].
+pub fn run(args: Args, format: Format) -> Result<(), Error> {
+    let dir = args.store.dir()?;
+    match args.action {
+        Action::Ls { remote: Remote { control: Some(endpoint) } } => {
+            let session = session(endpoint)?;
+            let images = session.wait(session.client.images())?;
+            local::print(&images, format, "The repository is empty; `bedplate image push` fills it.")?;
+        }
+        Action::Ls { .. } => local::ls(dir, format)?,
+        Action::Inspect { name } => local::inspect(&Store::open(dir)?, &name, format)?,
+        Action::Rm { name, remote: Remote { control: Some(endpoint) } } => {
+            let session = session(endpoint)?;
+            session.wait(session.client.untag_image(&name))?;
+        }
+        Action::Rm { name, .. } => Store::open(dir)?.remove_tag(&name)?,
+        Action::Push { name, to, peer } => push::run(&Store::open(dir)?, &name, to, &peer.control, format)?,
+        Action::Pull { name, to, peer } => pull::run(&Store::create(dir)?, &name, to, &peer.control, format)?,
+        Action::Gc { grace } => local::gc(&Store::open(dir)?, Duration::from_secs(grace), format)?,
+        Action::Verify { name } => local::verify(&Store::open(dir)?, name, format)?,
+        Action::Export { name, file, part } => local::export(&Store::open(dir)?, &name, &part, file)?,
+    }
+    Ok(())
+}
+
+/// The control node at `endpoint`, else where the environment says, else here.
+fn session(endpoint: Option<Endpoint>) -> Result<Session, Error> {
+    let given = || std::env::var(CONTROL_VARIABLE).ok().filter(|text| !text.is_empty());
+    let endpoint = match endpoint {
+        Some(endpoint) => endpoint,
+        None => given()
+            .unwrap_or_else(|| DEFAULT_CONTROL.to_owned())
+            .parse()
+            .map_err(|e| control::Error::Variable { cause: e })?,
+    };
+    Ok(Session::open(&endpoint)?)
+}
+
+/// The tag to give: `to`, else `name`, which must not be a digest then.
+fn tag_for(name: &str, to: Option<String>) -> Result<String, Error> {
+    match to {
+        Some(to) => Ok(to),
+        None if name.starts_with("blake3:") => Err(Error::NameNeeded(name.to_owned())),
+        None => Ok(name.to_owned()),
+    }
+}
+
+/// Prints one image, after it was made or moved.
+fn print_one(image: &bedplate_api::image::ImageSummary, format: Format) -> Result<(), PrintError> {
+    match format {
+        Format::Json => output::json(image),
+        Format::Table => local::print(std::slice::from_ref(image), format, ""),
+    }
+}

@@ -1,0 +1,125 @@
+//! Directories of VMs that `bedplate run` starts, beside the images that their disks are children of.
+//!
+//! ```text
+//! {store}/runs/{name}-{process id}/   one run: lock, kernel, initrd, the VMM's files, and the disk unless it is kept
+//! {store}/disks/{name}/               a persistent disk, and nothing else
+//! ```
+//!
+//! A run's directory goes with the run. Where the process was killed it stays, unlocked, and the next one sweeps it.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use bedplate_api::Digest;
+use bedplate_images::Store;
+use bedplate_images::disk::Disk;
+use rustix::fs::{FlockOperation, flock};
+
+use crate::net;
+
+const RUNS: &str = "runs";
+const DISKS: &str = "disks";
+const LOCK: &str = "lock";
+/// The disk in a run's directory.
+pub const DISK: &str = "disk";
+
+/// A directory that cannot be made.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {what} {}: {source}; --store names another place", path.display())]
+pub struct RunDirError {
+    what: &'static str,
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// The directory of one run; removed when dropped.
+#[derive(Debug)]
+pub struct RunDir {
+    path: PathBuf,
+    /// Held as long as the run lasts.
+    _lock: File,
+}
+
+impl RunDir {
+    /// Makes one for a VM called `name`, after removing what killed runs left.
+    ///
+    /// # Errors
+    /// The store's file system refuses.
+    pub fn create(store: &Path, name: &str) -> Result<Self, RunDirError> {
+        sweep(store);
+        let path = store.join(RUNS).join(format!("{name}-{}", std::process::id()));
+        let failed = |what, path: &Path| {
+            let path = path.to_owned();
+            move |source| RunDirError { what, path, source }
+        };
+        fs::create_dir_all(&path).map_err(failed("create", &path))?;
+        let lock_path = path.join(LOCK);
+        let lock = File::create(&lock_path).map_err(failed("create", &lock_path))?;
+        flock(&lock, FlockOperation::NonBlockingLockExclusive)
+            .map_err(io::Error::from)
+            .map_err(failed("lock", &lock_path))?;
+        Ok(Self { path, _lock: lock })
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for RunDir {
+    fn drop(&mut self) {
+        // What cannot be removed now is removed by the next run.
+        let _ = fs::remove_dir_all(&self.path);
+    }
+}
+
+/// Where the persistent disk of the VM `name` is.
+pub fn persistent_disk(store: &Path, name: &str) -> PathBuf {
+    store.join(DISKS).join(name)
+}
+
+/// Removes the directories, and the networks, of runs whose process is gone.
+fn sweep(store: &Path) {
+    for dir in children(&store.join(RUNS)) {
+        // A directory without a lock is being made or removed at this moment; the next sweep decides.
+        let Ok(lock) = File::open(dir.join(LOCK)) else { continue };
+        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            net::remove_stale(&dir);
+            let _ = fs::remove_dir_all(&dir);
+        }
+    }
+}
+
+/// The images that disks of VMs are children of: besides names, what keeps content alive.
+pub fn images_in_use(store: &Store) -> Vec<Digest> {
+    let runs = children(&store.dir().join(RUNS)).into_iter().map(|dir| dir.join(DISK));
+    let disks = children(&store.dir().join(DISKS));
+    runs.chain(disks).filter_map(|dir| Disk::spec_of(&dir).ok()).map(|spec| spec.image).collect()
+}
+
+fn children(dir: &Path) -> Vec<PathBuf> {
+    fs::read_dir(dir).map(|entries| entries.flatten().map(|entry| entry.path()).collect()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_leaves_nothing_and_a_killed_one_is_swept() {
+        let store = tempfile::tempdir().unwrap();
+        let dead = store.path().join("runs/old-1");
+        fs::create_dir_all(dead.join("disk")).unwrap();
+        fs::write(dead.join(LOCK), "").unwrap();
+        let run = RunDir::create(store.path(), "web").unwrap();
+        assert!(!dead.exists(), "left by a killed run");
+        let path = run.path().to_owned();
+        fs::write(path.join("kernel"), "x").unwrap();
+        sweep(store.path());
+        assert!(path.join("kernel").exists(), "a living run");
+        drop(run);
+        assert!(!path.exists());
+    }
+}

@@ -1,0 +1,234 @@
+//! One `bedplate-vmm` process of ours: found, started, stopped, and asked how it ended.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use bedplate_api::vmm::{Exit, ExitReason, VmConfig};
+use bedplate_lab::Process;
+use rustix::process::Signal;
+
+/// Name of the program.
+pub const PROGRAM: &str = "bedplate-vmm";
+/// A VMM that was told to stop at once, or has closed its console, needs milliseconds. More means that it hangs.
+const GRACE: Duration = Duration::from_secs(10);
+/// The last words of a VMM that are quoted, in bytes.
+const MAX_WORDS: u64 = 4096;
+
+/// A VM that could not be started, or ended badly.
+#[derive(Debug, thiserror::Error)]
+pub enum VmmError {
+    /// There is no VMM.
+    #[error("{PROGRAM} is neither beside {} nor in PATH: build it (`cargo build --release -p {PROGRAM}`) or name it with --vmm", beside.display())]
+    NotFound {
+        /// Where `bedplate` is.
+        beside: PathBuf,
+    },
+    /// What --vmm names cannot be run.
+    #[error("{} (from --vmm) is no program: {cause}", path.display())]
+    NotAProgram {
+        /// As given.
+        path: PathBuf,
+        /// Why.
+        cause: io::Error,
+    },
+    /// A file of the VM could not be written or read.
+    #[error("cannot {what} {}: {source}", path.display())]
+    File {
+        /// A verb.
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The process could not be started or watched.
+    #[error(transparent)]
+    Process(#[from] bedplate_lab::Error),
+    /// It ended and did not say why.
+    #[error("{PROGRAM} died ({status}){words}")]
+    Died {
+        /// Its exit status.
+        status: String,
+        /// Its last words, with a leading separator; empty where there were none.
+        words: String,
+    },
+    /// The guest or the host failed; the VMM's own words.
+    #[error("{0}")]
+    Failed(String),
+}
+
+fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> VmmError {
+    move |source| VmmError::File { what, path: path.to_owned(), source }
+}
+
+/// The VMM to use: `given`, else the one beside this program, else the one in PATH.
+///
+/// # Errors
+/// There is none.
+pub fn locate(given: Option<&Path>) -> Result<PathBuf, VmmError> {
+    if let Some(path) = given {
+        return match path.metadata() {
+            Ok(meta) if meta.is_file() => Ok(path.to_owned()),
+            Ok(_) => Err(VmmError::NotAProgram { path: path.to_owned(), cause: io::ErrorKind::InvalidInput.into() }),
+            Err(cause) => Err(VmmError::NotAProgram { path: path.to_owned(), cause }),
+        };
+    }
+    let here = std::env::current_exe().map_err(file("find", Path::new("/proc/self/exe")))?;
+    let beside = here.parent().unwrap_or(Path::new("/")).to_owned();
+    in_dirs(std::iter::once(beside.clone()).chain(path_dirs()), PROGRAM).ok_or(VmmError::NotFound { beside })
+}
+
+fn path_dirs() -> Vec<PathBuf> {
+    std::env::var_os("PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default()
+}
+
+fn in_dirs(dirs: impl IntoIterator<Item = PathBuf>, program: &str) -> Option<PathBuf> {
+    dirs.into_iter().map(|dir| dir.join(program)).find(|path| path.is_file())
+}
+
+/// Whether PATH has `program`.
+pub fn in_path(program: &str) -> Option<PathBuf> {
+    in_dirs(path_dirs(), program)
+}
+
+/// A running VM. Killed when dropped, and when this process dies, however it dies.
+#[derive(Debug)]
+pub struct Vmm {
+    process: Process,
+    dir: PathBuf,
+}
+
+impl Vmm {
+    /// Starts a VM. `dir` is for its files: `vmm.json`, `vmm.sock`, `vmm.log`, `exit.json`; `serial` as the VMM's option.
+    ///
+    /// # Errors
+    /// A file cannot be written, or the process cannot be started. That the VM could not be started comes later, with
+    /// [`Vmm::finish`].
+    pub fn start(program: &Path, dir: &Path, id: &str, config: &VmConfig, serial: &OsStr) -> Result<Self, VmmError> {
+        let config_path = dir.join("vmm.json");
+        let text = serde_json::to_vec_pretty(config).map_err(io::Error::from).map_err(file("write", &config_path))?;
+        fs::write(&config_path, text).map_err(file("write", &config_path))?;
+        let log = dir.join("vmm.log");
+        let words = File::create(&log).map_err(file("create", &log))?;
+        let mut command = Command::new(program);
+        command.args(["--id", id]).arg("--config-file").arg(&config_path).arg("--api-sock").arg(dir.join("vmm.sock"));
+        command.arg("--serial").arg(serial).arg("--exit-file").arg(dir.join("exit.json"));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(words);
+        Ok(Self { process: Process::start(PROGRAM, command)?, dir: dir.to_owned() })
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> bool {
+        self.process.is_running()
+    }
+
+    /// Presses the guest's power button.
+    pub fn press_power_button(&self) {
+        self.process.signal(Signal::TERM);
+    }
+
+    /// Ends the VM at once; disks keep what was acknowledged.
+    ///
+    /// # Errors
+    /// As [`Vmm::finish`].
+    pub fn stop(self) -> Result<Exit, VmmError> {
+        // A VMM that does not answer is killed below.
+        let _ = ask_to_stop(&self.dir.join("vmm.sock"));
+        self.finish(GRACE).or_else(|error| match error {
+            // Killed because it did not react: the person wanted it gone, and it is.
+            VmmError::Process(_) => {
+                Ok(Exit { reason: ExitReason::Stopped, detail: "killed: it did not stop by itself".to_owned() })
+            }
+            other => Err(other),
+        })
+    }
+
+    /// Waits for a VM that has closed its console, and says how it ended.
+    ///
+    /// # Errors
+    /// The VM failed, or could not be started at all; or it still runs after `timeout`, and is killed then.
+    pub fn finish(mut self, timeout: Duration) -> Result<Exit, VmmError> {
+        let status = self.process.wait(timeout)?;
+        let exit: Option<Exit> =
+            fs::read(self.dir.join("exit.json")).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        match exit {
+            Some(exit) if exit.reason.code() == 0 => Ok(exit),
+            Some(exit) => Err(VmmError::Failed(exit.detail)),
+            None => Err(VmmError::Died { status: status.to_string(), words: last_words(&self.dir.join("vmm.log")) }),
+        }
+    }
+
+    /// As [`Vmm::finish`], where the console has been closed already.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn ended(self) -> Result<Exit, VmmError> {
+        self.finish(GRACE)
+    }
+}
+
+/// `PUT /bedplate/stop` has neither a body nor an answer that matters: no client is needed for it.
+fn ask_to_stop(socket: &Path) -> io::Result<()> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(GRACE))?;
+    stream.write_all(b"PUT /bedplate/stop HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n")?;
+    // The answer, or the end of the process: either means that it was heard.
+    stream.read(&mut [0; 64]).map(drop)
+}
+
+fn last_words(log: &Path) -> String {
+    let mut text = Vec::new();
+    // What cannot be read cannot be quoted.
+    let _ = File::open(log).and_then(|file| file.take(MAX_WORDS).read_to_end(&mut text));
+    let text = String::from_utf8_lossy(&text);
+    match text.lines().rfind(|line| !line.trim().is_empty()) {
+        Some(line) => format!(": {}", line.trim()),
+        None => String::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    /// A program that behaves as a VMM would that ends at once.
+    fn fake(dir: &Path, script: &str) -> PathBuf {
+        let path = dir.join("fake-vmm");
+        fs::write(&path, format!("#!/bin/sh\ncd {}\n{script}\n", dir.display())).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        path
+    }
+
+    fn end_of(script: &str) -> Result<Exit, VmmError> {
+        let dir = tempfile::tempdir().unwrap();
+        let program = fake(dir.path(), script);
+        Vmm::start(&program, dir.path(), "x", &VmConfig::default(), OsStr::new("off"))
+            .unwrap()
+            .finish(Duration::from_secs(60))
+    }
+
+    #[test]
+    fn how_a_vm_ended_is_told_in_its_own_words() {
+        let exit = end_of(r#"echo '{"reason":"guest_power_off","detail":"bye"}' > exit.json"#).unwrap();
+        assert_eq!((exit.reason, exit.detail.as_str()), (ExitReason::GuestPowerOff, "bye"));
+        let failed =
+            end_of(r#"echo '{"reason":"host_fault","detail":"no /dev/kvm"}' > exit.json; exit 1"#).unwrap_err();
+        assert_eq!(failed.to_string(), "no /dev/kvm");
+        let died = end_of("echo one >&2; echo the last word >&2; kill -9 $$").unwrap_err().to_string();
+        assert!(died.contains("signal: 9") && died.ends_with(": the last word"), "{died}");
+    }
+
+    #[test]
+    fn a_vmm_that_is_not_there_is_named() {
+        let error = locate(Some(Path::new("/nonexistent/vmm"))).unwrap_err().to_string();
+        assert!(error.contains("/nonexistent/vmm") && error.contains("--vmm"), "{error}");
+        assert!(matches!(locate(Some(Path::new("/"))), Err(VmmError::NotAProgram { .. })));
+    }
+}
