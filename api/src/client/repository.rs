@@ -1,6 +1,7 @@
 //! Calls of [`crate::image`]: the repository of the control node, and chunks from a peer.
 
 use bytes::Bytes;
+use futures_util::Stream;
 use reqwest::Method;
 
 use super::{Client, ClientError, Frames, blob_path, segment};
@@ -79,6 +80,19 @@ impl Client {
         Ok(missing.digests)
     }
 
+    /// Asks for `digests` (at most [`crate::image::MAX_CHUNK_LIST`]) and returns the chunks as they arrive, as claimed and
+    /// compressed: who keeps them verifies them.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn open_chunks(
+        &self,
+        digests: Vec<Digest>,
+    ) -> Result<Frames<impl Stream<Item = Result<Bytes, reqwest::Error>> + Send + Unpin + use<>>, ClientError> {
+        let request = self.request(Method::POST, "/v1/chunks/fetch").json(&ChunkList { digests });
+        Ok(Frames::new(Box::pin(self.send(request).await?.bytes_stream())))
+    }
+
     /// Asks for `digests` (at most [`crate::image::MAX_CHUNK_LIST`]) and hands each chunk, as claimed and compressed, to
     /// `keep`, which verifies it. Stops at the first refusal.
     ///
@@ -90,8 +104,7 @@ impl Client {
         mut keep: impl AsyncFnMut(Digest, Bytes) -> Result<(), String>,
     ) -> Result<(), ClientError> {
         let path = "/v1/chunks/fetch";
-        let response = self.send(self.request(Method::POST, path).json(&ChunkList { digests })).await?;
-        let mut frames = Frames::new(Box::pin(response.bytes_stream()));
+        let mut frames = self.open_chunks(digests).await?;
         let broken = |source| ClientError::Frames { endpoint: self.endpoint().clone(), source };
         while let Some((digest, compressed)) = frames.next().await.map_err(broken)? {
             keep(digest, compressed).await.map_err(|cause| ClientError::Answer {

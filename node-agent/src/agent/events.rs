@@ -1,0 +1,208 @@
+//! Taking note of what happened: one function per event.
+
+use bedplate_api::error::ErrorKind;
+use bedplate_api::node::{Desired, Ipv4Net, NodeStatus};
+use bedplate_api::vmm::ExitReason;
+use bedplate_api::{ApiError, Digest, VmId};
+
+use super::model::{End, ImageState, Process, Step};
+use super::{Agent, Event, check};
+use crate::clock::Millis;
+use crate::image::Bootable;
+use crate::net::tap;
+use crate::net::vms::VmNetwork;
+use crate::vm::process::{self, Watched};
+
+/// The wait before a network that could not be set up is tried again.
+const NETWORK_AGAIN: std::time::Duration = std::time::Duration::from_secs(10);
+
+impl Agent {
+    pub(super) async fn handle(&mut self, event: Event) {
+        match event {
+            Event::Desired(desired, answer) => {
+                // Who asked may have gone; what was kept counts all the same.
+                let _gone = answer.send(self.take_desired(desired));
+            }
+            Event::Asked(answer) => {
+                let _gone = answer.send(self.desired.clone());
+            }
+            Event::Network(network, peer) => self.take_network(network, peer).await,
+            Event::AddressTaken(mac) => self.take_address(mac),
+            Event::Image(digest, result) => self.take_image(digest, result),
+            Event::Progress => self.take_progress(),
+            Event::Started(id, result) => self.take_started(id, result),
+            Event::Ended(id, process, end) => self.take_end(id, process, &end),
+            Event::Removed(id, result) => self.take_removed(id, result),
+            Event::Leave => {
+                tracing::info!("the machine goes down: every VM is stopped");
+                self.leaving = true;
+            }
+        }
+    }
+
+    fn take_desired(&mut self, desired: Desired) -> Result<NodeStatus, ApiError> {
+        let held = self.desired.generation;
+        if desired.generation < held {
+            let message = format!("generation {} is older than {held}, which this node works on", desired.generation);
+            return Err(ApiError::new(ErrorKind::Conflict, message));
+        }
+        if desired.generation == held {
+            if desired != self.desired {
+                let message = format!("generation {held} was handed over before with other VMs; count it up with each change");
+                return Err(ApiError::new(ErrorKind::Conflict, message));
+            }
+            return Ok(self.node_status());
+        }
+        check(&desired, &self.vms).map_err(|why| ApiError::new(ErrorKind::BadRequest, why))?;
+        self.journal.put_desired(&desired).map_err(|e| {
+            let kind = if e.is_no_space() { ErrorKind::NoSpace } else { ErrorKind::Internal };
+            ApiError::new(kind, e.to_string())
+        })?;
+        tracing::info!("generation {} asks for {} VMs", desired.generation, desired.vms.len());
+        self.desired = desired;
+        self.look_at_host();
+        Ok(self.node_status())
+    }
+
+    async fn take_network(&mut self, network: Ipv4Net, peer: Option<std::net::SocketAddr>) {
+        if self.network.as_ref().is_none_or(|held| held.network() != network) {
+            // The old one's DHCP server has to let go of its port first.
+            self.network = None;
+            let (taken, mut takers) = tokio::sync::mpsc::channel(16);
+            match VmNetwork::open(self.config.id, network, taken).await {
+                Ok(opened) => self.network = Some(std::sync::Arc::new(opened)),
+                Err(e) => return self.network_failed(&e.to_string(), network, peer),
+            }
+            let events = self.events.clone();
+            tokio::spawn(async move {
+                while let Some(mac) = takers.recv().await {
+                    let _ended = events.send(Event::AddressTaken(mac)).await;
+                }
+            });
+            tracing::info!("VMs are on bridge bp0 with {}/{}", network.address, network.prefix);
+        }
+        if let Some(held) = &self.network {
+            let keep = self.vms.keys().copied().collect();
+            if let Err(e) = held.sweep(&keep).await {
+                tracing::warn!("{e}");
+            }
+            if let Some(peer) = peer
+                && let Err(e) = held.forward_from_peer(peer).await
+            {
+                tracing::warn!("VMs cannot be reached from other machines: {e}");
+            }
+        }
+        self.reattach().await;
+        self.serve_addresses();
+        self.look_at_host();
+    }
+
+    /// VMs that run already keep their taps; one that was lost meanwhile is made again, though its VM must be restarted
+    /// to use it.
+    async fn reattach(&self) {
+        let Some(network) = &self.network else { return };
+        for vm in self.vms.values().filter(|vm| vm.is_active()) {
+            if let Some(address) = vm.address
+                && let Err(e) = network.attach(vm.spec.id, address).await
+            {
+                tracing::warn!("VM {}: {e}", vm.spec.name);
+            }
+        }
+    }
+
+    fn network_failed(&mut self, why: &str, network: Ipv4Net, peer: Option<std::net::SocketAddr>) {
+        tracing::error!("the VMs' network cannot be set up: {why}");
+        self.host.not_yet = Some(format!("the VMs' network cannot be set up: {why}"));
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(NETWORK_AGAIN).await;
+            let _ended = events.send(Event::Network(network, peer)).await;
+        });
+    }
+
+    fn take_address(&mut self, mac: [u8; 6]) {
+        let vm = self.vms.values().find(|vm| tap::guest_mac(vm.spec.id) == mac && !vm.address_taken);
+        let Some(id) = vm.filter(|vm| vm.is_active()).map(|vm| vm.spec.id) else { return };
+        self.change(id, |vm| vm.address_taken = true);
+    }
+
+    fn take_image(&mut self, digest: Digest, result: Result<Bootable, String>) {
+        // Dropped meanwhile: nobody waits for it.
+        if self.copies.remove(&digest).is_none() {
+            return;
+        }
+        let state = match result {
+            Ok(bootable) => {
+                tracing::info!("image {} is ready", digest.short());
+                self.bootable.insert(digest, bootable);
+                if let Err(at) = self.complete.binary_search(&digest) {
+                    self.complete.insert(at, digest);
+                }
+                ImageState::Ready
+            }
+            Err(detail) => {
+                tracing::error!("image {}: {detail}", digest.short());
+                ImageState::Failed { detail, generation: self.desired.generation }
+            }
+        };
+        self.states.insert(digest, state);
+    }
+
+    fn take_progress(&mut self) {
+        for (digest, copy) in &self.copies {
+            let (progress, trouble) = (*copy.progress.borrow(), copy.trouble.borrow().clone());
+            self.states.insert(*digest, ImageState::Copying { progress, trouble });
+        }
+    }
+
+    fn take_started(&mut self, id: VmId, result: Result<Watched, String>) {
+        let now = Millis::now();
+        match result {
+            Ok(watched) => {
+                let process = watched.process();
+                tracing::info!("VM {id} runs as process {}", process.pid);
+                self.change(id, |vm| {
+                    vm.step = Step::Running { process, since: process::started_at(process) };
+                    vm.detail = None;
+                });
+                self.watch(id, watched);
+            }
+            Err(why) => {
+                tracing::warn!("VM {id} was not started: {why}");
+                self.change(id, |vm| vm.start_failed(why, now));
+            }
+        }
+    }
+
+    fn take_end(&mut self, id: VmId, process: Process, end: &End) {
+        let now = Millis::now();
+        // An earlier process of the same VM is no news.
+        let Some(vm) = self.vms.get(&id).filter(|vm| vm.process() == Some(process)) else { return };
+        let level_is_calm = matches!(end.reason, ExitReason::GuestPowerOff | ExitReason::GuestReset | ExitReason::Stopped);
+        if level_is_calm {
+            tracing::info!("VM {} has ended: {}", vm.spec.name, end.detail);
+        } else {
+            tracing::warn!("VM {} has ended: {}", vm.spec.name, end.detail);
+        }
+        self.watchers.remove(&id);
+        let ran = now.since(process::started_at(process));
+        self.change(id, |vm| vm.ended(end, ran, now));
+    }
+
+    fn take_removed(&mut self, id: VmId, result: Result<(), String>) {
+        match result {
+            Ok(()) => {
+                tracing::info!("VM {id} is removed");
+                self.vms.remove(&id);
+                self.serve_addresses();
+            }
+            Err(why) => {
+                tracing::error!("VM {id} cannot be removed: {why}");
+                self.change(id, |vm| {
+                    vm.step = Step::Off;
+                    vm.detail = Some(why);
+                });
+            }
+        }
+    }
+}

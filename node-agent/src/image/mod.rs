@@ -1,0 +1,189 @@
+//! Images on this node: copied from the control node as far as they lack here, verified, made ready to boot.
+//!
+//! Way through the house: repository ⇒ [`copy`] → the node's store → disk of a VM. Every byte is verified by the store
+//! when it lands and again when it is read.
+
+mod copy;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use bedplate_api::image::{ImageKind, Manifest};
+use bedplate_api::node::CopyProgress;
+use bedplate_api::Digest;
+use bedplate_api::client::{Client, ClientError, FrameError};
+use bedplate_images::{Store, StoreError};
+use tokio::sync::watch;
+
+use crate::files;
+
+/// Name of the address space that is a disk image's disk.
+const DISK_PART: &str = "disk";
+
+/// Why an image is not ready.
+#[derive(Debug, thiserror::Error)]
+pub enum ImageError {
+    /// The repository has no such image.
+    #[error("image {0} is not in the repository; import it, or ask for another")]
+    Unknown(Digest),
+    /// It is not here, and there is nowhere to get it from.
+    #[error("image {0} is not complete in this node's store, and the node has no control node to copy it from")]
+    NoSource(Digest),
+    /// It is not a disk image.
+    #[error("image {0} is a hypervisor image, not a disk image; VMs need a disk image")]
+    NotADisk(Digest),
+    /// It cannot be started directly.
+    #[error("image {0} holds no kernel that was found, so it cannot be started; import it again and name kernel and initrd")]
+    NotBootable(Digest),
+    /// A part that the manifest should have is not there.
+    #[error("the manifest of image {image} has no part {part:?}; import it again")]
+    NoPart {
+        /// Digest of the manifest.
+        image: Digest,
+        /// What it lacks.
+        part: String,
+    },
+    /// The repository named a chunk and did not deliver it.
+    #[error("the repository did not send {missing} of {asked} chunks that it was asked for; is the image complete there?")]
+    NotSent {
+        /// Chunks that did not come.
+        missing: usize,
+        /// Chunks asked for.
+        asked: usize,
+    },
+    /// The repository sent a chunk that was not asked for.
+    #[error("the repository sent chunk {0}, which it was not asked for")]
+    NotAsked(Digest),
+    /// The stream of chunks broke off.
+    #[error("the copy was interrupted: {0}")]
+    Frames(#[source] FrameError),
+    /// The repository could not be talked to.
+    #[error(transparent)]
+    Client(#[from] ClientError),
+    /// The node's store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The boot files could not be written.
+    #[error(transparent)]
+    File(#[from] files::FileError),
+    /// A task of ours was lost.
+    #[error("a step of the copy was aborted")]
+    Aborted,
+}
+
+impl ImageError {
+    /// Whether trying again cannot help until somebody does something.
+    pub fn is_final(&self) -> bool {
+        match self {
+            Self::Unknown(_) | Self::NoSource(_) | Self::NotADisk(_) | Self::NotBootable(_) | Self::NoPart { .. } => true,
+            Self::Store(e) => e.is_full() || matches!(e, StoreError::Manifest { .. } | StoreError::Index { .. }),
+            Self::File(e) => e.is_no_space(),
+            Self::NotSent { .. } | Self::NotAsked(_) | Self::Frames(_) | Self::Client(_) | Self::Aborted => false,
+        }
+    }
+}
+
+/// Everything about an image that a start needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bootable {
+    /// The manifest's digest.
+    pub image: Digest,
+    /// Kernel file.
+    pub kernel: PathBuf,
+    /// Initial RAM disk file.
+    pub initrd: Option<PathBuf>,
+    /// Command line as found in the image.
+    pub cmdline: String,
+    /// Size of the disk in bytes.
+    pub disk_size: u64,
+}
+
+/// The images of one node.
+#[derive(Debug, Clone)]
+pub struct Images {
+    store: Store,
+    /// `DIR/boot`: kernels and initial RAM disks as files, per image.
+    boot: PathBuf,
+    source: Option<Client>,
+}
+
+impl Images {
+    /// The images in `store`, completed from `source`, with boot files under the state directory `state`.
+    pub fn new(store: Store, state: &Path, source: Option<Client>) -> Self {
+        Self { store, boot: state.join("boot"), source }
+    }
+
+    /// The store.
+    pub const fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Digests of the images that are complete here.
+    ///
+    /// # Errors
+    /// The store cannot be read.
+    pub fn complete(&self) -> Result<Vec<Digest>, StoreError> {
+        let mut digests: Vec<Digest> = self.store.tags()?.into_iter().map(|(_, digest)| digest).collect();
+        digests.sort_unstable();
+        digests.dedup();
+        Ok(digests)
+    }
+
+    /// Makes the image `digest` ready, copying what lacks. One attempt; what has landed stays for the next one.
+    ///
+    /// # Errors
+    /// See [`ImageError`].
+    pub async fn ensure(
+        &self,
+        digest: Digest,
+        progress: &watch::Sender<Option<CopyProgress>>,
+    ) -> Result<Bootable, ImageError> {
+        let manifest = copy::complete(&self.store, self.source.as_ref(), digest, progress).await?;
+        let this = self.clone();
+        blocking(move || this.prepare(digest, &manifest)).await
+    }
+
+    /// Writes out kernel and initial RAM disk, unless an earlier start did.
+    fn prepare(&self, digest: Digest, manifest: &Manifest) -> Result<Bootable, ImageError> {
+        let boot = manifest.boot.as_ref().ok_or(ImageError::NotBootable(digest))?;
+        let disk = manifest.parts.get(DISK_PART);
+        let disk = disk.ok_or_else(|| ImageError::NoPart { image: digest, part: DISK_PART.to_owned() })?;
+        let dir = self.boot.join(digest.hex());
+        fs::create_dir_all(&dir).map_err(files::FileError::io("create", &dir))?;
+        let write_out = |part: &str, name: &str| -> Result<PathBuf, ImageError> {
+            let path = dir.join(name);
+            // It appears whole or not at all, so one that is there is right.
+            if !path.exists() {
+                self.store.materialise(&digest, part, &path)?;
+            }
+            Ok(path)
+        };
+        Ok(Bootable {
+            image: digest,
+            kernel: write_out(&boot.kernel, "kernel")?,
+            initrd: boot.initrd.as_deref().map(|part| write_out(part, "initrd")).transpose()?,
+            cmdline: boot.cmdline.clone(),
+            disk_size: disk.size,
+        })
+    }
+}
+
+/// Refuses what no VM can be made from, before much is copied for it.
+fn check(digest: Digest, manifest: &Manifest) -> Result<(), ImageError> {
+    if manifest.kind != ImageKind::Disk {
+        return Err(ImageError::NotADisk(digest));
+    }
+    let boot = manifest.boot.as_ref().ok_or(ImageError::NotBootable(digest))?;
+    let named = [Some(DISK_PART), Some(boot.kernel.as_str()), boot.initrd.as_deref()];
+    match named.into_iter().flatten().find(|part| !manifest.parts.contains_key(*part)) {
+        Some(part) => Err(ImageError::NoPart { image: digest, part: part.to_owned() }),
+        None => Ok(()),
+    }
+}
+
+/// Runs what blocks on the disk beside the asynchronous tasks.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ImageError> + Send + 'static,
+) -> Result<T, ImageError> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| ImageError::Aborted)?
+}

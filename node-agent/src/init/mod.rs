@@ -1,0 +1,5 @@
+//! (placeholder)
+/// x
+pub fn main() -> ! {
+    std::process::exit(1)
+}

@@ -1,0 +1,126 @@
+//! The agent's HTTP API: paths and bodies stand in [`bedplate_api::node`].
+//!
+//! Two listeners with the same routes: TCP, where every request shows the token, and a Unix socket for root alone.
+
+mod auth;
+mod chunks;
+mod console;
+mod error;
+mod listen;
+mod log;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, Path, Request, State};
+use axum::response::Response;
+use axum::routing::{get, post};
+use axum::{Json, middleware};
+use bedplate_api::node::{Desired, NodeStatus};
+use bedplate_api::VmId;
+use bedplate_images::Store;
+use serde::de::DeserializeOwned;
+use tokio::sync::oneshot;
+
+use crate::agent::{AgentHandle, Event};
+use error::{Refusal, bad_request, unavailable};
+
+pub use auth::Token;
+pub use listen::{ListenError, bind_tcp, bind_unix, serve_tcp, serve_unix};
+
+/// Most bytes of a request's body.
+const MAX_BODY: usize = 1 << 20;
+
+/// What the routes work with.
+#[derive(Debug, Clone)]
+pub struct Node {
+    /// The agent.
+    pub agent: AgentHandle,
+    /// The node's images, for peers.
+    pub store: Store,
+}
+
+/// The routes; with a `token`, every request has to show it.
+pub fn router(node: Node, token: Option<Token>) -> Router {
+    let routes = Router::new()
+        .route("/v1/status", get(status))
+        .route("/v1/desired", get(desired).put(put_desired))
+        .route("/v1/vms/{id}/log", get(vm_log))
+        .route("/v1/vms/{id}/console", get(vm_console))
+        .route("/v1/chunks/fetch", post(fetch_chunks))
+        .fallback(error::not_found)
+        .method_not_allowed_fallback(error::method_not_allowed)
+        .layer(DefaultBodyLimit::max(MAX_BODY))
+        .with_state(node);
+    match token {
+        Some(token) => routes.layer(middleware::from_fn_with_state(token, auth::require)),
+        None => routes,
+    }
+}
+
+async fn status(State(node): State<Node>) -> Json<NodeStatus> {
+    Json((*node.agent.status()).clone())
+}
+
+async fn desired(State(node): State<Node>) -> Result<Json<Desired>, Refusal> {
+    let (answer, answered) = oneshot::channel();
+    node.agent.send(Event::Asked(answer)).await;
+    answered.await.map(Json).map_err(|_| ending())
+}
+
+async fn put_desired(State(node): State<Node>, body: Body<Desired>) -> Result<Json<NodeStatus>, Refusal> {
+    let (answer, answered) = oneshot::channel();
+    node.agent.send(Event::Desired(body.0, answer)).await;
+    Ok(Json(answered.await.map_err(|_| ending())??))
+}
+
+async fn vm_log(State(node): State<Node>, Id(id): Id) -> Result<Response, Refusal> {
+    log::tail(known(&node, id)?).await
+}
+
+async fn vm_console(State(node): State<Node>, Id(id): Id, request: Request) -> Result<Response, Refusal> {
+    console::upgrade(&known(&node, id)?, request).await
+}
+
+async fn fetch_chunks(State(node): State<Node>, body: Body<bedplate_api::image::ChunkList>) -> Result<Response, Refusal> {
+    chunks::send(node.store, body.0).await
+}
+
+/// The directory of a VM that is on this node.
+fn known(node: &Node, id: VmId) -> Result<crate::vm::dir::VmDir, Refusal> {
+    if node.agent.status().vms.iter().any(|vm| vm.id == id) {
+        return Ok(node.agent.vm_dir(id));
+    }
+    Err(error::no_such(format!("this node has no VM {id}; list what it has at /v1/status")))
+}
+
+fn ending() -> Refusal {
+    unavailable("the agent is ending; try again when it is back")
+}
+
+/// The id in a path.
+struct Id(VmId);
+
+impl<S: Send + Sync> axum::extract::FromRequestParts<S> for Id {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut axum::http::request::Parts, state: &S) -> Result<Self, Refusal> {
+        let Path(text) = Path::<String>::from_request_parts(parts, state).await.map_err(|e| bad_request(e.body_text()))?;
+        text.parse().map(Self).map_err(|_| bad_request(format!("{text:?} is not the id of a VM: expected a UUID")))
+    }
+}
+
+/// A body of JSON, refused in the same form as everything else is.
+struct Body<T>(T);
+
+impl<S: Send + Sync, T: DeserializeOwned> axum::extract::FromRequest<S> for Body<T> {
+    type Rejection = Refusal;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
+        let what = format!("{} {}", request.method(), request.uri().path());
+        let bytes = Bytes::from_request(request, state).await.map_err(|e| error::body(&what, &e, MAX_BODY))?;
+        serde_json::from_slice(&bytes).map(Self).map_err(|e| bad_request(format!("the body of {what} is not understood: {e}")))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,196 @@
+//! The agent as a process: options, listeners, signals.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use bedplate_api::client::{Client, Endpoint};
+use bedplate_api::node::Ipv4Net;
+use bedplate_images::Store;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::agent::{Agent, AgentConfig, AgentHandle, Event};
+use crate::image::Images;
+use crate::net::addresses;
+use crate::report::Reporter;
+use crate::server::{self, Node, Token};
+use crate::{files, host, identity};
+
+/// What PID 1 sends the agent when the machine goes down; `SIGTERM` ends the agent and leaves the VMs running.
+pub const LEAVE_SIGNAL: i32 = libc::SIGPWR;
+
+/// Hosts VMs on this machine.
+#[derive(Debug, clap::Args)]
+pub struct AgentArgs {
+    /// Directory of everything that is kept
+    #[arg(long, default_value = "/var/lib/bedplate")]
+    pub state: PathBuf,
+    /// Control node, such as http://10.77.0.1:7070
+    #[arg(long)]
+    pub control: Option<Endpoint>,
+    /// The cluster's token
+    #[arg(long, env = "BEDPLATE_TOKEN", hide_env_values = true, conflicts_with = "token_file")]
+    pub token: Option<String>,
+    /// File with the cluster's token
+    #[arg(long)]
+    pub token_file: Option<PathBuf>,
+    /// Address and port to serve on; needs a token
+    #[arg(long)]
+    pub listen: Option<SocketAddr>,
+    /// Unix socket to serve on [default: STATE/node.sock]
+    #[arg(long)]
+    pub socket: Option<PathBuf>,
+    /// VMM program [default: bedplate-vmm beside this program, else /bin/bedplate-vmm]
+    #[arg(long)]
+    pub vmm: Option<PathBuf>,
+    /// How many VMs to provide
+    #[arg(long, default_value_t = 8)]
+    pub slots: u32,
+    /// Image store [default: STATE/images]
+    #[arg(long)]
+    pub store: Option<PathBuf>,
+    /// Network of the VMs, such as 10.78.1.0/24 [default: the control node names it; without one VMs have no network]
+    #[arg(long, value_parser = addresses::parse)]
+    pub vm_network: Option<Ipv4Net>,
+    /// MAC address of the interface that this machine booted from
+    #[arg(long)]
+    pub mac: Option<String>,
+    /// Seconds that a guest gets to power off before it is stopped
+    #[arg(long, default_value_t = 20)]
+    pub stop_seconds: u32,
+}
+
+impl AgentArgs {
+    fn token(&self) -> anyhow::Result<Option<Token>> {
+        let secret = match (&self.token, &self.token_file) {
+            (Some(token), _) => token.clone(),
+            (None, Some(path)) => {
+                let text = std::fs::read_to_string(path);
+                text.with_context(|| format!("cannot read the token file {}", path.display()))?
+            }
+            (None, None) => return Ok(None),
+        };
+        let token = Token::new(secret.trim()).context("the token is empty; give the one that the control node printed")?;
+        Ok(Some(token))
+    }
+}
+
+/// Runs the agent until it is told to end.
+///
+/// # Errors
+/// It cannot begin: each error names what is missing.
+pub async fn run(args: AgentArgs) -> anyhow::Result<()> {
+    std::fs::create_dir_all(&args.state).with_context(|| format!("cannot create {}", args.state.display()))?;
+    // Paths in processes' arguments say whose they are, so there must be one way to write them.
+    let state = args.state.canonicalize().with_context(|| format!("cannot use {}", args.state.display()))?;
+    let token = args.token()?;
+    let id = identity::load_or_make(&state, args.mac.as_deref())?;
+    let store = Store::create(args.store.clone().unwrap_or_else(|| state.join("images")))?;
+    let control = match &args.control {
+        Some(endpoint) => Some(Client::new(endpoint.clone(), token.as_ref().map(|t| t.reveal().to_owned()))?),
+        None => None,
+    };
+    let config = AgentConfig {
+        state: state.clone(),
+        id,
+        vmm: args.vmm.clone().unwrap_or_else(host::default_vmm),
+        slots: args.slots,
+        network_follows: control.is_some() && args.vm_network.is_none(),
+        button_millis: u64::from(args.stop_seconds) * 1000,
+    };
+    // Before anything listens: who sends one has seen us, and expects it to count.
+    let mut end = EndSignals::listen()?;
+    let (agent, handle) = Agent::open(config, Images::new(store.clone(), &state, control.clone()))?;
+    let listen = listen(&args, &state, token, Node { agent: handle.clone(), store }).await?;
+    tracing::info!("node {id} keeps its state in {}", state.display());
+    networks(&args, &state, control, &handle, listen).await?;
+    let mut running = tokio::spawn(agent.run());
+    tokio::select! {
+        ended = &mut running => Ok(ended?),
+        end = end.next() => match end {
+            End::Leave => {
+                handle.send(Event::Leave).await;
+                Ok(running.await?)
+            }
+            End::Quit => {
+                tracing::info!("the agent ends; VMs go on");
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Opens the listeners and serves on them. Returns where TCP is served, if it is.
+async fn listen(args: &AgentArgs, state: &Path, token: Option<Token>, node: Node) -> anyhow::Result<Option<SocketAddr>> {
+    let socket = args.socket.clone().unwrap_or_else(|| state.join("node.sock"));
+    let unix = server::bind_unix(&socket)?;
+    tracing::info!("serves on {}", socket.display());
+    tokio::spawn(server::serve_unix(unix, server::router(node.clone(), None)));
+    let Some(address) = args.listen else { return Ok(None) };
+    let token = token.context("--listen lets the network in, so it needs --token or --token-file")?;
+    let tcp = server::bind_tcp(address).await?;
+    let bound = tcp.local_addr()?;
+    tracing::info!("serves on {bound}");
+    tokio::spawn(server::serve_tcp(tcp, server::router(node, Some(token))));
+    Ok(Some(bound))
+}
+
+/// Begins with the network of VMs that is known, and with the control node, if there is one.
+async fn networks(
+    args: &AgentArgs,
+    state: &Path,
+    control: Option<Client>,
+    agent: &AgentHandle,
+    listen: Option<SocketAddr>,
+) -> anyhow::Result<()> {
+    let network_file = state.join("network.json");
+    let known = match args.vm_network {
+        Some(network) => Some(network),
+        // What the control node said last holds until it says something else.
+        None if control.is_some() => files::read_json(&network_file).unwrap_or_default(),
+        None => None,
+    };
+    if let Some(network) = known {
+        agent.send(Event::Network(network, None)).await;
+    }
+    if let Some(control) = control {
+        let listen = listen.context("--control needs --listen: the control node calls this node back")?;
+        let (mac, network_fixed) = (args.mac.clone(), args.vm_network.is_some());
+        let reporter = Reporter { control, agent: agent.clone(), mac, listen, network_file, network_fixed };
+        tokio::spawn(reporter.run());
+    }
+    Ok(())
+}
+
+/// How the agent is told to end.
+enum End {
+    /// Alone.
+    Quit,
+    /// With every VM.
+    Leave,
+}
+
+struct EndSignals {
+    term: tokio::signal::unix::Signal,
+    int: tokio::signal::unix::Signal,
+    leave: tokio::signal::unix::Signal,
+}
+
+impl EndSignals {
+    fn listen() -> io::Result<Self> {
+        Ok(Self {
+            term: signal(SignalKind::terminate())?,
+            int: signal(SignalKind::interrupt())?,
+            leave: signal(SignalKind::from_raw(LEAVE_SIGNAL))?,
+        })
+    }
+
+    async fn next(&mut self) -> End {
+        tokio::select! {
+            _ = self.term.recv() => End::Quit,
+            _ = self.int.recv() => End::Quit,
+            _ = self.leave.recv() => End::Leave,
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! How a VM ended, read from what its process left behind.
+
+use std::fs;
+
+use bedplate_api::vmm::{Exit, ExitReason};
+use rustix::process::WaitIdStatus;
+
+use super::cgroup::Cgroup;
+use super::dir::VmDir;
+use crate::agent::model::End;
+use crate::files;
+
+/// Bytes at the end of stderr in which the last line is looked for.
+const STDERR_TAIL: usize = 4096;
+
+/// How the process of the VM in `dir` ended: in its own words where it left any, else as `status` and the kernel tell.
+pub fn read(dir: &VmDir, status: Option<WaitIdStatus>, cgroup: Option<&Cgroup>) -> End {
+    if let Ok(Some(exit)) = files::read_json::<Exit>(&dir.exit()) {
+        return End { reason: exit.reason, detail: in_words(&exit) };
+    }
+    let mut detail = match status {
+        _ if cgroup.is_some_and(Cgroup::ran_out_of_memory) => {
+            "the VMM was killed because the VM used more memory than its limit".to_owned()
+        }
+        Some(s) if s.terminating_signal().is_some() => {
+            let signal = s.terminating_signal().unwrap_or_default();
+            format!("the VMM was killed by signal {signal}{}", signal_name(signal))
+        }
+        Some(s) => format!("the VMM exited with code {} and left no reason", s.exit_status().unwrap_or_default()),
+        None => "the VMM ended and left no reason".to_owned(),
+    };
+    if let Some(line) = last_line(dir) {
+        detail.push_str(": ");
+        detail.push_str(&line);
+    }
+    End { reason: ExitReason::HostFault, detail }
+}
+
+fn in_words(exit: &Exit) -> String {
+    let class = match exit.reason {
+        ExitReason::GuestPowerOff => "the guest powered off",
+        ExitReason::GuestReset => "the guest reset itself",
+        ExitReason::Stopped => "stopped from outside",
+        ExitReason::GuestFault => "the guest failed",
+        ExitReason::HostFault => "the VMM failed",
+    };
+    if exit.detail.is_empty() { class.to_owned() } else { format!("{class}: {}", exit.detail) }
+}
+
+/// The signals that VMMs die of, for people.
+const fn signal_name(signal: i32) -> &'static str {
+    match signal {
+        libc::SIGKILL => " (SIGKILL)",
+        libc::SIGSEGV => " (SIGSEGV)",
+        libc::SIGABRT => " (SIGABRT)",
+        libc::SIGBUS => " (SIGBUS)",
+        libc::SIGSYS => " (SIGSYS)",
+        libc::SIGTERM => " (SIGTERM)",
+        _ => "",
+    }
+}
+
+/// The last line that is not empty of what the VMM said.
+fn last_line(dir: &VmDir) -> Option<String> {
+    let bytes = fs::read(dir.stderr()).ok()?;
+    let tail = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(STDERR_TAIL)..]).into_owned();
+    tail.lines().rev().map(str::trim).find(|l| !l.is_empty()).map(|l| l.chars().take(500).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use bedplate_api::VmId;
+
+    use super::*;
+
+    #[test]
+    fn the_vmms_own_word_counts_then_its_status_and_stderr() {
+        let state = tempfile::tempdir().unwrap();
+        let dir = VmDir::new(state.path(), VmId::random());
+        fs::create_dir_all(dir.path()).unwrap();
+        let unknown = read(&dir, None, None);
+        assert_eq!(unknown.reason, ExitReason::HostFault);
+        fs::write(dir.stderr(), "starting\ncannot open /dev/kvm: permission denied\n\n").unwrap();
+        assert!(read(&dir, None, None).detail.ends_with("left no reason: cannot open /dev/kvm: permission denied"));
+        let exit = Exit { reason: ExitReason::GuestPowerOff, detail: String::new() };
+        files::write_json(&dir.exit(), &exit).unwrap();
+        let end = read(&dir, None, None);
+        assert_eq!((end.reason, end.detail.as_str()), (ExitReason::GuestPowerOff, "the guest powered off"));
+    }
+}

@@ -1,0 +1,9 @@
+//! One VM on this node: its directory, its process, how it is started and how it ended.
+
+pub mod api;
+pub mod cgroup;
+pub mod config;
+pub mod dir;
+pub mod end;
+pub mod process;
+pub mod start;
