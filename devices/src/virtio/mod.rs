@@ -22,6 +22,7 @@ pub mod net;
 pub mod pci;
 mod queue;
 pub mod rng;
+pub mod vsock;
 mod worker;
 
 pub use buffers::{Buffers, OutsideRam, View};

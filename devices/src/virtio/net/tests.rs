@@ -41,7 +41,7 @@ impl Link for Wire {
 }
 
 fn frame(len: usize) -> Vec<u8> {
-    (0..HEADER_LEN + len).map(|at| if at < HEADER_LEN { 0 } else { (at * 7 >> 3) as u8 }).collect()
+    (0..HEADER_LEN + len).map(|at| if at < HEADER_LEN { 0 } else { (at / 3) as u8 }).collect()
 }
 
 /// Waits for one used chain and returns the bytes that were written to `buffers`, by head.
