@@ -6,11 +6,13 @@
 //!
 //! Absences: no async runtime, no network, nothing that knows KVM. The VMM links this crate for [`disk`] alone.
 
+pub mod boot;
 pub mod digest;
 pub mod disk;
 #[cfg(test)]
 mod fixtures;
 pub mod frame;
+pub mod import;
 pub mod index;
 pub mod manifest;
 pub mod store;

@@ -27,7 +27,7 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::manifest::DISK;
-use crate::store::{Store, StoreError, lock, sync_dir};
+use crate::store::{Locked, Store, StoreError, sync_dir};
 use map::{CLUSTER, Map};
 use overlay::Overlay;
 
@@ -130,7 +130,7 @@ pub struct Disk {
     spec: Spec,
     dir: PathBuf,
     /// The directory itself, locked.
-    _lock: File,
+    _lock: Locked,
 }
 
 impl Disk {
@@ -162,7 +162,7 @@ impl Disk {
         Self::open_locked(dir, lock)
     }
 
-    fn open_locked(dir: &Path, lock: File) -> Result<Self, DiskError> {
+    fn open_locked(dir: &Path, lock: Locked) -> Result<Self, DiskError> {
         let spec = Self::spec_of(dir)?;
         if spec.mode == Mode::NonPersistent {
             reset(dir, &spec)?;
@@ -249,16 +249,13 @@ impl Drop for Disk {
     }
 }
 
-fn lock_dir(dir: &Path) -> Result<File, DiskError> {
+fn lock_dir(dir: &Path) -> Result<Locked, DiskError> {
     let file = match File::open(dir) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(DiskError::NotADisk { dir: dir.to_owned() }),
         opened => opened.map_err(io_at("open", dir))?,
     };
-    if lock(&file, FlockOperation::NonBlockingLockExclusive).map_err(io_at("lock", dir))? {
-        Ok(file)
-    } else {
-        Err(DiskError::InUse { dir: dir.to_owned() })
-    }
+    let lock = Locked::take(file, FlockOperation::NonBlockingLockExclusive).map_err(io_at("lock", dir))?;
+    lock.ok_or_else(|| DiskError::InUse { dir: dir.to_owned() })
 }
 
 fn write_spec(spec: &Spec, path: &Path) -> Result<(), DiskError> {

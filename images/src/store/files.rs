@@ -89,14 +89,28 @@ pub(crate) fn need_space(what: &'static str, path: &Path, needs: u64) -> Result<
     if needs > has { Err(StoreError::NoRoom { what, path: path.to_owned(), needs, has }) } else { Ok(()) }
 }
 
-/// Takes a lock on `file`, held until it is closed. `Ok(false)` when somebody else has it and `operation` does not wait.
-pub(crate) fn lock(file: &File, operation: FlockOperation) -> io::Result<bool> {
-    loop {
-        match flock(file, operation) {
-            Ok(()) => return Ok(true),
-            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(false),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(e) => return Err(e.into()),
+/// A file that is locked (`flock`) until this is dropped.
+#[derive(Debug)]
+pub(crate) struct Locked(File);
+
+impl Locked {
+    /// Takes a lock on `file`; `None` when somebody else has it and `operation` does not wait.
+    pub(crate) fn take(file: File, operation: FlockOperation) -> io::Result<Option<Self>> {
+        loop {
+            match flock(&file, operation) {
+                Ok(()) => return Ok(Some(Self(file))),
+                Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
         }
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        // Closing would not do: a child that another thread is just starting holds a copy of the descriptor until it
+        // executes its program, and the lock with it.
+        let _ = flock(&self.0, FlockOperation::Unlock);
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use bedplate_api::Digest;
 use rustix::fs::FlockOperation;
 
-use super::{Store, StoreError, lock};
+use super::{Store, StoreError};
 
 /// Drafts of a crashed process are older than this; a living one writes and renames within seconds.
 const DRAFT_AGE: Duration = Duration::from_secs(60 * 60);
@@ -31,10 +31,9 @@ impl Store {
     /// Refuses to run while anybody holds a lease, and when a root cannot be read, because then nobody can say what it
     /// needs.
     pub fn gc(&self, live: &[Digest], grace: Duration) -> Result<Swept, StoreError> {
-        let file = self.lock_file()?;
-        if !lock(&file, FlockOperation::NonBlockingLockExclusive).map_err(StoreError::io("lock", self.dir()))? {
+        let Some(_lock) = self.lock(FlockOperation::NonBlockingLockExclusive)? else {
             return Err(StoreError::Busy { dir: self.dir().to_owned() });
-        }
+        };
         let needed = self.mark(live)?;
         let now = SystemTime::now();
         let mut swept = Swept::default();

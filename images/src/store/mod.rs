@@ -34,9 +34,10 @@ use bedplate_api::Digest;
 use rustix::fs::FlockOperation;
 
 pub use error::StoreError;
-pub(crate) use files::{Draft, free_space, lock, make_dir, need_space, sync_dir};
+pub(crate) use files::{Draft, Locked, free_space, make_dir, need_space, sync_dir};
 pub use gc::Swept;
 pub use parts::{Missing, PartReader};
+pub use tags::is_tag_name;
 
 const FORMAT: &str = "bedplate-images 1";
 
@@ -49,7 +50,7 @@ pub struct Store {
 /// While one of these lives, no [`Store::gc`] of any process runs: what was just added but is not named yet stays.
 #[derive(Debug)]
 pub struct Lease {
-    _lock: File,
+    _lock: Locked,
 }
 
 impl Store {
@@ -101,9 +102,11 @@ impl Store {
     /// Keeps [`Store::gc`] away until the lease is dropped. Take one before the first chunk of an image and drop it after the tag is
     /// set, or after a disk that refers to the image was made. Waits for a `gc` under way.
     pub fn lease(&self) -> Result<Lease, StoreError> {
-        let file = self.lock_file()?;
-        lock(&file, FlockOperation::LockShared).map_err(StoreError::io("lock", &self.dir))?;
-        Ok(Lease { _lock: file })
+        match self.lock(FlockOperation::LockShared)? {
+            Some(lock) => Ok(Lease { _lock: lock }),
+            // Waiting ends with the lock; this is for the compiler.
+            None => Err(StoreError::Busy { dir: self.dir.to_path_buf() }),
+        }
     }
 
     /// Bytes that may still be written to the store's file system.
@@ -122,9 +125,15 @@ impl Store {
         File::open(&*self.dir).and_then(|dir| Ok(rustix::fs::syncfs(dir)?)).map_err(StoreError::io("sync", &self.dir))
     }
 
-    fn lock_file(&self) -> Result<File, StoreError> {
+    fn lock(&self, operation: FlockOperation) -> Result<Option<Locked>, StoreError> {
         let path = self.dir.join("lock");
-        File::options().create(true).truncate(false).write(true).open(&path).map_err(StoreError::io("open", &path))
+        File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .and_then(|file| Locked::take(file, operation))
+            .map_err(StoreError::io("lock", &path))
     }
 
     fn draft(&self) -> Result<Draft, StoreError> {
