@@ -1,1 +1,20 @@
-//! (being written)
+//! One VM in one process.
+//!
+//! The ways through this crate:
+//! - configuration: [`config`] (Spec → Config) → [`machine::builder`] → a running [`machine::Machine`];
+//! - guest exit: [`kvm`] → [`machine::vcpu`] → `devices::bus` → device;
+//! - control: [`control`] (HTTP on a Unix socket, signals) → session → machine.
+//!
+//! Threads: the main thread is the control thread; one thread per vCPU; one for the console; devices have workers of
+//! their own. Only [`kvm`] names kvm-ioctls. No async runtime.
+
+pub mod acpi;
+pub mod block;
+pub mod boot;
+pub mod config;
+pub mod console;
+pub mod control;
+pub mod kvm;
+pub mod machine;
+pub mod memory;
+mod socket;

@@ -1,0 +1,168 @@
+//! The DSDT: what cannot be discovered by looking.
+//!
+//! ```text
+//! \_S5            soft off
+//! \_SB.Cxxx       processors
+//! \_SB.PCI0       PCI Express root bridge: bus 0, both windows, the configuration ports; no _PRT, as there is no INTx
+//! \_SB.MBRD       what the chipset itself takes: ECAM, ACPI registers
+//! \_SB.COM1 RTC_  serial port and clock
+//! ```
+//! The power button is fixed hardware and needs no device here.
+
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path,
+    ResourceTemplate,
+};
+use acpi_tables::sdt::Sdt;
+use acpi_tables::{Aml, aml};
+use bedplate_devices::pci::{CONFIG_PORT, CONFIG_PORTS};
+use bedplate_devices::platform::{PM_BLOCK_LEN, RTC_LEN, SERIAL_LEN, SLEEP_TYPE_S5};
+
+use super::tables::{OEM, OEM_REVISION, OEM_TABLE};
+use super::{Description, ECAM_LEN, PM_PORT};
+use crate::machine::ports;
+use crate::memory::layout;
+
+const HEADER_LEN: u32 = 36;
+/// AML integers have 64 bits from this revision on.
+const REVISION: u8 = 2;
+
+pub(super) fn dsdt(description: &Description) -> Sdt {
+    let mut aml = Vec::new();
+    sleep_states(&mut aml);
+    aml::Scope::new(
+        Path::new("_SB_"),
+        vec![
+            &Processors(description.vcpus),
+            &RootBridge { mmio32: &description.mmio32, mmio64: &description.mmio64 },
+            &Board,
+            &Serial,
+            &Clock,
+        ],
+    )
+    .to_aml_bytes(&mut aml);
+    let mut dsdt = Sdt::new(*b"DSDT", HEADER_LEN, REVISION, OEM, OEM_TABLE, OEM_REVISION);
+    dsdt.append_slice(&aml);
+    dsdt
+}
+
+fn sleep_states(aml: &mut Vec<u8>) {
+    let package = Package::new(vec![&SLEEP_TYPE_S5, &0u8, &0u8, &0u8]);
+    Name::new(Path::new("_S5_"), &package).to_aml_bytes(aml);
+}
+
+struct Processors(u8);
+
+impl Aml for Processors {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        for id in 0..self.0 {
+            Device::new(
+                Path::new(&format!("C{id:03}")),
+                vec![&Name::new(Path::new("_HID"), &"ACPI0007"), &Name::new(Path::new("_UID"), &id)],
+            )
+            .to_aml_bytes(sink);
+        }
+    }
+}
+
+struct RootBridge<'a> {
+    mmio32: &'a std::ops::Range<u64>,
+    mmio64: &'a std::ops::Range<u64>,
+}
+
+impl Aml for RootBridge<'_> {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        // Both ends of the 32-bit window are constants below 4 GiB.
+        let (low, high) = (self.mmio32.start as u32, (self.mmio32.end - 1) as u32);
+        Device::new(
+            Path::new("PCI0"),
+            vec![
+                &Name::new(Path::new("_HID"), &EISAName::new("PNP0A08")),
+                &Name::new(Path::new("_CID"), &EISAName::new("PNP0A03")),
+                &Name::new(Path::new("_SEG"), &0u8),
+                &Name::new(Path::new("_BBN"), &0u8),
+                &Name::new(Path::new("_UID"), &0u8),
+                // Coherent for DMA.
+                &Name::new(Path::new("_CCA"), &1u8),
+                &Name::new(
+                    Path::new("_CRS"),
+                    &ResourceTemplate::new(vec![
+                        &AddressSpace::new_bus_number(0u16, 0u16),
+                        &IO::new(CONFIG_PORT as u16, CONFIG_PORT as u16, 1, CONFIG_PORTS as u8),
+                        &AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, low, high, None),
+                        &AddressSpace::new_memory(
+                            AddressSpaceCacheable::NotCacheable,
+                            true,
+                            self.mmio64.start,
+                            self.mmio64.end - 1,
+                            None,
+                        ),
+                    ]),
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+struct Board;
+
+impl Aml for Board {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        Device::new(
+            Path::new("MBRD"),
+            vec![
+                &Name::new(Path::new("_HID"), &EISAName::new("PNP0C02")),
+                &Name::new(Path::new("_UID"), &0u8),
+                &Name::new(
+                    Path::new("_CRS"),
+                    &ResourceTemplate::new(vec![
+                        &Memory32Fixed::new(true, layout::ECAM as u32, ECAM_LEN as u32),
+                        &IO::new(PM_PORT, PM_PORT, 1, PM_BLOCK_LEN as u8),
+                    ]),
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+struct Serial;
+
+impl Aml for Serial {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        Device::new(
+            Path::new("COM1"),
+            vec![
+                &Name::new(Path::new("_HID"), &EISAName::new("PNP0501")),
+                &Name::new(Path::new("_UID"), &0u8),
+                &Name::new(
+                    Path::new("_CRS"),
+                    &ResourceTemplate::new(vec![
+                        &IO::new(ports::SERIAL, ports::SERIAL, 1, SERIAL_LEN as u8),
+                        &Interrupt::new(true, true, false, false, ports::SERIAL_IRQ),
+                    ]),
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+struct Clock;
+
+impl Aml for Clock {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        Device::new(
+            Path::new("RTC_"),
+            vec![
+                &Name::new(Path::new("_HID"), &EISAName::new("PNP0B00")),
+                &Name::new(
+                    Path::new("_CRS"),
+                    &ResourceTemplate::new(vec![&IO::new(ports::RTC, ports::RTC, 1, RTC_LEN as u8)]),
+                ),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}

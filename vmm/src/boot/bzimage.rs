@@ -1,0 +1,63 @@
+//! A kernel as a distribution ships it.
+
+use std::fs::File;
+use std::path::Path;
+
+use linux_loader::loader::bzimage::BzImage;
+use linux_loader::loader::{KernelLoader, bootparam};
+use vm_memory::GuestAddress;
+
+use super::{BootError, LoadedKernel, Protocol, no_room};
+use crate::memory::Ram;
+use crate::memory::layout::FIRST_MIB;
+
+/// The 64-bit entry point is this far into the protected-mode code.
+const ENTRY_64: u64 = 0x200;
+/// Protocol that has `xloadflags`.
+const MIN_VERSION: u16 = 0x20c;
+const XLF_KERNEL_64: u16 = 1;
+const SECTOR: u64 = 512;
+
+pub(super) fn load(ram: &Ram, path: &Path, mut file: File, len: u64) -> Result<LoadedKernel, BootError> {
+    let damaged = |damage: String| BootError::Damaged { path: path.into(), damage };
+    let header = read_header(&file, len).ok_or_else(|| damaged(format!("it ends after {len} bytes, inside its header")))?;
+    let (version, flags) = (header.version, header.xloadflags);
+    if version < MIN_VERSION || flags & XLF_KERNEL_64 == 0 {
+        return Err(BootError::Format {
+            path: path.into(),
+            found: "a bzImage without a 64-bit entry point",
+            remedy: "give a kernel for x86-64, version 3.8 or newer",
+        });
+    }
+    let setup = (u64::from(if header.setup_sects == 0 { 4 } else { header.setup_sects }) + 1) * SECTOR;
+    let expected = setup + u64::from(header.syssize) * 16;
+    if len < expected {
+        return Err(damaged(format!("it has {len} bytes and its header promises {expected}")));
+    }
+    let (address, init_size, initrd_max) =
+        (header.pref_address, u64::from(header.init_size), u64::from(header.initrd_addr_max));
+    // It decompresses in place and says how much room it needs for that.
+    let size = init_size.max(len - setup);
+    let end = address.checked_add(size).filter(|_| address >= FIRST_MIB);
+    let end = end.ok_or_else(|| damaged(format!("its header wants it at {address:#x}")))?;
+    if end > ram.low_end() {
+        return Err(no_room("kernel", path, ram));
+    }
+    let loaded = BzImage::load(&*ram.memory, Some(GuestAddress(address)), &mut file, None)
+        .map_err(|e| damaged(e.to_string()))?;
+    let header = loaded.setup_header.ok_or_else(|| damaged("it has no header".into()))?;
+    Ok(LoadedKernel {
+        protocol: Protocol::Linux64 { rip: address + ENTRY_64, header },
+        end,
+        initrd_max,
+        cmdline_limit: header.cmdline_size as usize,
+    })
+}
+
+fn read_header(file: &File, len: u64) -> Option<bootparam::setup_header> {
+    use std::os::unix::fs::FileExt;
+    use vm_memory::ByteValued;
+    let mut header = bootparam::setup_header::default();
+    let complete = len >= super::params::HEADER_OFFSET + size_of_val(&header) as u64;
+    (complete && file.read_exact_at(header.as_mut_slice(), super::params::HEADER_OFFSET).is_ok()).then_some(header)
+}

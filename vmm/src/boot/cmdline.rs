@@ -1,0 +1,62 @@
+//! The kernel's command line.
+
+use linux_loader::cmdline::Cmdline;
+
+/// Where boot arguments are not given.
+pub const DEFAULT: &str = "reboot=k panic=1 console=ttyS0";
+/// x86 Linux's `COMMAND_LINE_SIZE`, without the terminator.
+pub(super) const MAX_LEN: usize = 2047;
+
+/// What the command line says about `/`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RootDevice {
+    /// Partition; absent: the whole first disk.
+    pub partuuid: Option<String>,
+    /// Mounted read-only.
+    pub read_only: bool,
+}
+
+/// Arguments that cannot be passed to a kernel.
+#[derive(Debug, thiserror::Error)]
+#[error("boot_args: {0}; at most {MAX_LEN} bytes of printable ASCII can be passed to a kernel")]
+pub struct CmdlineError(linux_loader::cmdline::Error);
+
+/// The whole line: `args`, or [`DEFAULT`], and where there is a root device, `root=` unless `args` has it already.
+///
+/// # Errors
+/// Too long, or not printable ASCII.
+pub fn compose(args: Option<&str>, root: Option<&RootDevice>) -> Result<String, CmdlineError> {
+    // The crate counts the terminator.
+    let mut line = Cmdline::try_from(args.unwrap_or(DEFAULT).trim(), MAX_LEN + 1).map_err(CmdlineError)?;
+    let names_root = args.is_some_and(|args| args.split_whitespace().any(|arg| arg.starts_with("root=")));
+    if let Some(root) = root.filter(|_| !names_root) {
+        let device = root.partuuid.as_ref().map_or("/dev/vda".into(), |uuid| format!("PARTUUID={uuid}"));
+        line.insert("root", &device).map_err(CmdlineError)?;
+        line.insert_str(if root.read_only { "ro" } else { "rw" }).map_err(CmdlineError)?;
+    }
+    let line = line.as_cstring().map_err(CmdlineError)?;
+    Ok(String::from_utf8_lossy(line.as_bytes()).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_root_device_is_added_once() {
+        let root = RootDevice { partuuid: None, read_only: true };
+        assert_eq!(compose(Some("quiet"), Some(&root)).unwrap(), "quiet root=/dev/vda ro");
+        assert_eq!(compose(Some("root=/dev/vdb1"), Some(&root)).unwrap(), "root=/dev/vdb1");
+        let root = RootDevice { partuuid: Some("ab-01".into()), read_only: false };
+        assert_eq!(compose(None, Some(&root)).unwrap(), format!("{DEFAULT} root=PARTUUID=ab-01 rw"));
+        assert_eq!(compose(Some("quiet -- single"), None).unwrap(), "quiet -- single");
+    }
+
+    #[test]
+    fn the_longest_line_passes_and_one_byte_more_does_not() {
+        assert_eq!(compose(Some(&"x".repeat(MAX_LEN)), None).unwrap().len(), MAX_LEN);
+        assert!(compose(Some(&"x".repeat(MAX_LEN + 1)), None).is_err());
+        assert!(compose(Some("naïve"), None).is_err());
+        assert!(compose(Some("a\nb"), None).is_err());
+    }
+}

@@ -1,0 +1,234 @@
+//! From files to a first instruction: kernel, initial RAM disk and command line into guest RAM.
+//!
+//! A bzImage is entered by Linux's 64-bit boot protocol and decompresses itself; an ELF kernel by its PVH entry, or where
+//! it has none, by the 64-bit protocol as well (Documentation/arch/x86/boot.rst, and Xen's pvh.html).
+
+mod bzimage;
+mod cmdline;
+mod elf;
+mod params;
+pub mod start;
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use bedplate_devices::Memory;
+use vm_memory::{Bytes, GuestAddress};
+
+pub use cmdline::{CmdlineError, DEFAULT as DEFAULT_CMDLINE, RootDevice, compose as compose_cmdline};
+
+use crate::memory::Ram;
+
+/// How the first vCPU enters the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Entry {
+    /// Linux's 64-bit protocol.
+    Linux64 {
+        /// First instruction.
+        rip: u64,
+        /// `boot_params`.
+        zero_page: u64,
+    },
+    /// PVH: 32-bit protected mode without paging.
+    Pvh {
+        /// First instruction.
+        rip: u32,
+        /// `hvm_start_info`.
+        start_info: u32,
+    },
+    /// Real mode with all segments at 0: for tests and benchmarks, which have no kernel.
+    Real {
+        /// First instruction.
+        address: u16,
+    },
+}
+
+/// What to boot; the files are looked at when it starts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BootConfig {
+    /// bzImage or ELF.
+    pub kernel: PathBuf,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Complete and checked: [`compose_cmdline`].
+    pub cmdline: String,
+}
+
+/// Why the VM cannot boot what it was given.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// A file cannot be read.
+    #[error("{what} {path}: {source}; check the path and who may read it")]
+    Read {
+        /// Kernel or initial RAM disk.
+        what: &'static str,
+        /// As given.
+        path: PathBuf,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// Neither of the two formats.
+    #[error("kernel {path} is {found}, not a bzImage or an ELF kernel for x86-64: {remedy}")]
+    Format {
+        /// As given.
+        path: PathBuf,
+        /// What it looks like.
+        found: &'static str,
+        /// What to do.
+        remedy: &'static str,
+    },
+    /// The right format, and damaged.
+    #[error("kernel {path} is damaged: {damage}; get an intact copy")]
+    Damaged {
+        /// As given.
+        path: PathBuf,
+        /// Where.
+        damage: String,
+    },
+    /// No room.
+    #[error("{what} {path} does not fit into {mib} MiB of guest memory: give the VM more")]
+    NoRoom {
+        /// Kernel or initial RAM disk.
+        what: &'static str,
+        /// As given.
+        path: PathBuf,
+        /// Guest memory.
+        mib: u64,
+    },
+    /// The kernel takes less of a command line.
+    #[error("the command line has {len} bytes, the kernel {path} takes {limit}: shorten boot_args")]
+    Cmdline {
+        /// Its length.
+        len: usize,
+        /// The kernel's limit.
+        limit: usize,
+        /// The kernel.
+        path: PathBuf,
+    },
+    /// The boot structures do not fit into the first MiB: our bug, or RAM of less than a MiB.
+    #[error("boot structures cannot be written to guest memory: {0}")]
+    Structures(String),
+}
+
+/// A kernel in guest RAM.
+struct LoadedKernel {
+    protocol: Protocol,
+    /// First byte after the kernel and its bss.
+    end: u64,
+    /// Last byte where an initial RAM disk may lie.
+    initrd_max: u64,
+    cmdline_limit: usize,
+}
+
+enum Protocol {
+    Linux64 { rip: u64, header: params::SetupHeader },
+    Pvh { rip: u32 },
+}
+
+/// Address and length of the initial RAM disk.
+#[derive(Clone, Copy)]
+struct Initrd {
+    address: u64,
+    len: u64,
+}
+
+/// Loads all of `config` into `ram`, beside the ACPI tables that lie there already, with their root at `rsdp`.
+///
+/// # Errors
+/// A file is missing, of a wrong format or damaged, or there is no room for it.
+pub fn load(ram: &Ram, config: &BootConfig, rsdp: u64) -> Result<Entry, BootError> {
+    let kernel = load_kernel(ram, &config.kernel)?;
+    if config.cmdline.len() > kernel.cmdline_limit {
+        let (len, limit) = (config.cmdline.len(), kernel.cmdline_limit);
+        return Err(BootError::Cmdline { len, limit, path: config.kernel.clone() });
+    }
+    let initrd = config.initrd.as_deref().map(|path| load_initrd(ram, path, &kernel)).transpose()?;
+    write_cmdline(&ram.memory, &config.cmdline)?;
+    start::write(&ram.memory)?;
+    match kernel.protocol {
+        Protocol::Linux64 { rip, header } => {
+            params::write_zero_page(ram, header, config.cmdline.len(), initrd, rsdp)?;
+            Ok(Entry::Linux64 { rip, zero_page: start::ZERO_PAGE })
+        }
+        Protocol::Pvh { rip } => {
+            params::write_start_info(ram, initrd, rsdp)?;
+            // The address is a constant below 1 MiB.
+            Ok(Entry::Pvh { rip, start_info: start::PVH_INFO as u32 })
+        }
+    }
+}
+
+fn load_kernel(ram: &Ram, path: &Path) -> Result<LoadedKernel, BootError> {
+    let (file, len) = open("kernel", path)?;
+    let mut head = vec![0; 4096.min(usize::try_from(len).unwrap_or(4096))];
+    file.read_exact_at(&mut head, 0).map_err(|source| read_error("kernel", path, source))?;
+    if head.starts_with(b"\x7fELF") {
+        elf::load(ram, path, file, len)
+    } else if head.get(0x202..0x206) == Some(b"HdrS") {
+        bzimage::load(ram, path, file, len)
+    } else {
+        let (found, remedy) = recognise(&head);
+        Err(BootError::Format { path: path.into(), found, remedy })
+    }
+}
+
+/// What a file that is no kernel may be instead.
+fn recognise(head: &[u8]) -> (&'static str, &'static str) {
+    const UNPACK: &str = "decompress it first";
+    const OTHER: &str = "give the vmlinuz of a distribution, or a vmlinux";
+    match head {
+        [] => ("empty", OTHER),
+        [0x1f, 0x8b, ..] => ("a gzip file", UNPACK),
+        [0xfd, b'7', b'z', b'X', b'Z', ..] => ("an xz file", UNPACK),
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => ("a zstd file", UNPACK),
+        [b'0', b'7', b'0', b'7', b'0', ..] => ("a cpio archive", "that is an initial RAM disk: give it as initrd_path"),
+        [b'M', b'Z', ..] => ("an EFI program", OTHER),
+        [b'Q', b'F', b'I', 0xfb, ..] => ("a qcow2 disk image", "give it as a drive"),
+        _ => ("something else", OTHER),
+    }
+}
+
+fn load_initrd(ram: &Ram, path: &Path, kernel: &LoadedKernel) -> Result<Initrd, BootError> {
+    const PAGE: u64 = 4096;
+    let (mut file, len) = open("initrd", path)?;
+    let no_room = || no_room("initrd", path, ram);
+    // As high as it may lie, so that the kernel has room to grow.
+    let top = ram.low_end().min(kernel.initrd_max.saturating_add(1));
+    let address = top.checked_sub(len).ok_or_else(no_room)? / PAGE * PAGE;
+    if address < kernel.end {
+        return Err(no_room());
+    }
+    let len_usize = usize::try_from(len).map_err(|_| no_room())?;
+    ram.memory
+        .read_exact_volatile_from(GuestAddress(address), &mut file, len_usize)
+        .map_err(|e| read_error("initrd", path, io::Error::other(e.to_string())))?;
+    Ok(Initrd { address, len })
+}
+
+fn write_cmdline(memory: &Memory, cmdline: &str) -> Result<(), BootError> {
+    let bytes = [cmdline.as_bytes(), &[0]].concat();
+    memory.write_slice(&bytes, GuestAddress(start::CMDLINE)).map_err(|e| BootError::Structures(e.to_string()))
+}
+
+fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
+    let file = File::open(path).map_err(|source| read_error(what, path, source))?;
+    let metadata = file.metadata().map_err(|source| read_error(what, path, source))?;
+    if !metadata.is_file() {
+        return Err(read_error(what, path, io::Error::other("not a regular file")));
+    }
+    Ok((file, metadata.len()))
+}
+
+fn read_error(what: &'static str, path: &Path, source: io::Error) -> BootError {
+    BootError::Read { what, path: path.into(), source }
+}
+
+fn no_room(what: &'static str, path: &Path, ram: &Ram) -> BootError {
+    let bytes: u64 = ram.ranges().map(|(start, end)| end - start).sum();
+    BootError::NoRoom { what, path: path.into(), mib: bytes >> 20 }
+}
+
+#[cfg(test)]
+mod tests;

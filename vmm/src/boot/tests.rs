@@ -1,0 +1,121 @@
+//! Kernels that are not what they should be; a real one boots in the lab tests.
+
+use std::io::Write;
+
+use vm_memory::{ByteValued, GuestMemoryBackend};
+
+use super::*;
+
+fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(bytes).unwrap();
+    file
+}
+
+fn try_load(bytes: &[u8], initrd: Option<&[u8]>) -> Result<(Entry, Ram), BootError> {
+    let kernel = file(bytes);
+    let initrd = initrd.map(file);
+    let config = BootConfig {
+        kernel: kernel.path().into(),
+        initrd: initrd.as_ref().map(|f| f.path().into()),
+        cmdline: "quiet".into(),
+    };
+    let ram = Ram::new(32).unwrap();
+    load(&ram, &config, 0xe_0000).map(|entry| (entry, ram))
+}
+
+fn error(bytes: &[u8]) -> String {
+    try_load(bytes, None).map(|_| ()).unwrap_err().to_string()
+}
+
+/// A bzImage whose code is `code`, loaded at 16 MiB.
+fn bzimage(code: &[u8]) -> Vec<u8> {
+    let header = params::SetupHeader {
+        setup_sects: 1,
+        syssize: (code.len() / 16) as u32,
+        header: u32::from_le_bytes(*b"HdrS"),
+        version: 0x20f,
+        loadflags: 1,
+        code32_start: 0x10_0000,
+        initrd_addr_max: 0x7fff_ffff,
+        xloadflags: 1,
+        cmdline_size: 2047,
+        pref_address: 0x100_0000,
+        init_size: 0x10_0000,
+        ..Default::default()
+    };
+    let mut image = vec![0; 1024];
+    let at = params::HEADER_OFFSET as usize;
+    image[at..at + size_of_val(&header)].copy_from_slice(header.as_slice());
+    image.extend_from_slice(code);
+    image
+}
+
+/// An ELF kernel with one segment at 1 MiB, entered there, whose file part is `code`.
+fn elf(code: &[u8], in_memory: u64) -> Vec<u8> {
+    let mut image = vec![0; 0x1000];
+    image[..7].copy_from_slice(b"\x7fELF\x02\x01\x01");
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(16, &2u16.to_le_bytes());
+    put(18, &62u16.to_le_bytes());
+    put(24, &0x10_0000u64.to_le_bytes());
+    put(32, &64u64.to_le_bytes());
+    put(54, &56u16.to_le_bytes());
+    put(56, &1u16.to_le_bytes());
+    put(64, &1u32.to_le_bytes());
+    for (at, value) in [(72, 0x1000), (88, 0x10_0000), (96, code.len() as u64), (104, in_memory)] {
+        put(at, &value.to_le_bytes());
+    }
+    image.extend_from_slice(code);
+    image
+}
+
+#[test]
+fn a_bzimage_lies_where_it_wants_and_the_initrd_at_the_top() {
+    let (entry, ram) = try_load(&bzimage(&[0xab; 4096]), Some(b"initrd")).unwrap();
+    assert_eq!(entry, Entry::Linux64 { rip: 0x100_0200, zero_page: start::ZERO_PAGE });
+    assert_eq!(ram.memory.read_obj::<u8>(GuestAddress(0x100_0200)).unwrap(), 0xab);
+    let initrd: u32 = ram.memory.read_obj(GuestAddress(start::ZERO_PAGE + 0x218)).unwrap();
+    assert_eq!(initrd, (32 << 20) - 4096);
+    let mut bytes = [0; 6];
+    ram.memory.read_slice(&mut bytes, GuestAddress(initrd.into())).unwrap();
+    assert_eq!(&bytes, b"initrd");
+    assert!(ram.memory.address_in_range(GuestAddress(start::PAGE_TABLES)));
+}
+
+#[test]
+fn an_elf_kernel_without_pvh_note_is_entered_in_64_bit_mode() {
+    let (entry, ram) = try_load(&elf(&[0xcd; 100], 0x2000), None).unwrap();
+    assert_eq!(entry, Entry::Linux64 { rip: 0x10_0000, zero_page: start::ZERO_PAGE });
+    assert_eq!(ram.memory.read_obj::<u8>(GuestAddress(0x10_0063)).unwrap(), 0xcd);
+}
+
+#[test]
+fn damage_is_named() {
+    let whole = bzimage(&[0; 4096]);
+    assert!(error(&whole[..whole.len() - 1]).contains("header promises 5120"));
+    assert!(error(&whole[..0x220]).contains("inside its header"));
+    let whole = elf(&[0; 4096], 4096);
+    assert!(error(&whole[..whole.len() - 1]).contains("segment 0 ends beyond"));
+    assert!(error(&whole[..80]).contains("inside its headers"));
+    let mut other_machine = whole.clone();
+    other_machine[18] = 183;
+    assert!(error(&other_machine).contains("another machine"));
+    let mut nowhere = whole;
+    nowhere[88..96].copy_from_slice(&u64::MAX.to_le_bytes());
+    assert!(error(&nowhere).contains("wants to lie at"));
+}
+
+#[test]
+fn other_files_are_recognised_and_too_large_kernels_refused() {
+    assert!(error(b"").contains("empty"));
+    assert!(error(b"\x1f\x8b\x08rest").contains("gzip"));
+    assert!(error(b"070701rest").contains("initrd_path"));
+    assert!(error(&[0; 0x300]).contains("something else"));
+    assert!(error(&elf(&[0; 16], 64 << 20)).contains("does not fit into 32 MiB"));
+    let too_large = try_load(&bzimage(&[0; 4096]), Some(&vec![0; 20 << 20])).map(|_| ()).unwrap_err();
+    assert!(too_large.to_string().starts_with("initrd "), "{too_large}");
+    let missing = BootConfig { kernel: "/nowhere/vmlinuz".into(), initrd: None, cmdline: String::new() };
+    let message = load(&Ram::new(32).unwrap(), &missing, 0).unwrap_err().to_string();
+    assert!(message.starts_with("kernel /nowhere/vmlinuz: No such file"), "{message}");
+}

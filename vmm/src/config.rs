@@ -1,0 +1,301 @@
+//! What was asked for → what will be built: every check that needs no host, with words for people.
+
+use std::collections::HashSet;
+use std::path::PathBuf;
+
+use bedplate_api::vmm::{CacheType, Drive, MachineConfig, NetworkInterface, VmConfig, Vsock};
+use bedplate_devices::virtio::block::Cache;
+
+use crate::boot::{BootConfig, CmdlineError, RootDevice, compose_cmdline};
+
+/// vCPUs of one VM, at most.
+pub const MAX_VCPUS: u8 = 8;
+/// MiB of RAM, at least: below it not even a small kernel fits.
+pub const MIN_MEMORY_MIB: u64 = 16;
+/// MiB of RAM, at most: a TiB, far from the end of what a processor addresses.
+pub const MAX_MEMORY_MIB: u64 = 1 << 20;
+/// Drives, network interfaces and the two others share 31 slots of the PCI bus.
+const MAX_DEVICES: usize = 31;
+/// Context ids below are the host's and the hypervisor's.
+const FIRST_GUEST_CID: u32 = 3;
+
+/// A VM that can be built, as far as can be said without the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// RAM.
+    pub memory_mib: u64,
+    /// Kernel, initial RAM disk, command line.
+    pub boot: BootConfig,
+    /// Root device first.
+    pub drives: Vec<DriveConfig>,
+    /// Network interfaces.
+    pub nets: Vec<NetConfig>,
+    /// Sockets between host and guest.
+    pub vsock: Option<VsockConfig>,
+    /// A source of randomness.
+    pub entropy: bool,
+}
+
+/// One disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct DriveConfig {
+    pub id: String,
+    pub path: PathBuf,
+    pub read_only: bool,
+    pub cache: Cache,
+}
+
+/// One network interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct NetConfig {
+    pub id: String,
+    pub tap: String,
+    pub mac: [u8; 6],
+}
+
+/// Sockets between host and guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct VsockConfig {
+    pub cid: u32,
+    pub path: PathBuf,
+}
+
+/// What cannot be built.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum ConfigError {
+    #[error("there is no boot source: set boot-source with kernel_image_path")]
+    NoBootSource,
+    #[error(transparent)]
+    Cmdline(#[from] CmdlineError),
+    #[error("vcpu_count {0} is not offered: give 1 to {MAX_VCPUS}")]
+    Vcpus(u8),
+    #[error("mem_size_mib {0} is not offered: give {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}")]
+    Memory(u64),
+    #[error("{0} is not offered: leave it out or set it to false")]
+    NotOffered(&'static str),
+    #[error("{what} {name:?} exists twice: give each its own")]
+    Twice { what: &'static str, name: String },
+    #[error("{what} {name:?} is not a name: give 1 to 64 letters, digits, underscores and hyphens")]
+    Name { what: &'static str, name: String },
+    #[error("drives {0:?} and {1:?} both are the root device: set is_root_device for one")]
+    TwoRoots(String, String),
+    #[error("drive {id:?}: partuuid {partuuid:?} needs is_root_device, and is hexadecimal digits and hyphens")]
+    PartUuid { id: String, partuuid: String },
+    #[error("network interface {id:?}: guest_mac {mac:?} is not a unicast MAC address such as 06:00:ac:10:00:02")]
+    Mac { id: String, mac: String },
+    #[error("network interface {id:?}: host_dev_name {name:?} is not the name of a tap device: give 1 to 15 characters")]
+    Tap { id: String, name: String },
+    #[error("vsock: guest_cid {0} is reserved: give {FIRST_GUEST_CID} or more, below 4294967295")]
+    Cid(u32),
+    #[error("{what}: the path is empty: name a file")]
+    EmptyPath { what: String },
+    #[error("{0} devices are too many: the PCI bus has room for {MAX_DEVICES}")]
+    TooManyDevices(usize),
+}
+
+/// Checks `spec`.
+///
+/// # Errors
+/// The first thing in it that cannot be built.
+pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
+    let source = spec.boot_source.as_ref().ok_or(ConfigError::NoBootSource)?;
+    machine(&spec.machine_config)?;
+    distinct("drive_id", spec.drives.iter().map(|d| d.drive_id.as_str()))?;
+    distinct("iface_id", spec.network_interfaces.iter().map(|n| n.iface_id.as_str()))?;
+    distinct("host_dev_name", spec.network_interfaces.iter().map(|n| n.host_dev_name.as_str()))?;
+    let root = root_device(&spec.drives)?;
+    let cmdline = compose_cmdline(source.boot_args.as_deref(), root.as_ref())?;
+    let boot = BootConfig {
+        kernel: path("boot-source: kernel_image_path", &source.kernel_image_path)?,
+        initrd: source.initrd_path.as_deref().map(|p| path("boot-source: initrd_path", p)).transpose()?,
+        cmdline,
+    };
+    let mut drives: Vec<_> = spec.drives.iter().collect();
+    drives.sort_by_key(|drive| !drive.is_root_device);
+    let config = Config {
+        vcpus: spec.machine_config.vcpu_count,
+        memory_mib: spec.machine_config.mem_size_mib,
+        boot,
+        drives: drives.into_iter().map(drive).collect::<Result<_, _>>()?,
+        nets: spec.network_interfaces.iter().map(net).collect::<Result<_, _>>()?,
+        vsock: spec.vsock.as_ref().map(vsock).transpose()?,
+        entropy: spec.entropy.is_some(),
+    };
+    let devices =
+        config.drives.len() + config.nets.len() + usize::from(config.vsock.is_some()) + usize::from(config.entropy);
+    if devices > MAX_DEVICES { Err(ConfigError::TooManyDevices(devices)) } else { Ok(config) }
+}
+
+/// Checks vCPUs and memory.
+///
+/// # Errors
+/// Out of range, or not offered.
+pub fn machine(spec: &MachineConfig) -> Result<(), ConfigError> {
+    if !(1..=MAX_VCPUS).contains(&spec.vcpu_count) {
+        return Err(ConfigError::Vcpus(spec.vcpu_count));
+    }
+    if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&spec.mem_size_mib) {
+        return Err(ConfigError::Memory(spec.mem_size_mib));
+    }
+    match (spec.smt, spec.track_dirty_pages) {
+        (true, _) => Err(ConfigError::NotOffered("smt")),
+        (_, true) => Err(ConfigError::NotOffered("track_dirty_pages")),
+        _ => Ok(()),
+    }
+}
+
+fn root_device(drives: &[Drive]) -> Result<Option<RootDevice>, ConfigError> {
+    let mut roots = drives.iter().filter(|drive| drive.is_root_device);
+    let first = roots.next();
+    if let (Some(first), Some(second)) = (first, roots.next()) {
+        return Err(ConfigError::TwoRoots(first.drive_id.clone(), second.drive_id.clone()));
+    }
+    Ok(first.map(|drive| RootDevice { partuuid: drive.partuuid.clone(), read_only: drive.is_read_only }))
+}
+
+/// Checks one drive.
+///
+/// # Errors
+/// Its name, path or partition cannot be.
+pub fn drive(drive: &Drive) -> Result<DriveConfig, ConfigError> {
+    let id = name("drive_id", &drive.drive_id)?;
+    if let Some(partuuid) = &drive.partuuid {
+        let digits = !partuuid.is_empty() && partuuid.chars().all(|c| c.is_ascii_hexdigit() || c == '-');
+        if !digits || !drive.is_root_device {
+            return Err(ConfigError::PartUuid { id, partuuid: partuuid.clone() });
+        }
+    }
+    let path = path(&format!("drive {id:?}: path_on_host"), &drive.path_on_host)?;
+    let cache = match drive.cache_type {
+        CacheType::Unsafe => Cache::Unsafe,
+        CacheType::Writeback => Cache::Writeback,
+    };
+    Ok(DriveConfig { id, path, read_only: drive.is_read_only, cache })
+}
+
+/// Checks one network interface.
+///
+/// # Errors
+/// Its name, tap or MAC address cannot be.
+pub fn net(net: &NetworkInterface) -> Result<NetConfig, ConfigError> {
+    let id = name("iface_id", &net.iface_id)?;
+    let tap = net.host_dev_name.clone();
+    // As the kernel has it: IFNAMSIZ with its terminator.
+    if tap.is_empty() || tap.len() > 15 || tap.contains(|c: char| c == '/' || c.is_whitespace() || c == '\0') {
+        return Err(ConfigError::Tap { id, name: tap });
+    }
+    let mac = match &net.guest_mac {
+        Some(text) => parse_mac(text).ok_or_else(|| ConfigError::Mac { id: id.clone(), mac: text.clone() })?,
+        None => mac_of(&tap),
+    };
+    Ok(NetConfig { id, tap, mac })
+}
+
+/// Checks the vsock device.
+///
+/// # Errors
+/// Its context id or path cannot be.
+pub fn vsock(vsock: &Vsock) -> Result<VsockConfig, ConfigError> {
+    if !(FIRST_GUEST_CID..u32::MAX).contains(&vsock.guest_cid) {
+        return Err(ConfigError::Cid(vsock.guest_cid));
+    }
+    Ok(VsockConfig { cid: vsock.guest_cid, path: path("vsock: uds_path", &vsock.uds_path)? })
+}
+
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()))?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    // The lowest bit of the first byte marks groups.
+    (parts.next().is_none() && mac[0] & 1 == 0 && mac != [0; 6]).then_some(mac)
+}
+
+/// A locally administered address that stays the same for the same tap (FNV-1a of its name).
+fn mac_of(tap: &str) -> [u8; 6] {
+    let hash = tap.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    });
+    let [a, b, c, d, e, ..] = hash.to_le_bytes();
+    [0x06, a, b, c, d, e]
+}
+
+fn path(what: &str, path: &str) -> Result<PathBuf, ConfigError> {
+    if path.is_empty() { Err(ConfigError::EmptyPath { what: what.into() }) } else { Ok(path.into()) }
+}
+
+fn name(what: &'static str, name: &str) -> Result<String, ConfigError> {
+    let good = (1..=64).contains(&name.len())
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-'));
+    if good { Ok(name.into()) } else { Err(ConfigError::Name { what, name: name.into() }) }
+}
+
+fn distinct<'a>(what: &'static str, names: impl Iterator<Item = &'a str>) -> Result<(), ConfigError> {
+    let mut seen = HashSet::new();
+    for name in names {
+        if !seen.insert(name) {
+            return Err(ConfigError::Twice { what, name: name.into() });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(text: &str) -> VmConfig {
+        let text = format!(r#"{{"boot-source": {{"kernel_image_path": "k"}} {text}}}"#);
+        serde_json::from_str(&text).unwrap()
+    }
+
+    fn error(text: &str) -> String {
+        validate(&spec(text)).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn the_root_device_comes_first_and_is_on_the_command_line() {
+        let config = validate(&spec(
+            r#", "drives": [{"drive_id": "data", "path_on_host": "d", "is_root_device": false},
+                           {"drive_id": "root", "path_on_host": "r", "is_root_device": true, "is_read_only": true}]"#,
+        ))
+        .unwrap();
+        assert_eq!(config.drives.iter().map(|d| d.id.as_str()).collect::<Vec<_>>(), ["root", "data"]);
+        assert!(config.boot.cmdline.ends_with("root=/dev/vda ro"), "{}", config.boot.cmdline);
+    }
+
+    #[test]
+    fn what_cannot_be_built_is_named() {
+        assert!(validate(&VmConfig::default()).unwrap_err().to_string().contains("boot source"));
+        assert!(error(r#", "machine-config": {"vcpu_count": 9, "mem_size_mib": 64}"#).contains("vcpu_count 9"));
+        assert!(error(r#", "machine-config": {"vcpu_count": 0, "mem_size_mib": 64}"#).contains("vcpu_count 0"));
+        assert!(error(r#", "machine-config": {"vcpu_count": 1, "mem_size_mib": 1}"#).contains("mem_size_mib 1"));
+        let drive = r#"{"drive_id": "a", "path_on_host": "d", "is_root_device": true}"#;
+        assert!(error(&format!(r#", "drives": [{drive}, {drive}]"#)).contains("exists twice"));
+        let other = drive.replace(r#""a""#, r#""b""#);
+        assert!(error(&format!(r#", "drives": [{drive}, {other}]"#)).contains("both are the root device"));
+        assert!(error(&format!(r#", "drives": [{}]"#, drive.replace(r#""a""#, r#""a/b""#))).contains("not a name"));
+        assert!(error(r#", "vsock": {"guest_cid": 2, "uds_path": "v"}"#).contains("guest_cid 2"));
+        for mac in ["", "06:00:00:00:00", "01:00:00:00:00:01", "06:00:00:00:00:0g", "+6:00:00:00:00:00"] {
+            let text = format!(r#", "network-interfaces": [{{"iface_id": "e", "host_dev_name": "t", "guest_mac": "{mac}"}}]"#);
+            assert!(error(&text).contains("guest_mac"), "{mac}");
+        }
+    }
+
+    #[test]
+    fn an_interface_without_mac_gets_one_that_is_local_and_stays() {
+        let interface = |tap: &str| NetworkInterface { iface_id: "e".into(), host_dev_name: tap.into(), guest_mac: None };
+        let mac = net(&interface("tap0")).unwrap().mac;
+        assert_eq!(mac[0] & 3, 2);
+        assert_eq!(net(&interface("tap0")).unwrap().mac, mac);
+        assert_ne!(net(&interface("tap1")).unwrap().mac, mac);
+    }
+}

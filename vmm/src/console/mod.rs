@@ -1,0 +1,267 @@
+//! Where the guest's serial console goes: terminal, file or socket, and a log beside it.
+//!
+//! The serial port writes into a [`Sink`], which never blocks a vCPU; a thread of its own, made by [`Console::serve`],
+//! carries the bytes to all outputs and brings input back. A slow terminal or client holds up nobody but itself: beyond a
+//! bound its output is dropped.
+
+mod backlog;
+mod clients;
+mod file_log;
+mod keys;
+mod sink;
+mod terminal;
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+
+use bedplate_devices::platform::SerialPort;
+use rustix::event::{PollFd, PollFlags, poll};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::machine::SerialLine;
+use clients::Clients;
+use file_log::FileLog;
+use keys::Keys;
+pub use sink::Sink;
+use terminal::RawTerminal;
+
+/// Input that waits for the guest, at most; beyond it nothing is read from outside.
+const MAX_PENDING_INPUT: usize = 4096;
+
+/// Where the console goes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// Standard input and output; raw where it is a terminal.
+    Stdio,
+    /// Nowhere.
+    Off,
+    /// Appended to a file; no input.
+    File(PathBuf),
+    /// A listening Unix socket.
+    Socket(PathBuf),
+}
+
+impl std::str::FromStr for Target {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "stdio" => Ok(Self::Stdio),
+            None if text == "off" => Ok(Self::Off),
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            Some(("socket", path)) if !path.is_empty() => Ok(Self::Socket(path.into())),
+            _ => Err("expected stdio, off, file:PATH or socket:PATH".into()),
+        }
+    }
+}
+
+/// A place that cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("serial console: {path}: {source}; give a path in a directory that exists and that you may write")]
+pub struct ConsoleError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> ConsoleError {
+    move |source| ConsoleError { path: path.into(), source }
+}
+
+/// All outputs, open.
+pub struct Console {
+    sink: Sink,
+    output: Output,
+    log: Option<FileLog>,
+}
+
+enum Output {
+    Stdio,
+    Off,
+    File(File),
+    Socket(Clients),
+}
+
+impl Console {
+    /// Opens `target` and the log.
+    ///
+    /// # Errors
+    /// One of them cannot be opened.
+    pub fn open(target: &Target, log: Option<&Path>) -> Result<Self, ConsoleError> {
+        let output = match target {
+            Target::Stdio => Output::Stdio,
+            Target::Off => Output::Off,
+            Target::File(path) => {
+                Output::File(OpenOptions::new().append(true).create(true).open(path).map_err(at(path))?)
+            }
+            Target::Socket(path) => Output::Socket(Clients::listen(path).map_err(at(path))?),
+        };
+        let log = log.map(|path| FileLog::open(path).map_err(at(path))).transpose()?;
+        let sink = Sink::new().map_err(at(Path::new("eventfd")))?;
+        Ok(Self { sink, output, log })
+    }
+
+    /// Where the serial port writes to.
+    pub fn sink(&self) -> Sink {
+        self.sink.clone()
+    }
+
+    /// Starts to carry bytes. `leave` is signalled when the person at the terminal wants out (Ctrl-A X).
+    ///
+    /// # Errors
+    /// The host has no thread or descriptor left.
+    pub fn serve(self, line: &SerialLine, leave: &EventFd) -> io::Result<Serving> {
+        let quit = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let terminal = match self.output {
+            Output::Stdio => RawTerminal::enter()?,
+            _ => None,
+        };
+        let is_terminal = terminal.is_some();
+        let server = Server {
+            sink: self.sink,
+            stdin_open: matches!(self.output, Output::Stdio),
+            keys: Keys::new(is_terminal),
+            output: self.output,
+            log: self.log,
+            port: Arc::clone(&line.port),
+            drained: line.drained.try_clone()?,
+            pending: VecDeque::new(),
+            quit: quit.try_clone()?,
+            leave: leave.try_clone()?,
+        };
+        let thread = thread::Builder::new().name("console".into()).spawn(move || server.run())?;
+        Ok(Serving { quit, thread: Some(thread), _terminal: terminal })
+    }
+}
+
+/// The console at work. Dropped, it has delivered all output that there was, and the terminal is as it was before.
+pub struct Serving {
+    quit: EventFd,
+    thread: Option<JoinHandle<()>>,
+    /// Restored after the thread has ended.
+    _terminal: Option<RawTerminal>,
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        let _ = self.quit.write(1);
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What lives on the console thread.
+struct Server {
+    sink: Sink,
+    output: Output,
+    log: Option<FileLog>,
+    stdin_open: bool,
+    keys: Keys,
+    port: Arc<Mutex<SerialPort>>,
+    drained: EventFd,
+    /// Input that the guest's FIFO had no room for.
+    pending: VecDeque<u8>,
+    quit: EventFd,
+    leave: EventFd,
+}
+
+impl Server {
+    fn run(mut self) {
+        loop {
+            let stop = self.wait();
+            self.carry_output();
+            if stop {
+                return;
+            }
+            self.carry_input();
+        }
+    }
+
+    /// Sleeps until there is something to do; true when it is to end.
+    fn wait(&self) -> bool {
+        let stdin = io::stdin();
+        let wants_input = self.pending.len() < MAX_PENDING_INPUT;
+        let mut fds = vec![
+            PollFd::from_borrowed_fd(borrow(&self.quit), PollFlags::IN),
+            PollFd::from_borrowed_fd(borrow(self.sink.event()), PollFlags::IN),
+            PollFd::from_borrowed_fd(borrow(&self.drained), PollFlags::IN),
+        ];
+        if self.stdin_open && wants_input {
+            fds.push(PollFd::from_borrowed_fd(stdin.as_fd(), PollFlags::IN));
+        }
+        if let Output::Socket(clients) = &self.output {
+            clients.poll_fds(wants_input, &mut fds);
+        }
+        // Interrupted by a signal: as if something had happened.
+        let _ = poll(&mut fds, None);
+        !fds[0].revents().is_empty()
+    }
+
+    fn carry_output(&mut self) {
+        let bytes = self.sink.take();
+        if let Some(log) = &mut self.log {
+            log.append(&bytes);
+        }
+        match &mut self.output {
+            Output::Off => {}
+            // A terminal that went away takes nothing, and the guest does not care.
+            Output::Stdio => drop(io::stdout().write_all(&bytes).and_then(|()| io::stdout().flush())),
+            Output::File(file) => drop(file.write_all(&bytes)),
+            Output::Socket(clients) => clients.broadcast(&bytes),
+        }
+    }
+
+    fn carry_input(&mut self) {
+        // Cleared first: a FIFO that empties from here on signals again.
+        let _ = self.drained.read();
+        if self.pending.len() < MAX_PENDING_INPUT {
+            match &mut self.output {
+                Output::Stdio if self.stdin_open => self.read_stdin(),
+                Output::Socket(clients) => clients.exchange(&mut self.pending),
+                _ => {}
+            }
+        }
+        self.feed();
+    }
+
+    fn read_stdin(&mut self) {
+        let mut fds = [PollFd::from_borrowed_fd(rustix::stdio::stdin(), PollFlags::IN)];
+        if !matches!(poll(&mut fds, Some(&rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(1)) {
+            return;
+        }
+        let mut bytes = [0; 512];
+        match io::stdin().read(&mut bytes) {
+            Ok(0) | Err(_) => self.stdin_open = false,
+            Ok(len) => {
+                if self.keys.pass(&bytes[..len], &mut self.pending) {
+                    let _ = self.leave.write(1);
+                }
+            }
+        }
+    }
+
+    /// Gives the guest what its FIFO takes.
+    fn feed(&mut self) {
+        if self.pending.is_empty() {
+            return;
+        }
+        let mut port = self.port.lock().unwrap_or_else(|e| e.into_inner());
+        let taken = port.push_input(self.pending.make_contiguous());
+        self.pending.drain(..taken);
+    }
+}
+
+fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: the borrow lives no longer than the descriptor's owner.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,217 @@
+//! The API's socket: hyper's HTTP/1 over non-blocking Unix streams, driven by the control thread's `poll`.
+//!
+//! A connection is a future that is polled when its stream is ready, or when it has woken itself meanwhile. There is no
+//! other waker and no timer.
+
+use std::cell::{Cell, RefCell};
+use std::convert::Infallible;
+use std::future::Future;
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use hyper::header::CONTENT_TYPE;
+use hyper::rt::ReadBufCursor;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Request, Response, StatusCode};
+use rustix::event::{PollFd, PollFlags};
+use serde::Serialize;
+
+use super::commands::Answer;
+use super::fault::Fault;
+use super::routes;
+use super::session::Session;
+use crate::socket;
+
+/// Bytes of a request's body, at most; Firecracker's default.
+const MAX_BODY: usize = 51_200;
+/// Connections at once: with more, the oldest is closed.
+const MAX_CONNECTIONS: usize = 16;
+
+/// The listening socket and its connections.
+pub struct Server {
+    listener: UnixListener,
+    path: PathBuf,
+    connections: Vec<Connection>,
+}
+
+struct Connection {
+    stream: Rc<Stream>,
+    future: Pin<Box<dyn Future<Output = ()>>>,
+    woken: Arc<Woken>,
+}
+
+/// A stream, and what its future waits for.
+struct Stream {
+    socket: UnixStream,
+    wants_read: Cell<bool>,
+    wants_write: Cell<bool>,
+}
+
+struct Woken(AtomicBool);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+impl Server {
+    /// Listens at `path`.
+    ///
+    /// # Errors
+    /// Somebody else does, or the host refuses.
+    pub fn listen(path: &Path) -> io::Result<Self> {
+        Ok(Self { listener: socket::listen(path)?, path: path.into(), connections: Vec::new() })
+    }
+
+    /// What to wait for.
+    pub(super) fn poll_fds<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
+        fds.push(PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN));
+        for connection in &self.connections {
+            let mut flags = PollFlags::empty();
+            flags.set(PollFlags::IN, connection.stream.wants_read.get());
+            flags.set(PollFlags::OUT, connection.stream.wants_write.get());
+            fds.push(PollFd::from_borrowed_fd(connection.stream.socket.as_fd(), flags));
+        }
+    }
+
+    /// Accepts who waits and lets every connection go as far as it can.
+    pub(super) fn serve(&mut self, session: &Rc<RefCell<Session>>) {
+        while let Ok((socket, _)) = self.listener.accept() {
+            if self.connections.len() == MAX_CONNECTIONS {
+                self.connections.remove(0);
+            }
+            if socket.set_nonblocking(true).is_ok() {
+                self.connections.push(Connection::new(socket, Rc::clone(session)));
+            }
+        }
+        self.connections.retain_mut(Connection::advance);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+impl Connection {
+    fn new(socket: UnixStream, session: Rc<RefCell<Session>>) -> Self {
+        let stream = Rc::new(Stream { socket, wants_read: Cell::new(false), wants_write: Cell::new(false) });
+        let service = service_fn(move |request| answer(Rc::clone(&session), request));
+        // Without a timer there must be no time limit on headers: hyper would panic.
+        let connection =
+            http1::Builder::new().header_read_timeout(None).serve_connection(Io(Rc::clone(&stream)), service);
+        // A connection that breaks concerns only its client.
+        let future = Box::pin(async move { drop(connection.await) });
+        Self { stream, future, woken: Arc::new(Woken(AtomicBool::new(true))) }
+    }
+
+    /// True while the connection lives.
+    fn advance(&mut self) -> bool {
+        self.stream.wants_read.set(false);
+        self.stream.wants_write.set(false);
+        let waker = Waker::from(Arc::clone(&self.woken));
+        loop {
+            self.woken.0.store(false, Ordering::SeqCst);
+            if self.future.as_mut().poll(&mut Context::from_waker(&waker)).is_ready() {
+                return false;
+            }
+            if !self.woken.0.load(Ordering::SeqCst) {
+                return true;
+            }
+        }
+    }
+}
+
+async fn answer(
+    session: Rc<RefCell<Session>>,
+    request: Request<Incoming>,
+) -> Result<Response<Full<Bytes>>, Infallible> {
+    let (head, body) = request.into_parts();
+    let result = match Limited::new(body, MAX_BODY).collect().await {
+        Ok(body) => routes::parse(&head.method, head.uri.path(), &body.to_bytes())
+            .and_then(|command| session.borrow_mut().execute(command)),
+        Err(error) if error.is::<LengthLimitError>() => Err(Fault {
+            status: StatusCode::PAYLOAD_TOO_LARGE,
+            message: format!("The request's body is larger than {MAX_BODY} bytes."),
+        }),
+        Err(error) => Err(Fault::bad_request(format!("The request's body cannot be read: {error}."))),
+    };
+    Ok(match result {
+        Ok(Answer::Done) => empty(StatusCode::NO_CONTENT),
+        Ok(Answer::Instance(body)) => json(StatusCode::OK, &body),
+        Ok(Answer::Version(body)) => json(StatusCode::OK, &body),
+        Ok(Answer::Config(body)) => json(StatusCode::OK, &body),
+        Ok(Answer::Machine(body)) => json(StatusCode::OK, &body),
+        Ok(Answer::Status(body)) => json(StatusCode::OK, &body),
+        Err(fault) => json(fault.status, &fault.body()),
+    })
+}
+
+fn empty(status: StatusCode) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::default());
+    *response.status_mut() = status;
+    response
+}
+
+fn json(status: StatusCode, body: &impl Serialize) -> Response<Full<Bytes>> {
+    let Ok(bytes) = serde_json::to_vec(body) else { return empty(StatusCode::INTERNAL_SERVER_ERROR) };
+    let mut response = Response::new(Full::from(bytes));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static("application/json"));
+    response
+}
+
+/// The stream as hyper wants it.
+struct Io(Rc<Stream>);
+
+impl hyper::rt::Read for Io {
+    fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, mut buf: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
+        let mut bytes = [0; 4096];
+        let room = bytes.len().min(buf.remaining());
+        match (&self.0.socket).read(&mut bytes[..room]) {
+            Ok(len) => {
+                buf.put_slice(&bytes[..len]);
+                Poll::Ready(Ok(()))
+            }
+            Err(error) => not_yet(error, &self.0.wants_read),
+        }
+    }
+}
+
+impl hyper::rt::Write for Io {
+    fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match (&self.0.socket).write(bytes) {
+            Ok(len) => Poll::Ready(Ok(len)),
+            Err(error) => not_yet(error, &self.0.wants_write),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(self.0.socket.shutdown(std::net::Shutdown::Write))
+    }
+}
+
+fn not_yet<T>(error: io::Error, wants: &Cell<bool>) -> Poll<io::Result<T>> {
+    if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) {
+        wants.set(true);
+        return Poll::Pending;
+    }
+    Poll::Ready(Err(error))
+}

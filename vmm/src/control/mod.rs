@@ -1,0 +1,67 @@
+//! The control thread: one `poll` over signals, the API's socket and its connections, and the end of the machine.
+
+mod commands;
+mod fault;
+mod http;
+mod log;
+mod routes;
+mod session;
+mod signals;
+
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::rc::Rc;
+
+use bedplate_api::vmm::Exit;
+use rustix::event::{PollFd, PollFlags, poll};
+use vmm_sys_util::eventfd::EventFd;
+
+pub use http::Server;
+pub use session::{Session, StartError};
+pub use signals::{Signal, Signals};
+
+/// Serves until the VM has ended; says how. Without a VM, until one was started and has ended, or a signal ends it all.
+///
+/// # Errors
+/// The host refuses to wait for events.
+pub fn run(session: Session, mut server: Option<Server>, signals: &Signals) -> io::Result<Exit> {
+    let leave = session.leave().try_clone()?;
+    let ended = session.ended().try_clone()?;
+    let session = Rc::new(RefCell::new(session));
+    loop {
+        {
+            let mut fds = vec![
+                PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(borrow(&ended), PollFlags::IN),
+                PollFd::from_borrowed_fd(borrow(&leave), PollFlags::IN),
+            ];
+            if let Some(server) = &server {
+                server.poll_fds(&mut fds);
+            }
+            match poll(&mut fds, None) {
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        while let Some(signal) = signals.next() {
+            session.borrow_mut().signal(signal);
+        }
+        if leave.read().is_ok() {
+            session.borrow_mut().stop("left by Ctrl-A X");
+        }
+        if let Some(server) = &mut server {
+            server.serve(&session);
+        }
+        let exit = session.borrow_mut().take_exit();
+        if let Some(exit) = exit {
+            return Ok(exit);
+        }
+    }
+}
+
+fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    use std::os::fd::AsRawFd;
+    // SAFETY: the borrow lives no longer than the descriptor's owner.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
+}

@@ -1,0 +1,192 @@
+//! Interrupts into the guest and notifies out of it: GSI routing, irqfds, ioeventfds.
+//!
+//! GSIs 0 to 23 are the pins of the I/O APIC (and, below 16, of the two PICs); each MSI vector has one above those.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use bedplate_devices::host::{MsiVector, PciHost};
+use bedplate_devices::platform::IrqLine;
+use kvm_bindings::{
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip,
+    kvm_irq_routing_msi,
+};
+use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{KvmError, call};
+
+/// Pins of the I/O APIC.
+const PINS: u32 = 24;
+/// KVM's own limit on routes.
+const MAX_GSI: u32 = 4096 - 1;
+
+/// Message address and data.
+type Message = (u64, u32);
+
+/// The interrupt routes of one VM. A handle: clones share them.
+#[derive(Clone)]
+pub struct Interrupts {
+    routes: Arc<Routes>,
+}
+
+struct Routes {
+    fd: Arc<VmFd>,
+    /// Every MSI vector that exists, with where it goes, if anywhere. Held while the whole table is handed to KVM, so
+    /// that tables arrive in the order in which they were made.
+    table: Mutex<BTreeMap<u32, Option<Message>>>,
+}
+
+impl Routes {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Option<Message>>> {
+        self.table.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Makes `table` what KVM goes by.
+    fn install(&self, table: &BTreeMap<u32, Option<Message>>) -> io::Result<()> {
+        let messages = table.iter().filter_map(|(gsi, message)| message.map(|m| message_entry(*gsi, m)));
+        let entries: Vec<_> = pin_entries().chain(messages).collect();
+        let routing = KvmIrqRouting::from_entries(&entries).map_err(|e| io::Error::other(format!("{e:?}")))?;
+        self.fd.set_gsi_routing(&routing).map_err(errno)
+    }
+}
+
+impl Interrupts {
+    pub(super) fn new(fd: Arc<VmFd>) -> Result<Self, KvmError> {
+        let routes = Routes { fd, table: Mutex::default() };
+        routes.install(&routes.lock()).map_err(|source| KvmError::Call { what: "route interrupts", source })?;
+        Ok(Self { routes: Arc::new(routes) })
+    }
+
+    /// An irqfd on pin `gsi`: a signal is an edge.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn edge(&self, gsi: u32) -> Result<EventFd, KvmError> {
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+            .map_err(|source| KvmError::Call { what: "create an event descriptor", source })?;
+        self.routes.fd.register_irqfd(&event, gsi).map_err(call("attach an irqfd"))?;
+        Ok(event)
+    }
+
+    /// Pin `gsi` as a level. For what happens seldom: each change is a system call.
+    pub fn level(&self, gsi: u32) -> Box<dyn IrqLine> {
+        Box::new(Level { fd: Arc::clone(&self.routes.fd), gsi })
+    }
+}
+
+struct Level {
+    fd: Arc<VmFd>,
+    gsi: u32,
+}
+
+impl IrqLine for Level {
+    fn set(&self, asserted: bool) {
+        // Cannot fail: the pin exists from the VM's creation on.
+        let _ = self.fd.set_irq_line(self.gsi, asserted);
+    }
+}
+
+/// The machine hands this to its PCI functions.
+impl PciHost for Interrupts {
+    fn msi_vector(&self) -> io::Result<Box<dyn MsiVector>> {
+        let trigger = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let mut table = self.routes.lock();
+        let free = (PINS..=MAX_GSI).find(|gsi| !table.contains_key(gsi));
+        let gsi = free.ok_or_else(|| io::Error::other(KvmError::NoGsi(MAX_GSI)))?;
+        table.insert(gsi, None);
+        drop(table);
+        Ok(Box::new(Vector { routes: Arc::clone(&self.routes), gsi, trigger }))
+    }
+
+    fn add_notify(&self, address: u64, event: &EventFd) -> io::Result<()> {
+        self.routes.fd.register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch).map_err(errno)
+    }
+
+    fn remove_notify(&self, address: u64, event: &EventFd) -> io::Result<()> {
+        self.routes.fd.unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch).map_err(errno)
+    }
+}
+
+/// One MSI vector: an irqfd while it is routed.
+struct Vector {
+    routes: Arc<Routes>,
+    gsi: u32,
+    trigger: EventFd,
+}
+
+impl MsiVector for Vector {
+    fn trigger(&self) -> &EventFd {
+        &self.trigger
+    }
+
+    fn route(&self, address: u64, data: u32) -> io::Result<()> {
+        let mut table = self.routes.lock();
+        let before = table.insert(self.gsi, Some((address, data))).flatten();
+        if before == Some((address, data)) {
+            return Ok(());
+        }
+        let mut result = self.routes.install(&table);
+        if result.is_ok() && before.is_none() {
+            result = self.routes.fd.register_irqfd(&self.trigger, self.gsi).map_err(errno);
+        }
+        if result.is_err() {
+            table.insert(self.gsi, before);
+        }
+        result
+    }
+
+    fn unroute(&self) -> io::Result<()> {
+        let mut table = self.routes.lock();
+        if table.get(&self.gsi).copied().flatten().is_none() {
+            return Ok(());
+        }
+        // Without its irqfd the vector is silent; the route itself may stay in KVM until the next change.
+        self.routes.fd.unregister_irqfd(&self.trigger, self.gsi).map_err(errno)?;
+        table.insert(self.gsi, None);
+        Ok(())
+    }
+}
+
+impl Drop for Vector {
+    fn drop(&mut self) {
+        // Refused only by a VM that is being torn down.
+        let _ = self.unroute();
+        self.routes.lock().remove(&self.gsi);
+    }
+}
+
+fn errno(error: kvm_ioctls::Error) -> io::Error {
+    io::Error::from_raw_os_error(error.errno())
+}
+
+fn pin_entries() -> impl Iterator<Item = kvm_irq_routing_entry> {
+    let pin = |gsi, irqchip, pin| kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_IRQCHIP,
+        u: kvm_irq_routing_entry__bindgen_ty_1 { irqchip: kvm_irq_routing_irqchip { irqchip, pin } },
+        ..Default::default()
+    };
+    let master = (0..8).map(move |gsi| pin(gsi, KVM_IRQCHIP_PIC_MASTER, gsi));
+    let slave = (8..16).map(move |gsi| pin(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - 8));
+    let apic = (0..PINS).map(move |gsi| pin(gsi, KVM_IRQCHIP_IOAPIC, gsi));
+    master.chain(slave).chain(apic)
+}
+
+fn message_entry(gsi: u32, (address, data): Message) -> kvm_irq_routing_entry {
+    let msi = kvm_irq_routing_msi {
+        // Truncation splits the address in two.
+        address_lo: address as u32,
+        address_hi: (address >> 32) as u32,
+        data,
+        ..Default::default()
+    };
+    kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_MSI,
+        u: kvm_irq_routing_entry__bindgen_ty_1 { msi },
+        ..Default::default()
+    }
+}

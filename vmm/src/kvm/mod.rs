@@ -1,0 +1,96 @@
+//! The one place that names `kvm-ioctls`: everything above sees [`Vm`], [`Vcpu`] and [`Exit`].
+//!
+//! Unsafe code stands here because KVM is reached through shared mappings: guest RAM that KVM is told the address of
+//! ([`Vm::add_memory`]) and each vCPU's run page (`run_page`).
+
+mod cpuid;
+mod exit;
+mod irq;
+mod registers;
+mod run_page;
+mod vcpu;
+mod vm;
+
+pub use exit::Exit;
+pub use irq::Interrupts;
+pub use vcpu::{Kicker, Vcpu, install_kick_signal};
+pub use vm::Vm;
+
+use kvm_ioctls::{Cap, Kvm};
+
+/// The only version of the KVM API that ever was stable.
+const API_VERSION: i32 = 12;
+
+/// What a VM here cannot do without.
+const REQUIRED: [(Cap, &str); 7] = [
+    (Cap::Irqchip, "in-kernel interrupt controller"),
+    (Cap::Irqfd, "irqfd"),
+    (Cap::Ioeventfd, "ioeventfd"),
+    (Cap::UserMemory, "user memory"),
+    (Cap::ImmediateExit, "immediate exit"),
+    (Cap::IrqRouting, "interrupt routing"),
+    (Cap::Pit2, "in-kernel PIT"),
+];
+
+/// Why KVM could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum KvmError {
+    /// `/dev/kvm` is not there.
+    #[error(
+        "/dev/kvm does not exist: turn on hardware virtualization in the firmware and load the module kvm_intel or \
+         kvm_amd"
+    )]
+    Absent,
+    /// `/dev/kvm` may not be opened.
+    #[error("/dev/kvm cannot be opened: permission denied; run as root or join the group that owns it (usually kvm)")]
+    Permission,
+    /// `/dev/kvm` does not open for another reason.
+    #[error("/dev/kvm cannot be opened: {0}")]
+    Open(std::io::Error),
+    /// Not the API that we speak.
+    #[error("/dev/kvm speaks version {0} of the KVM API, {API_VERSION} is needed: use another kernel")]
+    Version(i32),
+    /// A feature is missing.
+    #[error("this host's KVM lacks the feature \"{0}\": use a newer kernel, or one with it configured in")]
+    Missing(&'static str),
+    /// More vCPUs than KVM takes.
+    #[error("{asked} vCPUs are more than this host's KVM can give one VM ({limit}): ask for fewer")]
+    TooManyVcpus {
+        /// How many.
+        asked: usize,
+        /// KVM's limit.
+        limit: usize,
+    },
+    /// A call failed.
+    #[error("KVM refused to {what}: {source}")]
+    Call {
+        /// What it was asked for.
+        what: &'static str,
+        /// Its answer.
+        source: std::io::Error,
+    },
+    /// All interrupt routes are in use.
+    #[error("all {0} interrupt routes are in use: give the VM fewer devices")]
+    NoGsi(u32),
+}
+
+/// Turns the errno of a failed call into an error that says what was asked.
+fn call(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
+    move |error| KvmError::Call { what, source: std::io::Error::from_raw_os_error(error.errno()) }
+}
+
+/// Opens `/dev/kvm` and checks that it offers what is needed.
+fn open() -> Result<Kvm, KvmError> {
+    let kvm = Kvm::new().map_err(|e| match e.errno() {
+        libc::ENOENT | libc::ENXIO | libc::ENODEV => KvmError::Absent,
+        libc::EACCES | libc::EPERM => KvmError::Permission,
+        errno => KvmError::Open(std::io::Error::from_raw_os_error(errno)),
+    })?;
+    if kvm.get_api_version() != API_VERSION {
+        return Err(KvmError::Version(kvm.get_api_version()));
+    }
+    match REQUIRED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
+        Some((_, name)) => Err(KvmError::Missing(name)),
+        None => Ok(kvm),
+    }
+}

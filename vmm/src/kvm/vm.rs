@@ -1,0 +1,101 @@
+//! One VM: its memory slots, interrupt controllers, timer and vCPUs.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use bedplate_devices::Memory;
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_ioctls::VmFd;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+
+use super::{Interrupts, KvmError, Vcpu, call, cpuid, open};
+use crate::memory::layout;
+
+/// A VM.
+pub struct Vm {
+    fd: Arc<VmFd>,
+    supported: CpuId,
+    interrupts: Interrupts,
+    run_size: usize,
+    max_vcpus: usize,
+    next_slot: AtomicU32,
+    /// Kept because KVM knows the addresses of its mappings.
+    memory: Memory,
+}
+
+impl Vm {
+    /// A VM with `memory`, interrupt controllers and PIT, and no vCPU yet.
+    ///
+    /// # Errors
+    /// There is no KVM, it lacks what is needed, or it refuses.
+    pub fn new(memory: Memory) -> Result<Self, KvmError> {
+        let kvm = open()?;
+        let fd = kvm.create_vm().map_err(call("create a VM"))?;
+        // Both are Intel's needs: a task segment and page table for real mode. They lie under the top of 4 GiB.
+        fd.set_tss_address(layout::TSS as usize).map_err(call("place the task segment"))?;
+        fd.set_identity_map_address(layout::IDENTITY_MAP).map_err(call("place the identity map"))?;
+        fd.create_irq_chip().map_err(call("create interrupt controllers"))?;
+        // Port 0x61 stays in the kernel, too: Linux calibrates with it.
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+        fd.create_pit2(pit).map_err(call("create a timer"))?;
+        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("list processor features"))?;
+        let fd = Arc::new(fd);
+        let vm = Self {
+            interrupts: Interrupts::new(Arc::clone(&fd))?,
+            run_size: fd.run_size(),
+            max_vcpus: kvm.get_max_vcpus(),
+            next_slot: AtomicU32::new(0),
+            fd,
+            supported,
+            memory,
+        };
+        vm.add_memory()?;
+        Ok(vm)
+    }
+
+    fn add_memory(&self) -> Result<(), KvmError> {
+        for region in self.memory.iter() {
+            let slot = kvm_userspace_memory_region {
+                slot: self.next_slot.fetch_add(1, Ordering::Relaxed),
+                flags: 0,
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: region.as_ptr() as u64,
+            };
+            // SAFETY: the mapping is as large as the region says and lives as long as `self.memory`, which is dropped
+            // after the VM's descriptor closes or with it; vCPUs hold a clone of neither and run only while the
+            // machine holds this VM.
+            unsafe { self.fd.set_user_memory_region(slot) }.map_err(call("map guest memory"))?;
+        }
+        Ok(())
+    }
+
+    /// Number of bits in a guest-physical address.
+    pub fn address_bits(&self) -> u8 {
+        cpuid::address_bits(&self.supported)
+    }
+
+    /// Where interrupts and notifies are routed.
+    pub fn interrupts(&self) -> Interrupts {
+        self.interrupts.clone()
+    }
+
+    /// All `count` vCPUs, with features and topology set, waiting at reset.
+    ///
+    /// # Errors
+    /// More than KVM takes, or KVM refuses.
+    pub fn create_vcpus(&self, count: u8) -> Result<Vec<Vcpu>, KvmError> {
+        if usize::from(count) > self.max_vcpus {
+            return Err(KvmError::TooManyVcpus { asked: count.into(), limit: self.max_vcpus });
+        }
+        (0..count).map(|index| self.create_vcpu(index, count)).collect()
+    }
+
+    fn create_vcpu(&self, index: u8, count: u8) -> Result<Vcpu, KvmError> {
+        let fd = self.fd.create_vcpu(index.into()).map_err(call("create a vCPU"))?;
+        let cpuid = cpuid::for_vcpu(&self.supported, index, count)?;
+        fd.set_cpuid2(&cpuid).map_err(call("set processor features"))?;
+        super::registers::initialise(&fd)?;
+        Vcpu::new(fd, index, self.run_size)
+    }
+}

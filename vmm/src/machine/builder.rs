@@ -1,0 +1,63 @@
+//! How a configuration becomes a running VM, from top to bottom.
+
+use std::io::Write;
+use std::sync::Arc;
+
+use bedplate_devices::pci::{self, PciRoot};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::lifecycle::Lifecycle;
+use super::vcpu::Buses;
+use super::pci_devices::Attach;
+use super::{BuildError, Machine, platform};
+use crate::acpi;
+use crate::boot;
+use crate::config::Config;
+use crate::kvm::{Vm, install_kick_signal};
+use crate::memory::{Ram, layout};
+
+/// Builds and starts the VM that `config` describes. The guest's serial output goes to `serial_out`, which must not
+/// block; `ended` is signalled when the VM has ended.
+///
+/// # Errors
+/// The host cannot give what is asked, or a file is not what it should be. Nothing is left running.
+pub fn start(config: &Config, serial_out: Box<dyn Write + Send>, ended: &EventFd) -> Result<Machine, BuildError> {
+    // Memory, and the VM around it with interrupt controllers and timer.
+    let ram = Ram::new(config.memory_mib)?;
+    let vm = Vm::new(Arc::clone(&ram.memory))?;
+    let interrupts = vm.interrupts();
+    let mmio64 = ram.mmio64(vm.address_bits())?;
+
+    // What can end it.
+    install_kick_signal()?;
+    let life = Arc::new(Lifecycle::new(ended.try_clone().map_err(BuildError::Host)?));
+
+    // The platform: devices at fixed ports.
+    let buses = Buses::new();
+    let serial = platform::attach_serial(&buses.ports, &interrupts, serial_out)?;
+    platform::attach_rtc(&buses.ports)?;
+    platform::attach_i8042(&buses.ports, &life)?;
+    let power = platform::attach_acpi(&buses.ports, &interrupts, &life)?;
+
+    // PCI, and on it the devices, in the order in which the guest shall see them.
+    let pci = PciRoot::new(&buses.mmio, vec![mmio64.clone(), layout::MMIO32]);
+    buses.mmio.insert(layout::ECAM, pci::ECAM_LEN, pci.ecam())?;
+    buses.ports.insert(pci::CONFIG_PORT, pci::CONFIG_PORTS, pci.config_ports())?;
+    let attach = Attach { pci: &pci, host: Arc::new(interrupts.clone()), memory: &ram.memory };
+    for drive in &config.drives {
+        attach.drive(drive)?;
+    }
+
+    // What the guest is told, and what it boots.
+    let description = acpi::Description { vcpus: config.vcpus, mmio32: layout::MMIO32, mmio64 };
+    let rsdp = acpi::write(&ram.memory, &description)?;
+    let entry = boot::load(&ram, &config.boot, rsdp)?;
+
+    // Processors, the first of them at the kernel's entry, the others waiting for it.
+    let vcpus = vm.create_vcpus(config.vcpus)?;
+    if let Some(first) = vcpus.first() {
+        first.enter_at(entry)?;
+    }
+    Machine { _vm: vm, ram, buses, life, pci, serial, power, threads: Vec::new(), counters: Vec::new(), started: None }
+        .run(vcpus)
+}

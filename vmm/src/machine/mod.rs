@@ -1,0 +1,159 @@
+//! One VM, assembled and running.
+//!
+//! Threads: one per vCPU, made here; device workers, made by the devices when their drivers are ready. Everything else
+//! is done by whoever holds the [`Machine`], which is the control thread.
+
+pub mod bare;
+pub mod builder;
+pub mod counters;
+pub mod lifecycle;
+mod pci_devices;
+mod platform;
+pub mod ports;
+pub mod vcpu;
+
+use std::io;
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use bedplate_api::vmm::{Exit, ExitCounts, ExitReason};
+use bedplate_devices::bus::OverlapError;
+use bedplate_devices::pci::{PciError, PciRoot};
+use bedplate_devices::platform::AcpiPm;
+
+use crate::acpi::AcpiError;
+use crate::boot::BootError;
+use crate::kvm::{KvmError, Vcpu, Vm};
+use crate::memory::{MemoryError, Ram};
+use counters::ExitCounters;
+use lifecycle::Lifecycle;
+use vcpu::Buses;
+
+pub use pci_devices::DeviceError;
+pub use platform::SerialLine;
+
+/// Why no VM could be built.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum BuildError {
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error(transparent)]
+    Pci(#[from] PciError),
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// Two devices in one place: our bug.
+    #[error("the machine's own layout is contradictory: {0}")]
+    Overlap(#[from] OverlapError),
+    /// Descriptors or threads ran out.
+    #[error("the host cannot give what the VM needs: {0}; raise its limits on open files and threads (ulimit -n, -u)")]
+    Host(io::Error),
+}
+
+/// A VM that has been started. Dropped, it ends: threads are joined, devices stopped.
+pub struct Machine {
+    /// Open as long as vCPUs run and devices signal.
+    _vm: Vm,
+    ram: Ram,
+    buses: Buses,
+    life: Arc<Lifecycle>,
+    pci: PciRoot,
+    serial: SerialLine,
+    power: Arc<Mutex<AcpiPm>>,
+    threads: Vec<JoinHandle<()>>,
+    counters: Vec<Arc<ExitCounters>>,
+    started: Option<Instant>,
+}
+
+impl Machine {
+    /// Starts one thread per vCPU.
+    fn run(mut self, vcpus: Vec<Vcpu>) -> Result<Self, BuildError> {
+        self.life.set_vcpus(vcpus.iter().map(Vcpu::kicker).collect());
+        self.started = Some(Instant::now());
+        let mut waiting = vcpus.len();
+        for mut vcpu in vcpus {
+            let (buses, life) = (self.buses.clone(), Arc::clone(&self.life));
+            let counters = Arc::new(ExitCounters::default());
+            self.counters.push(Arc::clone(&counters));
+            let name = format!("vcpu{}", vcpu.index());
+            let body = move || vcpu::run(&mut vcpu, &buses, &life, &counters);
+            match thread::Builder::new().name(name).spawn(body) {
+                Ok(thread) => self.threads.push(thread),
+                Err(error) => {
+                    // Those that have no thread will never leave by themselves.
+                    self.life.end(ExitReason::HostFault, error.to_string());
+                    (0..waiting).for_each(|_| self.life.leave());
+                    return Err(BuildError::Host(error));
+                }
+            }
+            waiting -= 1;
+        }
+        Ok(self)
+    }
+
+    /// How it ended, once it has.
+    pub fn exit(&self) -> Option<&Exit> {
+        self.life.exit()
+    }
+
+    /// Ends it at once, as seen from outside.
+    pub fn stop(&self, detail: &str) {
+        self.life.end(ExitReason::Stopped, detail);
+    }
+
+    /// Stops all vCPUs; false where the machine has ended.
+    pub fn pause(&self) -> bool {
+        self.life.pause()
+    }
+
+    /// Lets the vCPUs go on.
+    pub fn resume(&self) {
+        self.life.resume();
+    }
+
+    /// Presses the ACPI power button.
+    pub fn press_power_button(&self) {
+        self.power.lock().unwrap_or_else(|e| e.into_inner()).press_power_button();
+    }
+
+    /// The serial port.
+    pub const fn serial(&self) -> &SerialLine {
+        &self.serial
+    }
+
+    /// Guest memory.
+    pub const fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    /// Time since the first vCPU was started.
+    pub fn uptime(&self) -> Duration {
+        self.started.map_or(Duration::ZERO, |start| start.elapsed())
+    }
+
+    /// Exits of all vCPUs so far.
+    pub fn exits(&self) -> ExitCounts {
+        let mut sum = ExitCounts::default();
+        self.counters.iter().for_each(|counters| counters.add_to(&mut sum));
+        sum
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop("the machine was dropped");
+        for thread in self.threads.drain(..) {
+            // A panic of that thread has been reported by the panic hook, and the machine ends either way.
+            let _ = thread.join();
+        }
+        // No vCPU runs: nothing starts a worker again.
+        self.pci.shutdown();
+    }
+}

@@ -1,0 +1,87 @@
+//! Attaching the devices on the PCI bus, one function each.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bedplate_devices::Memory;
+use bedplate_devices::host::PciHost;
+use bedplate_devices::pci::PciRoot;
+use bedplate_devices::virtio::VirtioDevice;
+use bedplate_devices::virtio::block::{Backend, Block, BlockConfig, OpenError, RawFile};
+use bedplate_devices::virtio::pci::{VirtioPciDevice, VirtioPciError};
+use bedplate_images::disk::{Disk, DiskError};
+
+use super::BuildError;
+use crate::block::ImageDisk;
+use crate::config::DriveConfig;
+
+/// Why a device cannot be attached.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The raw file or block device of a drive.
+    #[error("drive {id}: {source}")]
+    Drive {
+        /// `drive_id`.
+        id: String,
+        /// Names the path.
+        source: OpenError,
+    },
+    /// The copy-on-write disk of a drive.
+    #[error("drive {id}: {source}")]
+    ImageDisk {
+        /// `drive_id`.
+        id: String,
+        /// Names the path.
+        source: DiskError,
+    },
+    /// Nothing is at the path.
+    #[error("drive {id}: {path}: {source}; check the path and who may read it")]
+    Path {
+        /// `drive_id`.
+        id: String,
+        /// `path_on_host`.
+        path: PathBuf,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// Vectors or descriptors ran out.
+    #[error("{0}")]
+    Transport(#[from] VirtioPciError),
+}
+
+/// What every attachment needs.
+pub(super) struct Attach<'a> {
+    pub pci: &'a PciRoot,
+    pub host: Arc<dyn PciHost>,
+    pub memory: &'a Memory,
+}
+
+impl Attach<'_> {
+    pub fn drive(&self, drive: &DriveConfig) -> Result<(), BuildError> {
+        let id = || drive.id.clone();
+        let path = Path::new(&drive.path);
+        let metadata = std::fs::metadata(path)
+            .map_err(|source| DeviceError::Path { id: id(), path: path.into(), source })?;
+        let config = BlockConfig { read_only: drive.read_only, cache: drive.cache, serial: drive.id.clone() };
+        if metadata.is_dir() {
+            let disk = Disk::open(path).map_err(|source| DeviceError::ImageDisk { id: id(), source })?;
+            self.block(ImageDisk::new(disk), config)
+        } else {
+            let file =
+                RawFile::open(path, drive.read_only).map_err(|source| DeviceError::Drive { id: id(), source })?;
+            self.block(file, config)
+        }
+    }
+
+    fn block<B: Backend + 'static>(&self, backend: B, config: BlockConfig) -> Result<(), BuildError> {
+        self.virtio(Block::new(backend, config))
+    }
+
+    fn virtio(&self, device: impl VirtioDevice + 'static) -> Result<(), BuildError> {
+        let function =
+            VirtioPciDevice::new(device, self.memory, &self.host).map_err(DeviceError::Transport)?;
+        self.pci.add(function)?;
+        Ok(())
+    }
+}

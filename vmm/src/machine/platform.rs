@@ -1,0 +1,70 @@
+//! Attaching the platform devices, one function each.
+
+use std::io::{self, Write};
+use std::sync::{Arc, Mutex};
+
+use bedplate_api::vmm::ExitReason;
+use bedplate_devices::bus::Bus;
+use bedplate_devices::platform::{
+    AcpiPm, I8042, I8042_LEN, PM_BLOCK_LEN, PowerRequest, PowerSink, RTC_LEN, Rtc, SERIAL_LEN, SerialPort,
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::BuildError;
+use super::lifecycle::Lifecycle;
+use super::ports;
+use crate::acpi;
+use crate::kvm::Interrupts;
+
+/// The serial port as the console uses it.
+pub struct SerialLine {
+    /// The port, for input.
+    pub port: Arc<Mutex<SerialPort>>,
+    /// Signalled when the guest has read all input.
+    pub drained: EventFd,
+}
+
+/// What the guest asks of the machine ends it.
+fn power_sink(life: &Arc<Lifecycle>) -> PowerSink {
+    let life = Arc::clone(life);
+    Box::new(move |request| match request {
+        PowerRequest::Off => life.end(ExitReason::GuestPowerOff, "the guest powered off"),
+        PowerRequest::Reset => life.end(ExitReason::GuestReset, "the guest reset itself"),
+    })
+}
+
+fn event() -> io::Result<EventFd> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+}
+
+pub(super) fn attach_serial(
+    ports: &Bus,
+    interrupts: &Interrupts,
+    out: Box<dyn Write + Send>,
+) -> Result<SerialLine, BuildError> {
+    let irq = interrupts.edge(ports::SERIAL_IRQ)?;
+    let drained = event().map_err(BuildError::Host)?;
+    let for_port = drained.try_clone().map_err(BuildError::Host)?;
+    let port = Arc::new(Mutex::new(SerialPort::new(irq, for_port, out)));
+    ports.insert(ports::SERIAL.into(), SERIAL_LEN, Arc::clone(&port) as _)?;
+    Ok(SerialLine { port, drained })
+}
+
+pub(super) fn attach_rtc(ports: &Bus) -> Result<(), BuildError> {
+    Ok(ports.insert(ports::RTC.into(), RTC_LEN, Arc::new(Mutex::new(Rtc::new())))?)
+}
+
+pub(super) fn attach_i8042(ports: &Bus, life: &Arc<Lifecycle>) -> Result<(), BuildError> {
+    let chip = I8042::new(power_sink(life));
+    Ok(ports.insert(ports::I8042.into(), I8042_LEN, Arc::new(Mutex::new(chip)))?)
+}
+
+pub(super) fn attach_acpi(
+    ports: &Bus,
+    interrupts: &Interrupts,
+    life: &Arc<Lifecycle>,
+) -> Result<Arc<Mutex<AcpiPm>>, BuildError> {
+    let pm = Arc::new(Mutex::new(AcpiPm::new(power_sink(life), interrupts.level(acpi::SCI))));
+    ports.insert(acpi::PM_PORT.into(), PM_BLOCK_LEN, Arc::clone(&pm) as _)?;
+    Ok(pm)
+}

@@ -1,0 +1,10 @@
+//! Where the platform devices sit: as on every PC.
+
+/// First serial port.
+pub const SERIAL: u16 = 0x3f8;
+/// Its interrupt.
+pub const SERIAL_IRQ: u32 = 4;
+/// Battery-backed clock.
+pub const RTC: u16 = 0x70;
+/// Keyboard controller.
+pub const I8042: u16 = 0x60;

@@ -1,0 +1,126 @@
+//! The loop of a vCPU thread: every exit is dispatched here, in one `match`.
+
+use std::sync::Arc;
+
+use bedplate_api::vmm::ExitReason;
+use bedplate_devices::bus::Bus;
+
+use super::counters::ExitCounters;
+use super::lifecycle::Lifecycle;
+use crate::kvm::{Exit, KvmError, Vcpu};
+
+/// The two address spaces of devices.
+#[derive(Clone)]
+pub struct Buses {
+    /// Port I/O.
+    pub ports: Arc<Bus>,
+    /// Memory-mapped I/O.
+    pub mmio: Arc<Bus>,
+}
+
+impl Buses {
+    /// Two empty ones.
+    pub fn new() -> Self {
+        Self { ports: Arc::new(Bus::new()), mmio: Arc::new(Bus::new()) }
+    }
+}
+
+impl Default for Buses {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Runs `vcpu` on the calling thread until the machine ends. Whatever ends it is told to `life`.
+///
+/// Nothing here allocates, logs or takes a lock that another vCPU holds for long.
+pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCounters) {
+    let kicker = vcpu.kicker();
+    vcpu.attach();
+    loop {
+        match vcpu.run() {
+            Ok(Exit::PortRead { port, width, data }) => {
+                counters.port_read.count();
+                for item in data.chunks_exact_mut(width.max(1)) {
+                    if !buses.ports.read(port.into(), item) {
+                        counters.unknown_port.count();
+                    }
+                }
+            }
+            Ok(Exit::PortWrite { port, width, data }) => {
+                counters.port_write.count();
+                for item in data.chunks_exact(width.max(1)) {
+                    if !buses.ports.write(port.into(), item) {
+                        counters.unknown_port.count();
+                    }
+                }
+            }
+            Ok(Exit::MmioRead { address, data }) => {
+                counters.mmio_read.count();
+                if !buses.mmio.read(address, data) {
+                    counters.unknown_mmio.count();
+                }
+            }
+            Ok(Exit::MmioWrite { address, data }) => {
+                counters.mmio_write.count();
+                if !buses.mmio.write(address, data) {
+                    counters.unknown_mmio.count();
+                }
+            }
+            Ok(Exit::Interrupted) => {
+                counters.interrupted.count();
+                if !life.checkpoint(&kicker, || vcpu.note_pause()) {
+                    break;
+                }
+            }
+            other => {
+                counters.other.count();
+                let end = classify(other);
+                if let Some(end) = end {
+                    finish(vcpu, life, end);
+                    break;
+                }
+            }
+        }
+    }
+    vcpu.detach();
+    life.leave();
+}
+
+/// An exit after which this vCPU runs no more.
+enum End {
+    Shutdown,
+    Reset,
+    PowerOff,
+    Guest(String),
+    Host(String),
+}
+
+/// The seldom exits.
+fn classify(exit: Result<Exit<'_>, KvmError>) -> Option<End> {
+    match exit {
+        Ok(Exit::Shutdown) => Some(End::Shutdown),
+        Ok(Exit::Reset) => Some(End::Reset),
+        Ok(Exit::PowerOff) => Some(End::PowerOff),
+        Ok(Exit::SystemEvent(kind)) => Some(End::Guest(format!("KVM reports system event {kind}"))),
+        Ok(Exit::InternalError(detail)) => Some(End::Host(format!("KVM internal error: {detail}"))),
+        Ok(Exit::FailedEntry { reason }) => Some(End::Host(format!("the processor refuses to enter the guest ({reason:#x})"))),
+        Ok(Exit::Halted) => Some(End::Guest("halted without an interrupt controller".into())),
+        Err(error) => Some(End::Host(error.to_string())),
+        Ok(_) => None,
+    }
+}
+
+fn finish(vcpu: &Vcpu, life: &Lifecycle, end: End) {
+    let place = vcpu.describe();
+    match end {
+        // A PC resets on a triple fault, and Linux's `reboot=t` uses that, with an empty interrupt table. Any other one
+        // is a crash; AMD's processors forget the difference, and there it counts as a crash, too.
+        End::Shutdown if vcpu.has_no_idt() => life.end(ExitReason::GuestReset, "the guest reset itself by a triple fault"),
+        End::Shutdown => life.end(ExitReason::GuestFault, format!("triple fault: {place}")),
+        End::Reset => life.end(ExitReason::GuestReset, "the guest asked KVM for a reset"),
+        End::PowerOff => life.end(ExitReason::GuestPowerOff, "the guest asked KVM for power off"),
+        End::Guest(what) => life.end(ExitReason::GuestFault, format!("{what}: {place}")),
+        End::Host(what) => life.end(ExitReason::HostFault, format!("{what}: {place}")),
+    }
+}

@@ -1,0 +1,98 @@
+//! `bedplate-vmm`: one VM.
+
+use std::io::{IsTerminal, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use bedplate_api::vmm::{Exit, ExitReason, VmConfig};
+use bedplate_vmm::console::{Console, Target};
+use bedplate_vmm::control::{self, Server, Session, Signals};
+use clap::Parser;
+
+/// Run one virtual machine.
+///
+/// SIGTERM presses its power button; SIGINT ends it at once. On a terminal, Ctrl-A X does, too.
+#[derive(Parser)]
+#[command(version, name = "bedplate-vmm")]
+struct Args {
+    /// Serve the HTTP API on this Unix socket
+    #[arg(long, value_name = "PATH")]
+    api_sock: Option<PathBuf>,
+    /// Boot at once what this JSON file describes
+    #[arg(long, value_name = "PATH")]
+    config_file: Option<PathBuf>,
+    /// Serve no API
+    #[arg(long, requires = "config_file", conflicts_with = "api_sock")]
+    no_api: bool,
+    /// Name of this VM
+    #[arg(long, default_value = "anonymous-instance")]
+    id: String,
+    /// Where the guest's serial console goes: stdio, off, file:PATH or socket:PATH
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    serial: Target,
+    /// Append the serial output to this file, too; it is moved to PATH.old at 1 MiB
+    #[arg(long, value_name = "PATH")]
+    serial_log: Option<PathBuf>,
+    /// When the VM has ended, write how to this file
+    #[arg(long, value_name = "PATH")]
+    exit_file: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let exit = run(&args).unwrap_or_else(|error| {
+        // One line, for whoever reads logs; the exit file says the same.
+        eprintln!("bedplate-vmm: {error:#}");
+        Exit { reason: ExitReason::HostFault, detail: format!("{error:#}") }
+    });
+    let mut code = exit.reason.code();
+    if exit.reason == ExitReason::GuestFault {
+        eprintln!("bedplate-vmm: the guest cannot go on: {}", exit.detail);
+    }
+    if let Some(path) = &args.exit_file
+        && let Err(error) = write_exit(path, &exit)
+    {
+        eprintln!("bedplate-vmm: exit file {}: {error}; give a path that you may write", path.display());
+        code = 1;
+    }
+    ExitCode::from(code)
+}
+
+fn run(args: &Args) -> Result<Exit> {
+    // Before any thread: all of them inherit which signals are blocked.
+    let signals = Signals::take_over().context("signals cannot be taken over")?;
+    if args.api_sock.is_none() && args.config_file.is_none() {
+        bail!("nothing to run: give --config-file, or --api-sock to be configured through the API");
+    }
+    let console = Console::open(&args.serial, args.serial_log.as_deref())?;
+    let mut session = Session::new(args.id.clone(), console)?;
+    let server = match &args.api_sock {
+        Some(path) => Some(Server::listen(path).with_context(|| {
+            format!("API socket {} cannot be made (give a path in a directory that you may write)", path.display())
+        })?),
+        None => None,
+    };
+    if let Some(path) = &args.config_file {
+        session.start_with(read_config(path)?)?;
+        if matches!(args.serial, Target::Stdio) && std::io::stdin().is_terminal() {
+            eprint!("Ctrl-A X ends the VM\r\n");
+        }
+    }
+    Ok(control::run(session, server, &signals)?)
+}
+
+fn read_config(path: &Path) -> Result<VmConfig> {
+    let text = std::fs::read(path).with_context(|| format!("config file {} cannot be read", path.display()))?;
+    serde_json::from_slice(&text)
+        .with_context(|| format!("config file {} is not a VM's configuration; correct it", path.display()))
+}
+
+fn write_exit(path: &Path, exit: &Exit) -> std::io::Result<()> {
+    let mut aside = path.to_path_buf().into_os_string();
+    aside.push(".tmp");
+    let mut file = std::fs::File::create(&aside)?;
+    file.write_all(&serde_json::to_vec(exit)?)?;
+    file.sync_all()?;
+    std::fs::rename(&aside, path)
+}

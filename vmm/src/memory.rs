@@ -1,0 +1,178 @@
+//! Guest RAM, always a memfd, and the map of the guest's physical addresses.
+//!
+//! ```text
+//! 0            low RAM, up to 3 GiB (the page tables and tables of `boot::start` and `acpi` lie in its first MiB)
+//! 3 GiB        window for 32-bit BARs, 512 MiB
+//! 3.5 GiB      ECAM, 1 MiB per bus
+//! 4 GiB - 20M  I/O APIC, local APICs, Intel's identity map and task segment
+//! 4 GiB        RAM beyond 3 GiB
+//! above        window for 64-bit BARs
+//! ```
+
+use std::fs::File;
+use std::sync::Arc;
+
+use bedplate_devices::Memory;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+
+/// Fixed addresses.
+pub mod layout {
+    /// Where RAM ends below 4 GiB, at most.
+    pub const LOW_RAM_END: u64 = 0xc000_0000;
+    /// Window for 32-bit BARs.
+    pub const MMIO32: std::ops::Range<u64> = LOW_RAM_END..ECAM;
+    /// PCI configuration space.
+    pub const ECAM: u64 = 0xe000_0000;
+    /// I/O APIC.
+    pub const IO_APIC: u32 = 0xfec0_0000;
+    /// Local APICs.
+    pub const LOCAL_APIC: u32 = 0xfee0_0000;
+    /// One page for Intel's real-mode emulation.
+    pub const IDENTITY_MAP: u64 = 0xfffb_c000;
+    /// Three pages for the same.
+    pub const TSS: u64 = 0xfffb_d000;
+    /// Where RAM goes on.
+    pub const HIGH_RAM: u64 = 1 << 32;
+    /// Size of the window for 64-bit BARs, and its alignment.
+    pub const MMIO64_LEN: u64 = 1 << 34;
+    /// RAM below this belongs to the PC's own: interrupt table, our boot structures, the EBDA, option ROMs.
+    pub const FIRST_MIB: u64 = 1 << 20;
+    /// Where the EBDA would begin: the end of conventional memory.
+    pub const EBDA: u64 = 0x9_fc00;
+}
+
+/// Why RAM cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// The host has less.
+    #[error("{asked_mib} MiB of guest memory are more than this host has ({host_mib} MiB): ask for less")]
+    BeyondHost {
+        /// As asked.
+        asked_mib: u64,
+        /// All RAM of the host.
+        host_mib: u64,
+    },
+    /// The host refuses.
+    #[error("{asked_mib} MiB of guest memory cannot be had: {source}; free some memory or ask for less")]
+    Refused {
+        /// As asked.
+        asked_mib: u64,
+        /// Its reason.
+        source: std::io::Error,
+    },
+    /// The processor cannot address so much.
+    #[error("{asked_mib} MiB of guest memory and the window for devices do not fit into {bits} address bits: ask for less")]
+    Unaddressable {
+        /// As asked.
+        asked_mib: u64,
+        /// Of a guest-physical address.
+        bits: u8,
+    },
+}
+
+/// RAM of one VM.
+pub struct Ram {
+    /// Mapped.
+    pub memory: Memory,
+    /// Behind the mapping, all of it in order of guest address.
+    pub memfd: Arc<File>,
+    len: u64,
+}
+
+impl Ram {
+    /// `mib` MiB of zeros. Pages are taken from the host when they are first touched.
+    ///
+    /// # Errors
+    /// The host has less, or refuses.
+    pub fn new(mib: u64) -> Result<Self, MemoryError> {
+        let host_mib = host_mib();
+        if mib > host_mib {
+            return Err(MemoryError::BeyondHost { asked_mib: mib, host_mib });
+        }
+        let refused = |source| MemoryError::Refused { asked_mib: mib, source };
+        // Cannot overflow: the host has that much.
+        let len = mib << 20;
+        let memfd = memfd_create("guest-ram", MemfdFlags::CLOEXEC).map_err(|e| refused(e.into()))?;
+        ftruncate(&memfd, len).map_err(|e| refused(e.into()))?;
+        let memfd = Arc::new(File::from(memfd));
+        let mut offset = 0;
+        let mut ranges = Vec::with_capacity(2);
+        for (start, end) in ram_ranges(len) {
+            let file = FileOffset::from_arc(Arc::clone(&memfd), offset);
+            ranges.push((GuestAddress(start), (end - start) as usize, Some(file)));
+            offset += end - start;
+        }
+        let memory =
+            GuestMemoryMmap::from_ranges_with_files(&ranges).map_err(|e| refused(std::io::Error::other(e.to_string())))?;
+        Ok(Self { memory: Arc::new(memory), memfd, len })
+    }
+
+    /// Guest-physical ranges of RAM, low first.
+    pub fn ranges(&self) -> impl Iterator<Item = (u64, u64)> + use<> {
+        ram_ranges(self.len)
+    }
+
+    /// Where RAM below 4 GiB ends.
+    pub fn low_end(&self) -> u64 {
+        self.len.min(layout::LOW_RAM_END)
+    }
+
+    /// The window for 64-bit BARs, above all RAM.
+    ///
+    /// # Errors
+    /// It does not fit into `bits` address bits.
+    pub fn mmio64(&self, bits: u8) -> Result<std::ops::Range<u64>, MemoryError> {
+        let ram_end = self.ranges().last().map_or(0, |(_, end)| end).max(layout::HIGH_RAM);
+        let start = ram_end.next_multiple_of(layout::MMIO64_LEN);
+        let end = start + layout::MMIO64_LEN;
+        if bits < 64 && end > 1 << bits {
+            return Err(MemoryError::Unaddressable { asked_mib: self.len >> 20, bits });
+        }
+        Ok(start..end)
+    }
+}
+
+fn ram_ranges(len: u64) -> impl Iterator<Item = (u64, u64)> {
+    let low = len.min(layout::LOW_RAM_END);
+    [(0, low), (layout::HIGH_RAM, layout::HIGH_RAM + (len - low))].into_iter().filter(|(start, end)| end > start)
+}
+
+fn host_mib() -> u64 {
+    let info = rustix::system::sysinfo();
+    u64::from(info.mem_unit).saturating_mul(info.totalram) >> 20
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestMemoryBackend};
+
+    use super::*;
+
+    #[test]
+    fn ram_splits_around_the_hole_and_the_windows_lie_outside_of_it() {
+        assert_eq!(ram_ranges(1 << 30).collect::<Vec<_>>(), [(0, 1 << 30)]);
+        assert_eq!(ram_ranges(3 << 30).collect::<Vec<_>>(), [(0, 3 << 30)]);
+        assert_eq!(ram_ranges(5 << 30).collect::<Vec<_>>(), [(0, 3 << 30), (4 << 30, 6 << 30)]);
+    }
+
+    #[test]
+    fn more_than_the_host_has_is_refused_by_name() {
+        let error = Ram::new(host_mib() + 1).map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("more than this host has"), "{error}");
+        assert!(Ram::new(u64::MAX).is_err());
+    }
+
+    #[test]
+    fn ram_is_the_memfd() {
+        use std::os::unix::fs::FileExt;
+        let ram = Ram::new(16).unwrap();
+        ram.memory.write_slice(b"hello", GuestAddress(0x1234)).unwrap();
+        let mut bytes = [0; 5];
+        ram.memfd.read_exact_at(&mut bytes, 0x1234).unwrap();
+        assert_eq!(&bytes, b"hello");
+        assert!(!ram.memory.address_in_range(GuestAddress(16 << 20)));
+        assert!(matches!(ram.mmio64(34), Err(MemoryError::Unaddressable { .. })));
+        assert_eq!(ram.mmio64(40).unwrap().start, 1 << 34);
+    }
+}
