@@ -13,6 +13,7 @@ pub mod net;
 pub mod output;
 pub mod place;
 pub mod progress;
+pub mod run;
 pub mod rundir;
 pub mod size;
 pub mod terminal;
@@ -44,6 +45,8 @@ pub struct Cli {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Run a VM from a disk image, its console on this terminal
+    Run(run::Args),
     /// What this machine can do, by trying it, and what to do about what it cannot
     Doctor(doctor::Args),
     /// Images: of the local store, and between it and a control node
@@ -75,6 +78,9 @@ pub enum Command {
 /// Why a command failed: one line that names the thing, the cause and the remedy.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
+    /// A VM that cannot be run.
+    #[error(transparent)]
+    Run(#[from] run::Error),
     /// Something about this machine.
     #[error(transparent)]
     Doctor(#[from] doctor::Error),
@@ -93,9 +99,10 @@ pub enum Error {
 ///
 /// # Errors
 /// See [`Error`].
-pub fn run(cli: Cli) -> Result<u8, Error> {
+pub fn execute(cli: Cli) -> Result<u8, Error> {
     let format = cli.output;
     match cli.command {
+        Command::Run(args) => return Ok(run::run(args)?),
         Command::Doctor(args) => return Ok(doctor::run(args, format)?),
         Command::Image(args) => image::run(args, format)?,
         Command::Node(args) => control::node::run(args, format)?,

@@ -2,11 +2,11 @@
 
 use std::process::ExitCode;
 
-use bedplate_cli::{Cli, run};
+use bedplate_cli::{Cli, execute};
 use clap::Parser;
 
 fn main() -> ExitCode {
-    match run(Cli::parse()) {
+    match execute(Cli::parse()) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("bedplate: {error}");

@@ -3,6 +3,7 @@
 //! ```text
 //! {store}/runs/{name}-{process id}/   one run: lock, kernel, initrd, the VMM's files, and the disk unless it is kept
 //! {store}/disks/{name}/               a persistent disk, and nothing else
+//! {store}/lab-disks/{name}.raw        a persistent disk of `run --lab`
 //! ```
 //!
 //! A run's directory goes with the run. Where the process was killed it stays, unlocked, and the next one sweeps it.
@@ -20,6 +21,7 @@ use crate::net;
 
 const RUNS: &str = "runs";
 const DISKS: &str = "disks";
+const LAB_DISKS: &str = "lab-disks";
 const LOCK: &str = "lock";
 /// The disk in a run's directory.
 pub const DISK: &str = "disk";
@@ -78,6 +80,11 @@ impl Drop for RunDir {
 /// Where the persistent disk of the VM `name` is.
 pub fn persistent_disk(store: &Path, name: &str) -> PathBuf {
     store.join(DISKS).join(name)
+}
+
+/// Where the persistent disk of the VM `name` in the lab is: another format, so another disk.
+pub fn persistent_lab_disk(store: &Path, name: &str) -> PathBuf {
+    store.join(LAB_DISKS).join(format!("{name}.raw"))
 }
 
 /// Removes the directories, and the networks, of runs whose process is gone.

@@ -18,6 +18,12 @@ pub struct RawMode {
 }
 
 impl RawMode {
+    /// Changes nothing now; brings the settings of this moment back later, whatever a child process does to them.
+    pub fn none() -> Self {
+        let stdin = io::stdin();
+        Self { saved: stdin.is_terminal().then(|| tcgetattr(&stdin).ok()).flatten() }
+    }
+
     /// Switches stdin's terminal to raw mode.
     ///
     /// # Errors

@@ -1,17 +1,22 @@
 //! One `bedplate-vmm` process of ours: found, started, stopped, and asked how it ended.
 
-use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::{Exit, ExitReason, VmConfig};
 use bedplate_lab::Process;
 use rustix::process::Signal;
 
+/// Its API's socket and its last word, in its directory.
+const API: &str = "vmm.sock";
+const EXIT: &str = "exit.json";
+/// How often a socket that is not there yet is looked for, unless the process ends before.
+const CONNECT_INTERVAL: Duration = Duration::from_millis(3);
 /// Name of the program.
 pub const PROGRAM: &str = "bedplate-vmm";
 /// A VMM that was told to stop at once, or has closed its console, needs milliseconds. More means that it hangs.
@@ -73,7 +78,8 @@ fn file(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> VmmError {
 pub fn locate(given: Option<&Path>) -> Result<PathBuf, VmmError> {
     if let Some(path) = given {
         return match path.metadata() {
-            Ok(meta) if meta.is_file() => Ok(path.to_owned()),
+            // It is started in another directory than ours.
+            Ok(meta) if meta.is_file() => std::path::absolute(path).map_err(file("find", path)),
             Ok(_) => Err(VmmError::NotAProgram { path: path.to_owned(), cause: io::ErrorKind::InvalidInput.into() }),
             Err(cause) => Err(VmmError::NotAProgram { path: path.to_owned(), cause }),
         };
@@ -104,22 +110,46 @@ pub struct Vmm {
 }
 
 impl Vmm {
-    /// Starts a VM. `dir` is for its files: `vmm.json`, `vmm.sock`, `vmm.log`, `exit.json`; `serial` as the VMM's option.
+    /// Starts a VM. `dir`, an absolute path, is for its files: `vmm.json`, `vmm.sock`, `vmm.log`, `exit.json`, and what
+    /// `serial`, the VMM's option, names without a slash: the process runs in `dir`, since a socket's path may be only
+    /// 107 bytes long.
     ///
     /// # Errors
     /// A file cannot be written, or the process cannot be started. That the VM could not be started comes later, with
     /// [`Vmm::finish`].
-    pub fn start(program: &Path, dir: &Path, id: &str, config: &VmConfig, serial: &OsStr) -> Result<Self, VmmError> {
+    pub fn start(program: &Path, dir: &Path, id: &str, config: &VmConfig, serial: &str) -> Result<Self, VmmError> {
         let config_path = dir.join("vmm.json");
         let text = serde_json::to_vec_pretty(config).map_err(io::Error::from).map_err(file("write", &config_path))?;
         fs::write(&config_path, text).map_err(file("write", &config_path))?;
         let log = dir.join("vmm.log");
         let words = File::create(&log).map_err(file("create", &log))?;
         let mut command = Command::new(program);
-        command.args(["--id", id]).arg("--config-file").arg(&config_path).arg("--api-sock").arg(dir.join("vmm.sock"));
-        command.arg("--serial").arg(serial).arg("--exit-file").arg(dir.join("exit.json"));
+        command.current_dir(dir).args(["--id", id, "--config-file", "vmm.json", "--api-sock", API]);
+        command.args(["--serial", serial, "--exit-file", EXIT]);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(words);
         Ok(Self { process: Process::start(PROGRAM, command)?, dir: dir.to_owned() })
+    }
+
+    /// Connects to the socket `name` of the VM's directory, which the VMM makes as it starts.
+    ///
+    /// # Errors
+    /// The VM ended before that, for the reason told, or the socket did not come.
+    pub fn connect(mut self, name: &str) -> Result<(Self, UnixStream), VmmError> {
+        let deadline = Instant::now() + GRACE;
+        loop {
+            let error = match connect_in(&self.dir, name) {
+                Ok(stream) => return Ok((self, stream)),
+                Err(error) => error,
+            };
+            let ended = self.process.wait(CONNECT_INTERVAL).is_ok();
+            if ended {
+                let end = self.finish(GRACE)?;
+                return Err(VmmError::Failed(format!("the VM ended before its console was there: {}", end.detail)));
+            }
+            if Instant::now() > deadline {
+                return Err(VmmError::File { what: "connect to", path: self.dir.join(name), source: error });
+            }
+        }
     }
 
     /// Whether it still runs.
@@ -138,7 +168,7 @@ impl Vmm {
     /// As [`Vmm::finish`].
     pub fn stop(self) -> Result<Exit, VmmError> {
         // A VMM that does not answer is killed below.
-        let _ = ask_to_stop(&self.dir.join("vmm.sock"));
+        let _ = ask_to_stop(&self.dir);
         self.finish(GRACE).or_else(|error| match error {
             // Killed because it did not react: the person wanted it gone, and it is.
             VmmError::Process(_) => {
@@ -154,8 +184,7 @@ impl Vmm {
     /// The VM failed, or could not be started at all; or it still runs after `timeout`, and is killed then.
     pub fn finish(mut self, timeout: Duration) -> Result<Exit, VmmError> {
         let status = self.process.wait(timeout)?;
-        let exit: Option<Exit> =
-            fs::read(self.dir.join("exit.json")).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        let exit: Option<Exit> = fs::read(self.dir.join(EXIT)).ok().and_then(|text| serde_json::from_slice(&text).ok());
         match exit {
             Some(exit) if exit.reason.code() == 0 => Ok(exit),
             Some(exit) => Err(VmmError::Failed(exit.detail)),
@@ -173,12 +202,18 @@ impl Vmm {
 }
 
 /// `PUT /bedplate/stop` has neither a body nor an answer that matters: no client is needed for it.
-fn ask_to_stop(socket: &Path) -> io::Result<()> {
-    let mut stream = UnixStream::connect(socket)?;
+fn ask_to_stop(dir: &Path) -> io::Result<()> {
+    let mut stream = connect_in(dir, API)?;
     stream.set_read_timeout(Some(GRACE))?;
     stream.write_all(b"PUT /bedplate/stop HTTP/1.1\r\nhost: localhost\r\ncontent-length: 0\r\n\r\n")?;
     // The answer, or the end of the process: either means that it was heard.
     stream.read(&mut [0; 64]).map(drop)
+}
+
+/// Connects to the socket `name` in `dir`, however long the path of `dir` is.
+fn connect_in(dir: &Path, name: &str) -> io::Result<UnixStream> {
+    let dir = File::open(dir)?;
+    UnixStream::connect(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd()))
 }
 
 fn last_words(log: &Path) -> String {
@@ -209,9 +244,7 @@ mod tests {
     fn end_of(script: &str) -> Result<Exit, VmmError> {
         let dir = tempfile::tempdir().unwrap();
         let program = fake(dir.path(), script);
-        Vmm::start(&program, dir.path(), "x", &VmConfig::default(), OsStr::new("off"))
-            .unwrap()
-            .finish(Duration::from_secs(60))
+        Vmm::start(&program, dir.path(), "x", &VmConfig::default(), "off").unwrap().finish(Duration::from_secs(60))
     }
 
     #[test]

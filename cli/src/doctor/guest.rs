@@ -5,7 +5,6 @@
 //! mode, which tries such instructions one after the other, writes a letter to the serial port after each, and ends with a
 //! reset. The last letter names the instruction that failed.
 
-use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -61,9 +60,7 @@ pub fn run(program: &Path, dir: &Path) -> Result<Trial, VmmError> {
         machine_config: MachineConfig { vcpu_count: 1, mem_size_mib: 64, ..MachineConfig::default() },
         ..VmConfig::default()
     };
-    let mut option = OsString::from("file:");
-    option.push(&serial);
-    let result = Vmm::start(program, dir, "probe", &config, &option)?.finish(DEADLINE);
+    let result = Vmm::start(program, dir, "probe", &config, "file:serial.log")?.finish(DEADLINE);
     let letters = fs::read(&serial).unwrap_or_default();
     Ok(match result {
         Ok(exit) if exit.reason == ExitReason::GuestReset && letters.last() == Some(&STEPS[STEPS.len() - 1].0) => {

@@ -29,8 +29,8 @@ pub(super) fn examine(store: &Path) -> Vec<Finding> {
         io_uring(),
         huge_pages(),
         cgroup(),
-        device("/dev/vhost-net", "faster guest networking, later", "modprobe vhost_net"),
-        device("/dev/vhost-vsock", "sockets to guests through the kernel, later", "modprobe vhost_vsock"),
+        device("/dev/vhost-net", "faster guest networking (not used yet)", "modprobe vhost_net"),
+        device("/dev/vhost-vsock", "sockets to guests through the kernel (not used yet)", "modprobe vhost_vsock"),
         qemu(),
     ]
 }

@@ -37,7 +37,8 @@ fn processor() -> Finding {
     }
 }
 
-fn open_kvm() -> io::Result<File> {
+/// Whether /dev/kvm is there for us.
+pub(crate) fn open_kvm() -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open("/dev/kvm")
 }
 

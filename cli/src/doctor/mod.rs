@@ -11,7 +11,7 @@ use crate::vmm;
 
 pub mod guest;
 mod host;
-mod kvm;
+pub(crate) mod kvm;
 
 /// `bedplate doctor`
 #[derive(Debug, clap::Args)]

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bedplate_api::client::Endpoint;
+use bedplate_images::import::ImportError;
 use bedplate_images::{Store, StoreError};
 use clap::Subcommand;
 
@@ -11,6 +12,7 @@ use crate::control::{self, CONTROL_VARIABLE, DEFAULT_CONTROL, Session};
 use crate::output::{self, Format, PrintError};
 use crate::place::{PlaceError, StoreArgs};
 
+pub(crate) mod import;
 mod local;
 mod pull;
 mod push;
@@ -18,6 +20,8 @@ mod push;
 /// `bedplate image …`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
+  bedplate image import debian-12.qcow2 --name debian
+  bedplate image import-vmm --kernel vmlinuz --initrd initrd --name vmm
   bedplate image ls
   bedplate image push web --as web-2
   bedplate image pull web
@@ -48,6 +52,32 @@ struct Peer {
 
 #[derive(Debug, Subcommand)]
 enum Action {
+    /// Import a raw or qcow2 disk image; chunks that the store has are not written again
+    Import {
+        /// The file
+        file: PathBuf,
+        /// Name to give it: lower-case letters, digits, and . _ -
+        #[arg(long)]
+        name: String,
+        /// A file elsewhere that FILE may refer to as its backing or data file; can be given several times
+        #[arg(long, value_name = "FILE")]
+        allow: Vec<PathBuf>,
+    },
+    /// Make a VMM image, which boots blank machines into nodes
+    ImportVmm {
+        /// Its kernel
+        #[arg(long, value_name = "FILE")]
+        kernel: PathBuf,
+        /// Its initial RAM disk, with bedplate-node as init
+        #[arg(long, value_name = "FILE")]
+        initrd: PathBuf,
+        /// Words for the kernel's command line
+        #[arg(long, default_value = "", value_name = "WORDS")]
+        cmdline: String,
+        /// Name to give it
+        #[arg(long, default_value = "vmm")]
+        name: String,
+    },
     /// List images
     Ls {
         #[command(flatten)]
@@ -117,6 +147,9 @@ pub enum Error {
     /// The store, or what is in it.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The file is no image.
+    #[error(transparent)]
+    Import(#[from] ImportError),
     /// The control node.
     #[error(transparent)]
     Control(#[from] control::Error),
@@ -154,6 +187,10 @@ impl From<bedplate_api::client::ClientError> for Error {
 pub fn run(args: Args, format: Format) -> Result<(), Error> {
     let dir = args.store.dir()?;
     match args.action {
+        Action::Import { file, name, allow } => import::run(&Store::create(dir)?, &file, &name, &allow, format)?,
+        Action::ImportVmm { kernel, initrd, cmdline, name } => {
+            import::run_vmm(&Store::create(dir)?, &kernel, &initrd, &cmdline, &name, format)?;
+        }
         Action::Ls { remote: Remote { control: Some(endpoint) } } => {
             let session = session(endpoint)?;
             let images = session.wait(session.client.images())?;

@@ -1,0 +1,46 @@
+//! From somebody's file to the local store.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use bedplate_images::Store;
+use bedplate_images::import::{ImportError, Imported, Options, import_disk, import_files};
+
+use super::{Error, print_one};
+use crate::output::{self, Format, note};
+use crate::progress::Progress;
+
+/// Imports the disk in `file`, showing how far it has come; `tag` is the name to give it.
+///
+/// # Errors
+/// See [`ImportError`].
+pub fn disk(store: &Store, file: &Path, tag: Option<&str>, allow: &[PathBuf]) -> Result<Imported, ImportError> {
+    let shown = file.file_name().unwrap_or(file.as_os_str()).to_string_lossy().into_owned();
+    let progress = Progress::new(format!("import {shown}"), 0);
+    let imported = import_disk(store, file, Options { tag, allow }, &mut |done, total| {
+        progress.set(done, total);
+        ControlFlow::Continue(())
+    })?;
+    let disk = imported.manifest.parts.get("disk");
+    let (size, content) = disk.map_or((0, 0), |disk| (disk.size, disk.content));
+    progress.finish(&format!("{} with {} of content", output::bytes(size), output::bytes(content)));
+    Ok(imported)
+}
+
+pub(super) fn run(store: &Store, file: &Path, name: &str, allow: &[PathBuf], format: Format) -> Result<(), Error> {
+    let imported = disk(store, file, Some(name), allow)?;
+    imported.report.iter().for_each(|line| note(line));
+    Ok(print_one(&store.summary(name)?, format)?)
+}
+
+pub(super) fn run_vmm(
+    store: &Store,
+    kernel: &Path,
+    initrd: &Path,
+    cmdline: &str,
+    name: &str,
+    format: Format,
+) -> Result<(), Error> {
+    import_files(store, kernel, initrd, cmdline, Some(name))?;
+    Ok(print_one(&store.summary(name)?, format)?)
+}

@@ -1,0 +1,163 @@
+//! The real command and a store of its own: what a person does with images, and what goes wrong then.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+/// Runs the command with a store in `dir`, without anything of this machine's environment.
+fn bedplate(dir: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_bedplate"))
+        .args(args)
+        .current_dir(dir)
+        .env("BEDPLATE_STORE", dir.join("store"))
+        .env_remove("BEDPLATE_CONTROL")
+        .output()
+        .unwrap()
+}
+
+fn ok(dir: &Path, args: &[&str]) -> String {
+    let out = bedplate(dir, args);
+    assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+    String::from_utf8(out.stdout).unwrap()
+}
+
+/// One line that begins with the program's name, and exit code 1.
+fn fails(dir: &Path, args: &[&str]) -> String {
+    let out = bedplate(dir, args);
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert_eq!(out.status.code(), Some(1), "{args:?}: {said}");
+    let last = said.lines().last().unwrap_or_default().to_owned();
+    assert!(last.starts_with("bedplate: "), "{said}");
+    last
+}
+
+/// A disk of 3 MiB with some content, a hole, and content again.
+fn disk(dir: &Path, name: &str) -> Vec<u8> {
+    let mut bytes = vec![0; 3 << 20];
+    bytes.iter_mut().take(200_000).enumerate().for_each(|(i, b)| *b = (i * 7 % 251) as u8);
+    bytes[3 << 20 >> 1] = 1;
+    fs::write(dir.join(name), &bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn a_disk_goes_in_and_comes_out_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = disk(dir.path(), "disk.raw");
+    assert_eq!(ok(dir.path(), &["image", "ls"]), "");
+    let line = ok(dir.path(), &["image", "import", "disk.raw", "--name", "mine"]);
+    assert!(line.contains("mine") && line.contains("3.0 MiB") && line.contains("no kernel found"), "{line}");
+    let images: serde_json::Value = serde_json::from_str(&ok(dir.path(), &["image", "ls", "-o", "json"])).unwrap();
+    assert_eq!((images[0]["name"].as_str(), images[0]["size"].as_u64()), (Some("mine"), Some(3 << 20)));
+    ok(dir.path(), &["image", "export", "mine", "out.raw"]);
+    assert!(fs::read(dir.path().join("out.raw")).unwrap() == bytes);
+    let again = fails(dir.path(), &["image", "export", "mine", "out.raw"]);
+    assert!(again.contains("out.raw is there already"), "{again}");
+    assert!(ok(dir.path(), &["image", "inspect", "mine"]).contains("0 missing here"));
+    ok(dir.path(), &["image", "verify"]);
+}
+
+#[test]
+fn qcow2_is_known_by_its_content_and_gives_the_same_image() {
+    let dir = tempfile::tempdir().unwrap();
+    disk(dir.path(), "disk.raw");
+    let convert = ["convert", "-f", "raw", "-O", "qcow2", "disk.raw", "misnamed.raw"];
+    match Command::new("qemu-img").args(convert).current_dir(dir.path()).status() {
+        Ok(status) => assert!(status.success()),
+        Err(_) => return eprintln!("skipped: needs qemu-img (package qemu-utils)"),
+    }
+    ok(dir.path(), &["image", "import", "disk.raw", "--name", "raw"]);
+    ok(dir.path(), &["image", "import", "misnamed.raw", "--name", "qcow"]);
+    let part = |name: &str| {
+        let text = ok(dir.path(), &["image", "inspect", name, "-o", "json"]);
+        let image: serde_json::Value = serde_json::from_str(&text).unwrap();
+        image["manifest"]["parts"]["disk"].clone()
+    };
+    assert_eq!(part("raw"), part("qcow"));
+}
+
+#[test]
+fn a_name_goes_at_once_and_its_content_with_the_next_gc() {
+    let dir = tempfile::tempdir().unwrap();
+    disk(dir.path(), "disk.raw");
+    ok(dir.path(), &["image", "import", "disk.raw", "--name", "mine"]);
+    let swept = |args: &[&str]| {
+        let text = ok(dir.path(), args);
+        serde_json::from_str::<serde_json::Value>(&text).unwrap()["removed"].as_u64().unwrap()
+    };
+    assert_eq!(swept(&["image", "gc", "--grace", "0", "-o", "json"]), 0);
+    ok(dir.path(), &["image", "rm", "mine"]);
+    assert!(swept(&["image", "gc", "--grace", "0", "-o", "json"]) > 0);
+    let gone = fails(dir.path(), &["image", "inspect", "mine"]);
+    assert!(gone.contains("mine"), "{gone}");
+}
+
+#[test]
+fn rot_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    disk(dir.path(), "disk.raw");
+    ok(dir.path(), &["image", "import", "disk.raw", "--name", "mine"]);
+    let chunk = walk(&dir.path().join("store/chunks")).next().unwrap();
+    let mut bytes = fs::read(&chunk).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&chunk, bytes).unwrap();
+    let said = fails(dir.path(), &["image", "verify", "mine"]);
+    assert!(said.contains("chunk"), "{said}");
+}
+
+fn walk(dir: &Path) -> impl Iterator<Item = std::path::PathBuf> {
+    let shards = fs::read_dir(dir).unwrap().map(|shard| shard.unwrap().path());
+    shards.flat_map(|shard| fs::read_dir(shard).unwrap().map(|file| file.unwrap().path()))
+}
+
+#[test]
+fn bad_files_and_names_are_refused_with_a_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("empty"), "").unwrap();
+    fs::write(dir.path().join("odd"), [1; 700]).unwrap();
+    disk(dir.path(), "disk.raw");
+    for (args, word) in [
+        (["image", "import", "absent", "--name", "x"], "absent"),
+        (["image", "import", "empty", "--name", "x"], "empty"),
+        (["image", "import", "odd", "--name", "x"], "odd"),
+        (["image", "import", ".", "--name", "x"], "."),
+        (["image", "import", "disk.raw", "--name", "No/Name"], "No/Name"),
+    ] {
+        let said = fails(dir.path(), &args);
+        assert!(said.contains(word), "{said}");
+    }
+    assert_eq!(ok(dir.path(), &["image", "ls"]), "", "nothing is left behind");
+}
+
+#[test]
+fn a_control_node_that_is_away_is_said_to_be_away() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = format!("unix:{}/control.sock", dir.path().display());
+    for args in [
+        &["node", "ls", "--control", &socket][..],
+        &["tier", "--control", &socket, "scale", "web", "3"],
+        &["image", "ls", "--control", &socket],
+        &["events", "--control", &socket],
+    ] {
+        let said = fails(dir.path(), args);
+        assert!(said.contains(&socket) && said.contains("BEDPLATE_CONTROL"), "{said}");
+    }
+}
+
+#[test]
+fn a_wrong_command_line_is_told_from_a_failure() {
+    let dir = tempfile::tempdir().unwrap();
+    for args in [
+        &["nonsense"][..],
+        &["run"],
+        &["tier", "create", "x"],
+        &["run", "x", "--cpus", "9"],
+        &["image", "ls", "--control", "x"],
+    ] {
+        assert_eq!(bedplate(dir.path(), args).status.code(), Some(2), "{args:?}");
+    }
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(ok(dir.path(), &["completion", shell]).contains("bedplate"));
+    }
+}
