@@ -16,7 +16,12 @@ const TMPFS_MAGIC: u64 = 0x0102_1994;
 /// A measurement of the machine for the state directory `dir`, configured to provide `slots` VMs.
 pub fn capacity(dir: &Path, slots: u32) -> Capacity {
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    Capacity { cpus: u32::try_from(cpus).unwrap_or(u32::MAX), memory_mib: memory_mib(), slots, disk_free: disk_free(dir) }
+    Capacity {
+        cpus: u32::try_from(cpus).unwrap_or(u32::MAX),
+        memory_mib: memory_mib(),
+        slots,
+        disk_free: disk_free(dir),
+    }
 }
 
 /// RAM in MiB.
@@ -44,9 +49,9 @@ pub fn obstacle(vmm: &Path) -> Option<String> {
     let kvm = Path::new("/dev/kvm");
     match fs::OpenOptions::new().read(true).write(true).open(kvm) {
         Ok(_) => None,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            Some("this machine has no /dev/kvm: enable virtualization in its firmware and load kvm-amd or kvm-intel".into())
-        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Some(
+            "this machine has no /dev/kvm: enable virtualization in its firmware and load kvm-amd or kvm-intel".into(),
+        ),
         Err(e) => Some(format!("/dev/kvm cannot be opened: {e}; run the agent as root or add its user to group kvm")),
     }
 }

@@ -88,9 +88,13 @@ mod tests {
         assert_eq!(choose(Some(&format!("{good}\n")), None).to_string(), good);
         let from_mac = choose(None, Some("52:54:00:00:00:01"));
         assert!(from_mac.to_string().ends_with("525400000001"));
-        for bad in ["00000000-0000-0000-0000-000000000000", "ffffffff-ffff-ffff-ffff-ffffffffffff", "Not Settable",
-            "03000200-0400-0500-0006-000700080009", "00010203-0405-0607-0809-0a0b0c0d0e0f"]
-        {
+        for bad in [
+            "00000000-0000-0000-0000-000000000000",
+            "ffffffff-ffff-ffff-ffff-ffffffffffff",
+            "Not Settable",
+            "03000200-0400-0500-0006-000700080009",
+            "00010203-0405-0607-0809-0a0b0c0d0e0f",
+        ] {
             assert_eq!(choose(Some(bad), Some("52:54:00:00:00:01")), from_mac, "{bad}");
         }
         assert_ne!(choose(None, None), choose(None, None));
@@ -106,7 +110,9 @@ mod tests {
     #[test]
     fn macs_parse_in_one_form_only() {
         assert_eq!(parse_mac("52:54:00:AB:cd:01").map(format_mac).unwrap(), "52:54:00:ab:cd:01");
-        for bad in ["", "52:54:00:ab:cd", "52:54:00:ab:cd:01:02", "5254:00:ab:cd:01", "52:54:00:ab:cd:0g", "+2:54:00:ab:cd:01"] {
+        for bad in
+            ["", "52:54:00:ab:cd", "52:54:00:ab:cd:01:02", "5254:00:ab:cd:01", "52:54:00:ab:cd:0g", "+2:54:00:ab:cd:01"]
+        {
             assert_eq!(parse_mac(bad), None, "{bad}");
         }
     }

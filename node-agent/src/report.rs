@@ -85,7 +85,11 @@ impl Reporter {
             return;
         }
         if !crate::net::addresses::usable(network) {
-            tracing::error!("the control node names {}/{} for VMs, which has no room for any", network.address, network.prefix);
+            tracing::error!(
+                "the control node names {}/{} for VMs, which has no room for any",
+                network.address,
+                network.prefix
+            );
             return;
         }
         if let Err(e) = files::write_json(&self.network_file, &network) {

@@ -71,7 +71,8 @@ impl AgentArgs {
             }
             (None, None) => return Ok(None),
         };
-        let token = Token::new(secret.trim()).context("the token is empty; give the one that the control node printed")?;
+        let token =
+            Token::new(secret.trim()).context("the token is empty; give the one that the control node printed")?;
         Ok(Some(token))
     }
 }
@@ -122,7 +123,12 @@ pub async fn run(args: AgentArgs) -> anyhow::Result<()> {
 }
 
 /// Opens the listeners and serves on them. Returns where TCP is served, if it is.
-async fn listen(args: &AgentArgs, state: &Path, token: Option<Token>, node: Node) -> anyhow::Result<Option<SocketAddr>> {
+async fn listen(
+    args: &AgentArgs,
+    state: &Path,
+    token: Option<Token>,
+    node: Node,
+) -> anyhow::Result<Option<SocketAddr>> {
     let socket = args.socket.clone().unwrap_or_else(|| state.join("node.sock"));
     let unix = server::bind_unix(&socket)?;
     tracing::info!("serves on {}", socket.display());

@@ -149,7 +149,8 @@ fn quiet(world: &World<'_>, vm: &Vm, gone: bool, decision: &mut Decision) {
 fn drop_images(world: &World<'_>, decision: &mut Decision) {
     let wanted: BTreeSet<Digest> = world.desired.vms.iter().map(|spec| spec.image).collect();
     let stale = world.images.iter().filter(|(digest, state)| {
-        let failed_before = matches!(state, ImageState::Failed { generation, .. } if *generation != world.desired.generation);
+        let failed_before =
+            matches!(state, ImageState::Failed { generation, .. } if *generation != world.desired.generation);
         failed_before || (!wanted.contains(digest) && !matches!(state, ImageState::Ready))
     });
     decision.actions.extend(stale.map(|(digest, _)| Action::Drop(*digest)));
@@ -162,10 +163,9 @@ fn start(world: &World<'_>, decision: &mut Decision) {
     let capacity = world.host.memory_mib.saturating_sub(RESERVED_MIB);
     // What those who stay take, and what takes memory now though it shall not stay.
     let mut promised: u64 = world.desired.vms.iter().filter(runs).filter(active).map(need).sum();
-    let mut slots = world.desired.vms.iter().filter(active).count();
+    let held = world.desired.vms.iter().filter(active).count();
     let leaving: u64 = leaving(world).map(|vm| need(&vm.spec)).sum();
-    for spec in world.desired.vms.iter().filter(|s| !active(s)) {
-        slots += 1;
+    for (slots, spec) in (held + 1..).zip(world.desired.vms.iter().filter(|s| !active(s))) {
         if spec.power != Power::Running {
             continue;
         }

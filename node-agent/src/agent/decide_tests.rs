@@ -52,14 +52,7 @@ fn scene(desired: &[VmSpec], vms: &[(VmSpec, Step)]) -> Scene {
         desired: Desired { generation: 9, vms: desired.to_vec() },
         vms,
         images: [(IMAGE, ImageState::Ready)].into(),
-        host: Host {
-            slots: 4,
-            memory_mib: 4096,
-            cpus: 2,
-            obstacle: None,
-            not_yet: None,
-            button_millis: BUTTON_MILLIS,
-        },
+        host: Host { slots: 4, memory_mib: 4096, cpus: 2, obstacle: None, not_yet: None, button_millis: BUTTON_MILLIS },
         leaving: false,
     }
 }
@@ -86,7 +79,8 @@ fn one_vm_in_every_step_with_every_wish() {
     use Action::{Accept, Remove, Rouse, Start, Stop, TurnOff};
     let refused = |generation| Step::Refused { generation };
     let back_off = |until| Step::BackOff { until: Millis(until) };
-    let table: Vec<(&str, Vec<VmSpec>, Option<Step>, Vec<Action>)> = vec![
+    type Row = (&'static str, Vec<VmSpec>, Option<Step>, Vec<Action>);
+    let table: Vec<Row> = vec![
         ("new", vec![spec(1)], None, vec![Accept(spec(1))]),
         ("new and off", vec![off(1)], None, vec![Accept(off(1))]),
         ("ready", vec![spec(1)], Some(Step::Ready), vec![Start(id(1))]),
@@ -165,10 +159,8 @@ fn what_does_not_fit_is_refused_with_numbers() {
     let two = scene(&[spec(1), big.clone()], &[(spec(1), running()), (big.clone(), Step::Ready)]);
     assert_eq!(two.actions(), [Action::Start(id(2))]);
     // A VM that runs keeps its place though it stands last.
-    let three = scene(
-        &[spec(3), big.clone(), spec(1)],
-        &[(spec(1), running()), (big, Step::Ready), (spec(3), Step::Ready)],
-    );
+    let three =
+        scene(&[spec(3), big.clone(), spec(1)], &[(spec(1), running()), (big, Step::Ready), (spec(3), Step::Ready)]);
     let actions = three.actions();
     assert_eq!(actions[0], Action::Start(id(3)));
     let Action::Refuse(who, why) = &actions[1] else { panic!("{actions:?}") };

@@ -48,7 +48,8 @@ impl Agent {
         }
         if desired.generation == held {
             if desired != self.desired {
-                let message = format!("generation {held} was handed over before with other VMs; count it up with each change");
+                let message =
+                    format!("generation {held} was handed over before with other VMs; count it up with each change");
                 return Err(ApiError::new(ErrorKind::Conflict, message));
             }
             return Ok(self.node_status());
@@ -178,7 +179,8 @@ impl Agent {
         let now = Millis::now();
         // An earlier process of the same VM is no news.
         let Some(vm) = self.vms.get(&id).filter(|vm| vm.process() == Some(process)) else { return };
-        let level_is_calm = matches!(end.reason, ExitReason::GuestPowerOff | ExitReason::GuestReset | ExitReason::Stopped);
+        let level_is_calm =
+            matches!(end.reason, ExitReason::GuestPowerOff | ExitReason::GuestReset | ExitReason::Stopped);
         if level_is_calm {
             tracing::info!("VM {} has ended: {}", vm.spec.name, end.detail);
         } else {

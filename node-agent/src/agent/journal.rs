@@ -42,7 +42,16 @@ impl StateV1 {
     pub fn of(vm: &Vm, boot_id: &str) -> Self {
         // Destructured, so that a new field is not forgotten here.
         let Vm { spec: _, step, detail, address, address_taken, restarts, failures } = vm.clone();
-        Self { version: 1, boot_id: boot_id.to_owned(), state: step, detail, address, address_taken, restarts, failures }
+        Self {
+            version: 1,
+            boot_id: boot_id.to_owned(),
+            state: step,
+            detail,
+            address,
+            address_taken,
+            restarts,
+            failures,
+        }
     }
 
     /// The VM that this was kept of.
@@ -50,6 +59,17 @@ impl StateV1 {
         let Self { version: _, boot_id: _, state, detail, address, address_taken, restarts, failures } = self;
         Vm { spec, step: state, detail, address, address_taken, restarts, failures }
     }
+}
+
+/// What the journal holds of one VM, as far as it is there and whole.
+#[derive(Debug)]
+pub struct Entry {
+    /// Which.
+    pub id: VmId,
+    /// As asked for.
+    pub spec: Option<VmSpec>,
+    /// Where it stands.
+    pub state: Option<StateV1>,
 }
 
 /// The journal in a state directory.
@@ -110,19 +130,21 @@ impl Journal {
         files::write_json(&self.vm_dir(vm.spec.id).state(), &StateV1::of(vm, &self.boot_id))
     }
 
-    /// Every VM that has a directory, with its spec and state as far as they are there and whole.
+    /// Every VM that has a directory, by its directory's name.
     ///
     /// # Errors
     /// The directory of directories cannot be read.
-    pub fn vms(&self) -> Result<Vec<(VmId, Option<VmSpec>, Option<StateV1>)>, FileError> {
+    pub fn vms(&self) -> Result<Vec<Entry>, FileError> {
         let vms = self.dir.join("vms");
         let entries = fs::read_dir(&vms).map_err(FileError::io("read", &vms))?;
         let ids = entries.filter_map(|e| e.ok()?.file_name().to_str()?.parse::<VmId>().ok());
-        Ok(ids.map(|id| {
-            let dir = self.vm_dir(id);
-            (id, whole(&dir.spec()), whole::<StateV1>(&dir.state()).filter(|s| s.version == 1))
-        })
-        .collect())
+        Ok(ids
+            .map(|id| {
+                let dir = self.vm_dir(id);
+                let state = whole::<StateV1>(&dir.state()).filter(|s| s.version == 1);
+                Entry { id, spec: whole(&dir.spec()), state }
+            })
+            .collect())
     }
 }
 

@@ -252,7 +252,9 @@ fn check(desired: &Desired, vms: &BTreeMap<VmId, Vm>) -> Result<(), String> {
     for spec in &desired.vms {
         let name = &spec.name;
         if !is_host_name(name) {
-            return Err(format!("{name:?} is not a name for a VM: use 1 to 63 letters, digits and hyphens, no hyphen at an end"));
+            return Err(format!(
+                "{name:?} is not a name for a VM: use 1 to 63 letters, digits and hyphens, no hyphen at an end"
+            ));
         }
         if !ids.insert(spec.id) {
             return Err(format!("VM {name} has the id {} of another one", spec.id));
@@ -267,7 +269,9 @@ fn check(desired: &Desired, vms: &BTreeMap<VmId, Vm>) -> Result<(), String> {
             return Err(format!("VM {name} asks for {} MiB of RAM; 16 to {} can be given", spec.memory_mib, 1 << 20));
         }
         if spec.cmdline.len() > 1024 || spec.cmdline.chars().any(char::is_control) {
-            return Err(format!("VM {name} has a command line that is longer than 1024 bytes or holds control characters"));
+            return Err(format!(
+                "VM {name} has a command line that is longer than 1024 bytes or holds control characters"
+            ));
         }
         if let Some(vm) = vms.get(&spec.id)
             && (vm.spec.image != spec.image || vm.spec.disk != spec.disk)

@@ -138,15 +138,7 @@ pub fn back_off(failures: u32) -> u64 {
 impl Vm {
     /// A VM that was just accepted.
     pub const fn new(spec: VmSpec) -> Self {
-        Self {
-            spec,
-            step: Step::Ready,
-            detail: None,
-            address: None,
-            address_taken: false,
-            restarts: 0,
-            failures: 0,
-        }
+        Self { spec, step: Step::Ready, detail: None, address: None, address_taken: false, restarts: 0, failures: 0 }
     }
 
     /// Its process, if it has one that is known.
@@ -240,7 +232,9 @@ impl Vm {
 /// Whether a VM with `policy` that ended by itself for `reason` is started again.
 const fn starts_again(policy: RestartPolicy, reason: ExitReason) -> bool {
     match (policy, reason) {
-        (RestartPolicy::Never, _) | (RestartPolicy::OnFailure, ExitReason::GuestPowerOff | ExitReason::Stopped) => false,
+        (RestartPolicy::Never, _) | (RestartPolicy::OnFailure, ExitReason::GuestPowerOff | ExitReason::Stopped) => {
+            false
+        }
         (RestartPolicy::Always | RestartPolicy::OnFailure, _) => true,
     }
 }

@@ -11,7 +11,7 @@ use super::{Agent, Copy, Event};
 use crate::clock::Millis;
 use crate::files;
 use crate::host;
-use crate::image::{Images, ImageError};
+use crate::image::{ImageError, Images};
 use crate::net::addresses;
 use crate::vm::start::Start;
 use crate::vm::{api, process};
@@ -152,7 +152,10 @@ impl Agent {
         let taken: Vec<_> = self.vms.values().filter(|vm| vm.spec.id != id).filter_map(|vm| vm.address).collect();
         let address = held.filter(|a| !taken.contains(a)).or_else(|| addresses::allocate(network, &taken));
         address.map(Some).ok_or_else(|| {
-            format!("every address of the VMs' network {}/{} is taken; give the node a larger one", network.address, network.prefix)
+            format!(
+                "every address of the VMs' network {}/{} is taken; give the node a larger one",
+                network.address, network.prefix
+            )
         })
     }
 

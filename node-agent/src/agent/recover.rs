@@ -7,6 +7,7 @@ use bedplate_api::vmm::{Exit, ExitReason};
 use super::journal::StateV1;
 use super::model::{Asked, End, Process, Step, Vm};
 use crate::clock::Millis;
+use crate::vm::end::in_words;
 
 /// What was found of a VM beside its spec.
 #[derive(Debug, Default)]
@@ -71,7 +72,7 @@ fn without_process(vm: &mut Vm, exit: Option<Exit>, now: Millis) {
     match vm.step {
         Step::Running { since, .. } => {
             let end = match exit {
-                Some(exit) => End { reason: exit.reason, detail: exit.detail },
+                Some(exit) => End { reason: exit.reason, detail: in_words(&exit) },
                 None => End {
                     reason: ExitReason::HostFault,
                     detail: "the VMM ended while the agent was away, and left no reason".to_owned(),
@@ -152,7 +153,7 @@ mod tests {
         let mut meanwhile = found(running(P), None);
         meanwhile.exit = Some(Exit { reason: ExitReason::GuestPowerOff, detail: "off".into() });
         let vm = recover(spec(), meanwhile, "boot", NOW);
-        assert_eq!((vm.restarts, vm.detail.as_deref()), (1, Some("off")));
+        assert_eq!((vm.restarts, vm.detail.as_deref()), (1, Some("the guest powered off: off")));
         assert!(matches!(vm.step, Step::BackOff { .. }));
         let vm = recover(spec(), found(running(P), None), "boot", NOW);
         assert!(vm.detail.unwrap().contains("while the agent was away"));

@@ -12,7 +12,7 @@ use rustix::fs::FlockOperation;
 use tokio::sync::{mpsc, watch};
 
 use super::decide::Host;
-use super::journal::Journal;
+use super::journal::{Entry, Journal};
 use super::model::{Process, Step, Vm};
 use super::recover::{Found, recover};
 use super::{Agent, AgentConfig, AgentHandle};
@@ -99,7 +99,7 @@ impl Agent {
     /// Takes up every VM of the journal where it stands.
     fn find_vms(&mut self) -> Result<(), FileError> {
         let processes: BTreeMap<PathBuf, Process> = process::find_all().into_iter().collect();
-        for (id, spec, state) in self.journal.vms()? {
+        for Entry { id, spec, state } in self.journal.vms()? {
             let spec = spec.or_else(|| self.desired.vms.iter().find(|s| s.id == id).cloned());
             let dir = self.journal.vm_dir(id);
             let found = processes.get(&dir.config()).copied();

@@ -37,7 +37,7 @@ fn wishes_that_make_no_sense_are_refused_and_the_vm_is_named() {
         (VmSpec { disk: DiskMode::NonPersistent, ..good.clone() }, "kind of disk"),
     ];
     for (bad, word) in table {
-        let why = refused(vec![bad], &[good.clone()]).unwrap_or_default();
+        let why = refused(vec![bad], std::slice::from_ref(&good)).unwrap_or_default();
         assert!(why.contains(word), "{word}: {why}");
     }
     assert!(refused(vec![good.clone(), good.clone()], &[]).unwrap().contains("id"));

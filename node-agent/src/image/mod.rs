@@ -8,10 +8,10 @@ mod copy;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use bedplate_api::image::{ImageKind, Manifest};
-use bedplate_api::node::CopyProgress;
 use bedplate_api::Digest;
 use bedplate_api::client::{Client, ClientError, FrameError};
+use bedplate_api::image::{ImageKind, Manifest};
+use bedplate_api::node::CopyProgress;
 use bedplate_images::{Store, StoreError};
 use tokio::sync::watch;
 
@@ -33,7 +33,9 @@ pub enum ImageError {
     #[error("image {0} is a hypervisor image, not a disk image; VMs need a disk image")]
     NotADisk(Digest),
     /// It cannot be started directly.
-    #[error("image {0} holds no kernel that was found, so it cannot be started; import it again and name kernel and initrd")]
+    #[error(
+        "image {0} holds no kernel that was found, so it cannot be started; import it again and name kernel and initrd"
+    )]
     NotBootable(Digest),
     /// A part that the manifest should have is not there.
     #[error("the manifest of image {image} has no part {part:?}; import it again")]
@@ -44,7 +46,9 @@ pub enum ImageError {
         part: String,
     },
     /// The repository named a chunk and did not deliver it.
-    #[error("the repository did not send {missing} of {asked} chunks that it was asked for; is the image complete there?")]
+    #[error(
+        "the repository did not send {missing} of {asked} chunks that it was asked for; is the image complete there?"
+    )]
     NotSent {
         /// Chunks that did not come.
         missing: usize,
@@ -75,7 +79,9 @@ impl ImageError {
     /// Whether trying again cannot help until somebody does something.
     pub fn is_final(&self) -> bool {
         match self {
-            Self::Unknown(_) | Self::NoSource(_) | Self::NotADisk(_) | Self::NotBootable(_) | Self::NoPart { .. } => true,
+            Self::Unknown(_) | Self::NoSource(_) | Self::NotADisk(_) | Self::NotBootable(_) | Self::NoPart { .. } => {
+                true
+            }
             Self::Store(e) => e.is_full() || matches!(e, StoreError::Manifest { .. } | StoreError::Index { .. }),
             Self::File(e) => e.is_no_space(),
             Self::NotSent { .. } | Self::NotAsked(_) | Self::Frames(_) | Self::Client(_) | Self::Aborted => false,

@@ -41,7 +41,8 @@ pub fn guest_mac(id: VmId) -> [u8; 6] {
 pub fn create(name: &str) -> Result<(), NetError> {
     let what = format!("tap {name}");
     let device = OpenOptions::new().read(true).write(true).open("/dev/net/tun");
-    let device = device.map_err(|e| NetError::new("create", &what, &format!("/dev/net/tun: {e}; load the module tun")))?;
+    let device =
+        device.map_err(|e| NetError::new("create", &what, &format!("/dev/net/tun: {e}; load the module tun")))?;
     let mut request = Request { name: [0; libc::IFNAMSIZ], flags: 0, padding: [0; 22] };
     if name.len() >= libc::IFNAMSIZ {
         return Err(NetError::new("create", &what, &"the name is too long"));

@@ -129,7 +129,8 @@ impl VmNetwork {
 
 /// The address of this machine that `peer` sees.
 pub fn local_address(peer: SocketAddr) -> Option<IpAddr> {
-    let any: IpAddr = if peer.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
+    let any: IpAddr =
+        if peer.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { std::net::Ipv6Addr::UNSPECIFIED.into() };
     let socket = UdpSocket::bind((any, 0)).ok()?;
     // Connecting a datagram socket sends nothing: it only chooses the route.
     socket.connect(peer).ok()?;
@@ -138,9 +139,8 @@ pub fn local_address(peer: SocketAddr) -> Option<IpAddr> {
 
 /// Only names that we give: others may have taps that begin like ours.
 fn is_tap_name(name: &str) -> bool {
-    name.strip_prefix(tap::PREFIX).is_some_and(|hex| {
-        hex.len() == 8 && hex.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
-    })
+    name.strip_prefix(tap::PREFIX)
+        .is_some_and(|hex| hex.len() == 8 && hex.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)))
 }
 
 /// Locally administered like the guests', and never one of theirs.

@@ -13,7 +13,10 @@ use super::error::{Refusal, bad_request, internal, no_such};
 pub(super) async fn send(store: Store, list: ChunkList) -> Result<Response, Refusal> {
     let digests = list.digests;
     if digests.len() > MAX_CHUNK_LIST {
-        return Err(bad_request(format!("{} chunks were asked for; at most {MAX_CHUNK_LIST} can be at once", digests.len())));
+        return Err(bad_request(format!(
+            "{} chunks were asked for; at most {MAX_CHUNK_LIST} can be at once",
+            digests.len()
+        )));
     }
     let (all, here) = (digests.clone(), store.clone());
     let missing = tokio::task::spawn_blocking(move || here.missing(&all)).await;

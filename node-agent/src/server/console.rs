@@ -15,7 +15,9 @@ use crate::vm::dir::VmDir;
 /// Answers the upgrade and bridges from then on, until either side hangs up.
 pub(super) async fn upgrade(dir: &VmDir, mut request: Request) -> Result<Response, Refusal> {
     if !wants_console(request.headers()) {
-        return Err(bad_request(format!("a console is an upgrade to {CONSOLE_PROTOCOL}; ask for it with the header Upgrade")));
+        return Err(bad_request(format!(
+            "a console is an upgrade to {CONSOLE_PROTOCOL}; ask for it with the header Upgrade"
+        )));
     }
     let socket = UnixStream::connect(dir.serial()).await;
     let mut serial = socket.map_err(|e| unavailable(format!("the VM has no console now ({e}); is it running?")))?;

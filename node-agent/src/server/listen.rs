@@ -14,7 +14,9 @@ use crate::files;
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     /// On TCP.
-    #[error("cannot listen on {address}: {source}; is another bedplate-node running, or the address not this machine's?")]
+    #[error(
+        "cannot listen on {address}: {source}; is another bedplate-node running, or the address not this machine's?"
+    )]
     Tcp {
         /// Where.
         address: SocketAddr,

@@ -15,8 +15,8 @@ use axum::extract::{DefaultBodyLimit, Path, Request, State};
 use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, middleware};
-use bedplate_api::node::{Desired, NodeStatus};
 use bedplate_api::VmId;
+use bedplate_api::node::{Desired, NodeStatus};
 use bedplate_images::Store;
 use serde::de::DeserializeOwned;
 use tokio::sync::oneshot;
@@ -81,7 +81,10 @@ async fn vm_console(State(node): State<Node>, Id(id): Id, request: Request) -> R
     console::upgrade(&known(&node, id)?, request).await
 }
 
-async fn fetch_chunks(State(node): State<Node>, body: Body<bedplate_api::image::ChunkList>) -> Result<Response, Refusal> {
+async fn fetch_chunks(
+    State(node): State<Node>,
+    body: Body<bedplate_api::image::ChunkList>,
+) -> Result<Response, Refusal> {
     chunks::send(node.store, body.0).await
 }
 
@@ -104,7 +107,8 @@ impl<S: Send + Sync> axum::extract::FromRequestParts<S> for Id {
     type Rejection = Refusal;
 
     async fn from_request_parts(parts: &mut axum::http::request::Parts, state: &S) -> Result<Self, Refusal> {
-        let Path(text) = Path::<String>::from_request_parts(parts, state).await.map_err(|e| bad_request(e.body_text()))?;
+        let Path(text) =
+            Path::<String>::from_request_parts(parts, state).await.map_err(|e| bad_request(e.body_text()))?;
         text.parse().map(Self).map_err(|_| bad_request(format!("{text:?} is not the id of a VM: expected a UUID")))
     }
 }
@@ -118,7 +122,9 @@ impl<S: Send + Sync, T: DeserializeOwned> axum::extract::FromRequest<S> for Body
     async fn from_request(request: Request, state: &S) -> Result<Self, Refusal> {
         let what = format!("{} {}", request.method(), request.uri().path());
         let bytes = Bytes::from_request(request, state).await.map_err(|e| error::body(&what, &e, MAX_BODY))?;
-        serde_json::from_slice(&bytes).map(Self).map_err(|e| bad_request(format!("the body of {what} is not understood: {e}")))
+        serde_json::from_slice(&bytes)
+            .map(Self)
+            .map_err(|e| bad_request(format!("the body of {what} is not understood: {e}")))
     }
 }
 

@@ -76,7 +76,13 @@ mod tests {
     }
 
     fn boot(cmdline: &str) -> Bootable {
-        Bootable { image: Digest::ZERO, kernel: "/k".into(), initrd: Some("/i".into()), cmdline: cmdline.into(), disk_size: 1 }
+        Bootable {
+            image: Digest::ZERO,
+            kernel: "/k".into(),
+            initrd: Some("/i".into()),
+            cmdline: cmdline.into(),
+            disk_size: 1,
+        }
     }
 
     #[test]

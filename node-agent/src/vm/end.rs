@@ -36,7 +36,8 @@ pub fn read(dir: &VmDir, status: Option<WaitIdStatus>, cgroup: Option<&Cgroup>) 
     End { reason: ExitReason::HostFault, detail }
 }
 
-fn in_words(exit: &Exit) -> String {
+/// An exit, for a person.
+pub fn in_words(exit: &Exit) -> String {
     let class = match exit.reason {
         ExitReason::GuestPowerOff => "the guest powered off",
         ExitReason::GuestReset => "the guest reset itself",

@@ -42,7 +42,8 @@ impl Watched {
     pub async fn ended(&self) -> Option<WaitIdStatus> {
         // The descriptor becomes readable when the process ends, and stays so. An error of epoll would be our bug; to
         // look at the process then is as good as any answer.
-        let _ready: io::Result<_> = self.pidfd.ready(Interest::READABLE).await.map(|guard| guard.ready() == Ready::READABLE);
+        let _ready: io::Result<_> =
+            self.pidfd.ready(Interest::READABLE).await.map(|guard| guard.ready() == Ready::READABLE);
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
         rustix::process::waitid(WaitId::PidFd(self.pidfd.get_ref().as_fd()), options).ok().flatten()
     }
@@ -150,7 +151,12 @@ mod tests {
     use super::*;
 
     fn sleeper(dir: &Path) -> std::process::Child {
-        Command::new("sh").args(["-c", "read x", "sh", "--config-file"]).arg(dir.join("vmm.json")).stdin(Stdio::piped()).spawn().unwrap()
+        Command::new("sh")
+            .args(["-c", "read x", "sh", "--config-file"])
+            .arg(dir.join("vmm.json"))
+            .stdin(Stdio::piped())
+            .spawn()
+            .unwrap()
     }
 
     #[tokio::test]
@@ -178,6 +184,8 @@ mod tests {
         let status = watched.ended().await.unwrap();
         // `read` at the end of its input fails.
         assert_eq!(status.exit_status(), Some(1));
+        // It was waited for already, through its pidfd; this only tells the handle.
+        let _reaped = child.wait();
         assert!(adopt(found, &config).unwrap().is_none());
     }
 }

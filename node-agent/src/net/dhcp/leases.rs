@@ -48,7 +48,9 @@ pub fn answer(leases: &Leases, request: &Message, kind: MessageType, mac: [u8; 6
     let lease = leases.by_mac.get(&mac).filter(|_| request.opcode() == Opcode::BootRequest)?;
     let server = addresses::gateway(leases.network);
     match kind {
-        MessageType::Discover => Some(Answer { message: grant(leases, lease, request, MessageType::Offer), taken: false }),
+        MessageType::Discover => {
+            Some(Answer { message: grant(leases, lease, request, MessageType::Offer), taken: false })
+        }
         MessageType::Request => {
             let chosen = match request.opts().get(OptionCode::ServerIdentifier) {
                 Some(DhcpOption::ServerIdentifier(chosen)) => Some(*chosen),

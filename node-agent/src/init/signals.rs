@@ -1,0 +1,115 @@
+//! Signals and dead children: what PID 1 waits for.
+//!
+//! An unsafe corner: signals can be waited for by libc only.
+
+use std::mem::MaybeUninit;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
+
+/// How the network's thread says that it is up.
+const NETWORK_UP: i32 = libc::SIGUSR1;
+/// What takes the machine down: `kill 1`, Ctrl-Alt-Del, and the kernel's or a person's word that power fails.
+const DOWN: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGPWR, libc::SIGUSR2];
+
+/// What ended a wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Woken {
+    /// A child has ended.
+    Child,
+    /// The network is up.
+    Network,
+    /// The machine shall go down.
+    Down,
+    /// Nothing, in the given time.
+    Nothing,
+}
+
+/// A process that has ended.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Ended {
+    /// Its number.
+    pub pid: u32,
+    /// How.
+    pub status: WaitStatus,
+}
+
+/// The signals that are waited for, blocked in every thread from the first on.
+pub(super) struct Signals(libc::sigset_t);
+
+impl Signals {
+    /// Blocks them. Called before there is a second thread: threads inherit this, programs that we start do not.
+    pub fn block() -> Self {
+        let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: `sigemptyset` initialises the set, which the calls after it then use; the numbers are valid signals,
+        // and the old mask is not asked for.
+        let set = unsafe {
+            libc::sigemptyset(set.as_mut_ptr());
+            for signal in DOWN.into_iter().chain([NETWORK_UP, libc::SIGCHLD]) {
+                libc::sigaddset(set.as_mut_ptr(), signal);
+            }
+            libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
+            set.assume_init()
+        };
+        Self(set)
+    }
+
+    /// Waits for the next, for at most `limit`.
+    pub fn wait(&self, limit: Option<Duration>) -> Woken {
+        let limit = limit.map(|limit| libc::timespec {
+            tv_sec: libc::time_t::try_from(limit.as_secs()).unwrap_or(libc::time_t::MAX),
+            tv_nsec: limit.subsec_nanos().into(),
+        });
+        let limit = limit.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+        // SAFETY: the set is initialised; the limit is null or points to a value that outlives the call; what the signal
+        // carries is not asked for.
+        let signal = unsafe { libc::sigtimedwait(&raw const self.0, std::ptr::null_mut(), limit) };
+        match signal {
+            libc::SIGCHLD => Woken::Child,
+            NETWORK_UP => Woken::Network,
+            signal if DOWN.contains(&signal) => Woken::Down,
+            _ => Woken::Nothing,
+        }
+    }
+}
+
+/// Tells the main thread that the network is up.
+pub(super) fn network_is_up() {
+    tell_main(Signal::USR1);
+}
+
+/// Tells the main thread that the machine shall go down.
+pub(super) fn go_down() {
+    tell_main(Signal::TERM);
+}
+
+/// Asks a process to end.
+pub(super) fn terminate(pid: u32) {
+    if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+        // It has ended at this very moment, or gets it.
+        let _sent = rustix::process::kill_process(pid, Signal::TERM);
+    }
+}
+
+fn tell_main(signal: Signal) {
+    // To ourselves, which cannot fail.
+    let _sent = rustix::process::kill_process(rustix::process::getpid(), signal);
+}
+
+/// Takes note of every child that has ended. One signal may stand for several.
+pub(super) fn reap() -> Vec<Ended> {
+    let mut all = Vec::new();
+    while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
+        all.push(Ended { pid: Pid::as_raw_pid(pid).unsigned_abs(), status });
+    }
+    all
+}
+
+/// How a process ended, for a person.
+pub(super) fn in_words(status: WaitStatus) -> String {
+    match (status.exit_status(), status.terminating_signal()) {
+        (Some(code), _) => format!("with code {code}"),
+        (_, Some(signal)) => format!("by signal {signal}"),
+        _ => "for an unknown reason".to_owned(),
+    }
+}
