@@ -35,6 +35,8 @@ struct Text {
     bytes: Vec<u8>,
     /// Where the next search begins: after the last match.
     cursor: usize,
+    /// Bytes that were printed before those in `bytes`.
+    dropped: u64,
     closed: bool,
 }
 
@@ -96,6 +98,21 @@ impl Console {
         typed.map_err(|source| Error::io(format!("type on the console of {}", self.machine), source))
     }
 
+    /// How much was printed up to and with the last match.
+    pub fn position(&self) -> u64 {
+        let text = lock(&self.shared.text);
+        text.dropped + text.cursor as u64
+    }
+
+    /// What was printed between two [`Self::position`]s, as far as it is still kept.
+    pub fn between(&self, start: u64, end: u64) -> String {
+        let text = lock(&self.shared.text);
+        let index = |position: u64| {
+            usize::try_from(position.saturating_sub(text.dropped)).unwrap_or(usize::MAX).min(text.bytes.len())
+        };
+        String::from_utf8_lossy(text.bytes.get(index(start)..index(end)).unwrap_or_default()).into_owned()
+    }
+
     /// Everything printed so far (the last 4 MiB).
     pub fn text(&self) -> String {
         String::from_utf8_lossy(&lock(&self.shared.text).bytes).into_owned()
@@ -136,6 +153,7 @@ impl Text {
         if self.bytes.len() > KEPT {
             self.bytes.drain(..KEPT / 2);
             self.cursor = self.cursor.saturating_sub(KEPT / 2);
+            self.dropped += (KEPT / 2) as u64;
         }
     }
 }
@@ -188,7 +206,9 @@ mod tests {
         let long = Duration::from_secs(60);
         assert_eq!(console.wait_for("two", long).unwrap(), "two");
         console.send(b"word\n").unwrap();
+        let before = console.position();
         assert_eq!(console.wait_for_any(&["one", "got word"], long).unwrap(), (1, "got word".to_owned()));
+        assert_eq!(console.between(before, console.position()), "\ngot word");
         let past = console.wait_for("one", Duration::from_millis(1)).unwrap_err();
         assert!(matches!(past, Error::TimedOut { .. }), "{past}");
         assert!(std::fs::read_to_string(console.log()).unwrap().starts_with("one\ntwo\n"));

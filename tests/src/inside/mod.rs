@@ -1,0 +1,83 @@
+//! The life of a suite inside its node: process 1 of an emulated machine with working KVM.
+
+pub mod guest;
+pub mod unix_http;
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use rustix::mount::{MountFlags, mount};
+use rustix::system::{RebootCommand, finit_module, reboot};
+
+use crate::suite::Scenario;
+
+/// The kernel as Debian ships it.
+pub const BZIMAGE: &str = "/images/vmlinuz";
+/// The same kernel as ELF.
+pub const ELF: &str = "/images/vmlinux";
+/// The tiny image's initramfs.
+pub const INITRD: &str = "/images/initrd";
+/// The tiny image's disk.
+pub const DISK: &str = "/images/disk.raw";
+
+/// Said when the node is up.
+pub(crate) const UP: &str = "INSIDE up";
+/// Begins the line that says how a scenario ended.
+pub(crate) const DONE: &str = "INSIDE done ";
+/// On the kernel's command line: names of scenarios.
+pub(crate) const CHOICE: &str = "inside=";
+
+/// Prepares the node, runs the chosen scenarios one after the other, powers off.
+pub(crate) fn run(scenarios: &[Scenario]) -> ! {
+    match prepare() {
+        Ok(chosen) => {
+            say(UP);
+            for name in chosen {
+                if let Some(scenario) = scenarios.iter().find(|scenario| scenario.name == name) {
+                    say(&format!("INSIDE begins {name}"));
+                    let result =
+                        std::panic::catch_unwind(scenario.run).unwrap_or_else(|_| Err(anyhow::anyhow!("panicked")));
+                    let words =
+                        result.map_or_else(|error| format!("{error:#}").replace('\n', " | "), |()| "ok".to_owned());
+                    say(&format!("{DONE}{name} {words}"));
+                }
+            }
+        }
+        Err(error) => say(&format!("INSIDE cannot start: {error:#}")),
+    }
+    let off = reboot(RebootCommand::PowerOff);
+    // Ending process 1 panics the kernel, which ends the machine, too.
+    panic!("cannot power off: {off:?}");
+}
+
+/// Mounts, modules, a home for sockets; returns the names on the command line.
+fn prepare() -> Result<Vec<String>> {
+    for (kind, place) in
+        [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("tmpfs", "/run"), ("tmpfs", "/tmp")]
+    {
+        fs::create_dir_all(place)?;
+        mount(kind, place, kind, MountFlags::empty(), None).with_context(|| format!("mount {place}"))?;
+    }
+    fs::create_dir_all("/sys/fs/cgroup")?;
+    mount("cgroup2", "/sys/fs/cgroup", "cgroup2", MountFlags::empty(), None).context("mount cgroup2")?;
+    let mut modules: Vec<_> = fs::read_dir("/modules")?.flatten().map(|entry| entry.path()).collect();
+    modules.sort();
+    for module in modules {
+        let file = fs::File::open(&module)?;
+        // The other maker's KVM does not load; whether ours did shows at once.
+        let _ = finit_module(&file, c"", 0);
+    }
+    anyhow::ensure!(Path::new("/dev/kvm").exists(), "the node has no /dev/kvm");
+    let cmdline = fs::read_to_string("/proc/cmdline")?;
+    let chosen = cmdline.split_whitespace().find_map(|word| word.strip_prefix(CHOICE)).unwrap_or_default();
+    Ok(chosen.split(',').map(str::to_owned).collect())
+}
+
+/// Prints a line on the node's console.
+pub fn say(line: &str) {
+    println!("{line}");
+    // There is nobody to tell that the console is gone.
+    let _ = std::io::stdout().flush();
+}

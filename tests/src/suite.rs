@@ -1,0 +1,130 @@
+//! A test program with two lives: outside it boots an emulated node with itself as init, inside it runs the scenarios
+//! there, where KVM works; the node's console carries the results. One boot serves all scenarios.
+//!
+//! Outside it takes libtest's place: same words, same exit code, filters by name.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use bedplate_lab::process::output;
+use bedplate_lab::{Archive, Machine, MachineSpec, Modules};
+
+use crate::Artifacts;
+use crate::inside;
+
+/// One thing that must work.
+pub struct Scenario {
+    /// Name, as in `test name ... ok`.
+    pub name: &'static str,
+    /// Runs inside the node; what it returns as an error is printed outside.
+    pub run: fn() -> Result<()>,
+}
+
+/// What a suite needs of its node.
+pub struct NodeSpec {
+    /// Memory of the emulated machine.
+    pub memory_mib: u64,
+    /// Programs of ours that go into `/bin`.
+    pub programs: &'static [&'static str],
+    /// How long the slowest scenario may take.
+    pub patience: Duration,
+}
+
+/// Drivers for what the tests do inside: KVM, networks of VMs, vsock.
+const MODULES: [&str; 8] =
+    ["virtio_pci", "virtio-rng", "kvm-amd", "kvm-intel", "tun", "bridge", "vhost_vsock", "button"];
+
+/// For an emulated machine to get to its init.
+const BOOT: Duration = Duration::from_secs(180);
+
+/// The whole of `main`.
+pub fn main(name: &str, node: &NodeSpec, scenarios: &[Scenario]) -> ExitCode {
+    if std::process::id() == 1 {
+        inside::run(scenarios);
+    }
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    let is_wanted =
+        |scenario: &&Scenario| wanted.is_empty() || wanted.iter().any(|w| scenario.name.contains(w.as_str()));
+    let chosen: Vec<&Scenario> = scenarios.iter().filter(is_wanted).collect();
+    println!("\nrunning {} tests", chosen.len());
+    let Some(artifacts) = Artifacts::or_skip(name) else {
+        println!("\ntest result: ok. 0 passed; 0 failed; {} ignored; 0 measured; 0 filtered out", chosen.len());
+        return ExitCode::SUCCESS;
+    };
+    let failures = outside(name, node, &artifacts, &chosen);
+    for (scenario, why) in &failures {
+        println!("\n---- {scenario} ----\n{why}");
+    }
+    let (verdict, passed) = (if failures.is_empty() { "ok" } else { "FAILED" }, chosen.len() - failures.len());
+    let filtered = scenarios.len() - chosen.len();
+    println!(
+        "\ntest result: {verdict}. {passed} passed; {} failed; 0 ignored; 0 measured; {filtered} filtered out",
+        failures.len()
+    );
+    if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Boots the node and listens. Returns the names of what failed, and why.
+fn outside(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenario]) -> Vec<(&'static str, String)> {
+    let machine = match boot(name, node, artifacts, chosen) {
+        Ok(machine) => machine,
+        Err(error) => return chosen.iter().map(|scenario| (scenario.name, format!("{error:#}"))).collect(),
+    };
+    let mut failures = Vec::new();
+    for scenario in chosen {
+        let done = format!("{}{} ", inside::DONE, scenario.name);
+        // The word after the name, to the end of the line: `ok`, or why not.
+        let heard = machine.wait_for(&done, node.patience).and_then(|_| machine.wait_for("\n", BOOT));
+        let why = match heard {
+            Ok(line) => line.trim_end().rsplit(&done).next().unwrap_or_default().to_owned(),
+            Err(error) => error.to_string(),
+        };
+        println!("test {} ... {}", scenario.name, if why == "ok" { "ok" } else { "FAILED" });
+        if why != "ok" {
+            machine.console().keep_log();
+            failures.push((scenario.name, why));
+        }
+    }
+    if !failures.is_empty() {
+        println!("the node's console is in {}", machine.console().log().display());
+    }
+    failures
+}
+
+fn boot(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenario]) -> Result<Machine> {
+    let mut archive = Archive::new();
+    let myself = std::env::current_exe().context("find this program")?;
+    let dir = tempfile::tempdir()?;
+    let mut add = |path: &str, program: &std::path::Path| -> Result<()> {
+        let stripped = dir.path().join("stripped");
+        output(std::process::Command::new("strip").arg("-o").arg(&stripped).arg(program))?;
+        archive.copy(path, 0o755, &stripped)?;
+        Ok(())
+    };
+    add("/init", &myself)?;
+    for program in node.programs {
+        add(&format!("/bin/{program}"), &artifacts.program(program))?;
+    }
+    archive.character_device("/dev/console", 5, 1);
+    let modules = Modules::open(&artifacts.modules)?;
+    for (number, path) in modules.closure(&MODULES)?.iter().enumerate() {
+        archive.copy(&format!("/modules/{number:02}"), 0o644, &artifacts.modules.join(path))?;
+    }
+    for (to, from) in [
+        (inside::BZIMAGE, &artifacts.vmm_kernel),
+        (inside::ELF, &artifacts.tiny_kernel_elf),
+        (inside::INITRD, &artifacts.tiny_initrd),
+        (inside::DISK, &artifacts.tiny_disk),
+    ] {
+        archive.copy(to, 0o644, from)?;
+    }
+    let initrd = dir.path().join("initrd");
+    std::fs::write(&initrd, archive.bytes())?;
+    let names: Vec<&str> = chosen.iter().map(|scenario| scenario.name).collect();
+    let cmdline = format!("console=ttyS0 panic=-1 quiet {}{}", inside::CHOICE, names.join(","));
+    let spec = MachineSpec::new(format!("node-of-{name}"), &artifacts.logs).memory_mib(node.memory_mib);
+    let machine = spec.kernel(&artifacts.vmm_kernel, &initrd, &cmdline).start()?;
+    machine.wait_for(inside::UP, BOOT)?;
+    Ok(machine)
+}
