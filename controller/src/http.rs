@@ -10,8 +10,10 @@ pub mod answer;
 mod boot;
 mod images;
 mod nodes;
+#[cfg(test)]
+mod tests;
 mod tiers;
-mod views;
+pub mod views;
 mod vms;
 
 use std::sync::Arc;

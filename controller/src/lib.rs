@@ -24,3 +24,5 @@ pub mod reports;
 pub mod routes;
 pub mod serve;
 pub mod store;
+#[cfg(test)]
+mod testing;

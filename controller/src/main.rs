@@ -1,7 +1,9 @@
 //! `bedplate-control`: the control node.
 
+use std::io::IsTerminal;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use bedplate_api::node::Ipv4Net;
@@ -68,13 +70,31 @@ fn network(text: &str) -> Result<Ipv4Net, String> {
     Ok(net)
 }
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
     let args = Args::parse();
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "info,netlink=off".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(colours)
+        .with_target(false)
+        .init();
     // Everything that this process makes is for its own user.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
-    tokio::runtime::Runtime::new().context("cannot start the async runtime")?.block_on(run(args))
+    let outcome = tokio::runtime::Runtime::new().context("cannot start the async runtime").and_then(|runtime| {
+        let outcome = runtime.block_on(run(args));
+        // A thread that still writes to a disk that hangs must not keep the process.
+        runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+        outcome
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bedplate-control: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 async fn run(args: Args) -> Result<()> {

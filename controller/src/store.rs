@@ -154,6 +154,17 @@ pub trait Read {
 /// A consistent view.
 pub struct Snapshot(redb::ReadTransaction);
 
+impl Snapshot {
+    /// The last `count` rows, by key.
+    pub fn latest<V: DeserializeOwned>(&self, table: &Table<V>, count: usize) -> Result<Vec<V>, StoreError> {
+        let opened = self.0.open_table(table.definition())?;
+        let newest = opened.iter()?.rev().take(count).map(|row| parse(table, row?));
+        let mut found = newest.collect::<Result<Vec<V>, StoreError>>()?;
+        found.reverse();
+        Ok(found)
+    }
+}
+
 /// A transaction that is being made.
 pub struct Change(redb::WriteTransaction);
 
@@ -221,12 +232,13 @@ fn rows<V: DeserializeOwned>(
 ) -> Result<Vec<V>, StoreError> {
     use std::ops::Bound;
     let range = (Bound::Excluded(after), Bound::Unbounded);
-    let mut found = Vec::new();
-    for row in opened.range::<&str>(range)? {
-        let (key, bytes) = row?;
-        found.push(serde_json::from_slice(bytes.value()).map_err(|e| row_error(table.name, key.value(), e))?);
-    }
-    Ok(found)
+    opened.range::<&str>(range)?.map(|row| parse(table, row?)).collect()
+}
+
+type Row<'a> = (redb::AccessGuard<'a, &'static str>, redb::AccessGuard<'a, &'static [u8]>);
+
+fn parse<V: DeserializeOwned>(table: &Table<V>, (key, bytes): Row<'_>) -> Result<V, StoreError> {
+    serde_json::from_slice(bytes.value()).map_err(|e| row_error(table.name, key.value(), e))
 }
 
 fn row_error(table: &'static str, key: &str, source: serde_json::Error) -> StoreError {

@@ -43,10 +43,12 @@ impl Change {
         Ok(self.all(&NODES)?.into_iter().find(|n| n.mac.as_deref() == Some(mac)))
     }
 
-    /// A machine not seen before, with the next number. It is not kept yet.
+    /// A machine not seen before, with the next number. It is not kept yet, its number is.
     pub fn new_node(&self) -> Result<NodeRecord, StoreError> {
-        let last = self.all(&NODES)?.last().map_or(0, |n| n.number.0);
-        Ok(NodeRecord::new(NodeNumber(last.saturating_add(1))))
+        let last = self.setting("last_node")?.and_then(|n| n.as_u64()).and_then(|n| u32::try_from(n).ok()).unwrap_or(0);
+        let number = last.saturating_add(1);
+        self.set("last_node", &number.into())?;
+        Ok(NodeRecord::new(NodeNumber(number)))
     }
 
     /// Binds a VM to its slot, or changes how it is bound.
