@@ -122,7 +122,6 @@ fn a_vm_boots_its_console_is_here_and_nothing_is_left() {
 #[test]
 fn ctrl_a_x_stops_it_at_once() {
     let Some(place) = Place::new() else { return };
-    // This VMM has no API, so the command has to kill it.
     let (code, _, errors) = drive(place.start(&[]), b"\x01x");
     assert_eq!(code, Some(0), "{errors}");
     assert_eq!(place.names("runs"), [""; 0]);

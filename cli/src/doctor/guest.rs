@@ -66,11 +66,18 @@ pub fn run(program: &Path, dir: &Path) -> Result<Trial, VmmError> {
         Ok(exit) if exit.reason == ExitReason::GuestReset && letters.last() == Some(&STEPS[STEPS.len() - 1].0) => {
             Trial::Works
         }
-        Ok(exit) => Trial::Fails(format!("a test guest stopped at {}: {}", stopped_at(&letters), exit.detail)),
+        Ok(exit) => Trial::Fails(format!("a test guest stopped at {}: {}", stopped_at(&letters), brief(&exit.detail))),
         // The VM was never there: the VMM says why, and says it better.
         Err(VmmError::Failed(words)) if letters.is_empty() => Trial::Fails(words),
-        Err(error) => Trial::Fails(format!("a test guest stopped at {}: {error}", stopped_at(&letters))),
+        Err(error) => {
+            Trial::Fails(format!("a test guest stopped at {}: {}", stopped_at(&letters), brief(&error.to_string())))
+        }
     })
+}
+
+/// The first part of what a VMM says: registers follow.
+fn brief(detail: &str) -> &str {
+    detail.split_once(", ").map_or(detail, |(first, _)| first)
 }
 
 fn stopped_at(letters: &[u8]) -> &'static str {

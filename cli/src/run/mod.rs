@@ -177,7 +177,7 @@ fn on_kvm(
         note(&format!("Console of {name}; Ctrl-A X stops it, Ctrl-A ? shows more."));
     }
     let end = on_terminal(serial, &vmm).map_err(Error::Console)?;
-    let exit = if end == End::Closed { vmm.ended()? } else { vmm.stop()? };
+    let exit = if end == End::Closed { vmm.ended()? } else { vmm.stop() };
     if terminal::is_interactive() {
         note(&format!("{name} ended: {}", exit.detail));
     }
