@@ -84,8 +84,9 @@ fn through_device(
     // Without the flush at the end of the device's life, which nobody measures.
     let config = BlockConfig { cache: Cache::Unsafe, ..BlockConfig::default() };
     let mut device = Pipeline::new(Block::new(backend, config), load);
-    Pair { what, ours: "block device", bare, unit: Unit::Bytes(load.len) }.run(
+    Pair { what, ours: "block device", bare, unit: Unit::Bytes(load.len) }.run_in_flight(
         c,
+        load.depth,
         |count| nanos(|| device.run(count)),
         plain,
     );

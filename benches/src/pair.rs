@@ -4,9 +4,14 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, SamplingMode, Throughput};
 
-/// Rounds that a ratio is taken from, and about how long each of them is.
-const ROUNDS: usize = 61;
-const ROUND: Duration = Duration::from_millis(6);
+/// Rounds that a ratio is taken from, at most, and at least however long they are.
+const ROUNDS: usize = 301;
+const FEWEST_ROUNDS: usize = 11;
+/// No more rounds after this time.
+const ENOUGH: Duration = Duration::from_secs(4);
+/// About how long each of them is: shorter than a scheduler's time slice, so that on a busy machine most rounds are not
+/// interrupted and the median is of those.
+const ROUND: Duration = Duration::from_millis(1);
 
 /// What one operation moves.
 #[derive(Debug, Clone, Copy)]
@@ -39,7 +44,18 @@ pub fn nanos(work: impl FnOnce()) -> Duration {
 
 impl Pair<'_> {
     /// Measures both sides and prints their ratio.
-    pub fn run(&self, c: &mut Criterion, mut ours: impl FnMut(u64) -> Duration, mut bare: impl FnMut(u64) -> Duration) {
+    pub fn run(&self, c: &mut Criterion, ours: impl FnMut(u64) -> Duration, bare: impl FnMut(u64) -> Duration) {
+        self.run_in_flight(c, 1, ours, bare);
+    }
+
+    /// The same for a side that keeps `depth` operations in flight: every round has several times as many.
+    pub fn run_in_flight(
+        &self,
+        c: &mut Criterion,
+        depth: u64,
+        mut ours: impl FnMut(u64) -> Duration,
+        mut bare: impl FnMut(u64) -> Duration,
+    ) {
         let mut group = c.benchmark_group(self.what);
         group.sampling_mode(SamplingMode::Flat);
         if let Unit::Bytes(bytes) = self.unit {
@@ -57,14 +73,20 @@ impl Pair<'_> {
         group.finish();
         // Without `--bench` criterion only tries each side once; with a filter, one of them may be left out.
         if ran_ours && ran_bare && std::env::args().any(|argument| argument == "--bench") {
-            self.print_ratio(&mut ours, &mut bare);
+            // One at a time needs no minimum.
+            let least = if depth > 1 { 4 * depth } else { 1 };
+            self.print_ratio(least, &mut ours, &mut bare);
         }
     }
 
-    fn print_ratio(&self, ours: &mut dyn FnMut(u64) -> Duration, bare: &mut dyn FnMut(u64) -> Duration) {
-        let (ours_count, bare_count) = (per_round(ours), per_round(bare));
+    fn print_ratio(&self, least: u64, ours: &mut dyn FnMut(u64) -> Duration, bare: &mut dyn FnMut(u64) -> Duration) {
+        let (ours_count, bare_count) = (per_round(ours).max(least), per_round(bare).max(least));
         let (mut ours_times, mut bare_times) = (Vec::with_capacity(ROUNDS), Vec::with_capacity(ROUNDS));
+        let start = Instant::now();
         for round in 0..ROUNDS {
+            if round >= FEWEST_ROUNDS && start.elapsed() > ENOUGH {
+                break;
+            }
             let mut take_ours = || ours_times.push(one(ours, ours_count));
             if round % 2 == 0 {
                 take_ours();
@@ -74,9 +96,10 @@ impl Pair<'_> {
                 take_ours();
             }
         }
+        let rounds = bare_times.len();
         let (ours_median, bare_median) = (median(&mut ours_times), median(&mut bare_times));
         println!(
-            "ratio  {}: {:.2} x  ({} {}, {} {}; medians of {ROUNDS} alternating rounds)\n",
+            "ratio  {}: {:.2} x  ({} {}, {} {}; medians of {rounds} alternating rounds)\n",
             self.what,
             ours_median / bare_median,
             self.ours,
