@@ -154,7 +154,7 @@ impl Driver {
                 self.machine.write(table + vector * 16 + word * 4, &value.to_le_bytes());
             }
         }
-        self.machine.write_config(self.slot, self.msix, control | 1 << 31);
+        self.machine.write_config(self.slot, self.msix, control & !(1 << 30) | 1 << 31);
     }
 
     fn prepare_queue(&self, index: u16) -> DriverQueue {

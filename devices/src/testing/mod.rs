@@ -5,8 +5,12 @@
 //! available ring. Panics are the failure report here.
 #![allow(clippy::unwrap_used)]
 
+mod backends;
 mod driver;
 mod host;
+mod hostile;
 
+pub use backends::{RamDisk, Wire};
 pub use driver::{Driver, DriverQueue, Piece};
 pub use host::{FakeHost, FakeVector, Machine};
+pub use hostile::{Hostile, configuration};

@@ -18,6 +18,8 @@ use crate::metrics::DeviceMetrics;
 
 pub mod block;
 mod buffers;
+#[cfg(test)]
+mod contract_tests;
 pub mod net;
 pub mod pci;
 mod queue;

@@ -1,44 +1,13 @@
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
-use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::sync::Arc;
 
 use super::*;
-use crate::testing::{Driver, DriverQueue, Piece};
+use crate::testing::{Driver, DriverQueue, Piece, Wire};
 
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const DATA: u64 = Driver::BUFFERS;
 const CONFIG: NetConfig = NetConfig { mac: [2, 0, 0, 0, 0, 7], mtu: Some(1400) };
-
-/// A link over a pair of datagram sockets, which keep frames apart as a tap does.
-struct Wire {
-    socket: UnixDatagram,
-    offloads: Arc<Mutex<Vec<u64>>>,
-}
-
-impl Wire {
-    fn new() -> (Self, UnixDatagram, Arc<Mutex<Vec<u64>>>) {
-        let (ours, theirs) = UnixDatagram::pair().unwrap();
-        ours.set_nonblocking(true).unwrap();
-        theirs.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-        let offloads = Arc::<Mutex<Vec<u64>>>::default();
-        (Self { socket: ours, offloads: Arc::clone(&offloads) }, theirs, offloads)
-    }
-}
-
-impl AsFd for Wire {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-}
-
-impl Link for Wire {
-    fn set_offloads(&mut self, features: u64) -> io::Result<()> {
-        self.offloads.lock().unwrap().push(features);
-        Ok(())
-    }
-}
 
 fn frame(len: usize) -> Vec<u8> {
     (0..HEADER_LEN + len).map(|at| if at < HEADER_LEN { 0 } else { (at / 3) as u8 }).collect()
