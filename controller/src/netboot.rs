@@ -1,12 +1,13 @@
 //! Bringing blank machines up on the VMM image: DHCP gives an address and says what to boot, TFTP hands over iPXE to
 //! firmware that is not iPXE already, and HTTP does the rest ([`crate::http`]).
 //!
-//! Two sockets, one task for both. What to answer is decided in [`dhcp`] and [`tftp`], which know no socket; this module
+//! A few sockets, one task for all. What to answer is decided in [`dhcp`] and [`tftp`], which know no socket; this module
 //! reads, remembers and sends.
 
 pub mod dhcp;
 pub mod files;
 pub mod lease;
+pub mod router;
 pub mod script;
 #[cfg(test)]
 mod tests;
@@ -17,6 +18,7 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use bedplate_api::control::NodeState;
 use dhcproto::v4::Message;
 use dhcproto::{Decodable, Decoder, Encodable, Encoder};
 use rtnetlink::packet_route::address::AddressAttribute;
@@ -82,6 +84,8 @@ pub struct Netboot {
     dhcp: UdpSocket,
     tftp: UdpSocket,
     files: Arc<Files>,
+    /// Where this machine has IPv6; with the interface's index.
+    router: Option<(UdpSocket, u32)>,
 }
 
 impl Netboot {
@@ -107,17 +111,27 @@ impl Netboot {
             dhcp: socket("DHCP", Ipv4Addr::UNSPECIFIED, DHCP_SERVER)?,
             tftp: socket("TFTP", address, TFTP)?,
             files: Arc::new(ipxe()?),
+            router: router::open(&interface)
+                .inspect_err(|e| tracing::info!("machines boot slower without IPv6: {e}"))
+                .ok(),
             server,
         }))
     }
 
     /// Serves until `stop`.
-    pub async fn run(self, stop: CancellationToken) {
-        let this = Arc::new(self);
+    pub async fn run(mut self, stop: CancellationToken) {
+        let router = self.router.take();
+        let no_router = async {
+            match router {
+                Some(socket) => router::serve(socket).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             () = stop.cancelled() => {}
-            () = this.serve_dhcp() => {}
-            () = tftp::serve(&this.tftp, this.server.address, Arc::clone(&this.files)) => {}
+            () = self.serve_dhcp() => {}
+            () = tftp::serve(&self.tftp, self.server.address, Arc::clone(&self.files)) => {}
+            () = no_router => {}
         }
     }
 
@@ -144,8 +158,12 @@ impl Netboot {
         let Some((mac, client)) = dhcp::client(request) else { return Ok(()) };
         let (server, asked) = (self.server, mac.clone());
         let found = self.control.change(move |change| lease::lease(change, &server, &asked, client)).await?;
-        let Some((node, address)) = found else { return Ok(()) };
-        self.control.observed.heard(node);
+        let Some((record, address)) = found else { return Ok(()) };
+        let node = record.number;
+        // A node that boots over and over must still become lost: only its reports count as its word.
+        if record.state != NodeState::Ready {
+            self.control.observed.heard(node);
+        }
         let Some(reply) = dhcp::reply(request, &self.server, &mac, client, address) else { return Ok(()) };
         let mut bytes = Vec::new();
         if let Err(error) = reply.encode(&mut Encoder::new(&mut bytes)) {
@@ -219,10 +237,9 @@ fn ipxe() -> Result<Files, NetbootError> {
     Ok(Files { bios: read(tftp::BIOS)?, uefi: read(tftp::UEFI)? })
 }
 
-/// A machine that fetches its boot script is booting; `None` where nothing of it was known and nothing could be kept.
+/// A machine that fetches its boot script is booting, whoever told it where the script is.
 pub async fn booting(control: &Arc<Control>, mac: String) -> Result<NodeNumber, StoreError> {
-    use bedplate_api::control::NodeState;
-    let number = control
+    let (number, ready) = control
         .change(move |change| {
             let mut node = match change.node_by_mac(&mac)? {
                 Some(node) => node,
@@ -230,15 +247,18 @@ pub async fn booting(control: &Arc<Control>, mac: String) -> Result<NodeNumber, 
             };
             node.mac = Some(mac);
             // One that reports keeps its VMs until its silence says otherwise: it may be a stray request.
-            if node.state != NodeState::Ready {
+            let ready = node.state == NodeState::Ready;
+            if !ready {
                 node.state = NodeState::Booting;
                 node.booting_since = Some(now());
             }
             change.put_node(&node)?;
-            Ok::<_, StoreError>(node.number)
+            Ok::<_, StoreError>((node.number, ready))
         })
         .await?;
-    control.observed.heard(number);
+    if !ready {
+        control.observed.heard(number);
+    }
     control.wake_planner();
     Ok(number)
 }

@@ -147,7 +147,8 @@ fn tiers(tiers: &[TierView], colours: &BTreeMap<&str, usize>) -> Markup {
     if tiers.is_empty() {
         return html! { p.empty { "No tier yet: " code { "bedplate tier create" } " makes one." } };
     }
-    let share = |part: u32, whole: u32| format!("width:{}%", u64::from(part.min(whole)) * 100 / u64::from(whole.max(1)));
+    let share =
+        |part: u32, whole: u32| format!("width:{}%", u64::from(part.min(whole)) * 100 / u64::from(whole.max(1)));
     html! {
         @for tier in tiers {
             article.tier style=(hue(colours, &tier.spec.name)) data-active=(tier.spec.active) {

@@ -12,7 +12,8 @@ use crate::testing::{Bench, SmallNode, options, tier, until};
 async fn a_tier_fills_shrinks_and_goes() {
     let bench = Bench::start().await;
     bench.push("web", ImageKind::Disk).await;
-    let (one, two) = (SmallNode::start(&bench.serving.control.token).await, SmallNode::start(&bench.serving.control.token).await);
+    let (one, two) =
+        (SmallNode::start(&bench.serving.control.token).await, SmallNode::start(&bench.serving.control.token).await);
     assert_eq!(one.register(&bench.nodes, None).await.name, "node-1");
     let second = two.register(&bench.nodes, None).await;
     assert_eq!((second.name.as_str(), second.vm_network.address), ("node-2", [10, 78, 2, 0].into()));
@@ -89,7 +90,8 @@ async fn vms_of_a_lost_node_go_elsewhere_and_it_gives_them_up_when_it_comes_back
     options.lost_after = 2;
     let bench = Bench::start_in(dir, options).await;
     bench.push("web", ImageKind::Disk).await;
-    let (one, two) = (SmallNode::start(&bench.serving.control.token).await, SmallNode::start(&bench.serving.control.token).await);
+    let (one, two) =
+        (SmallNode::start(&bench.serving.control.token).await, SmallNode::start(&bench.serving.control.token).await);
     one.register(&bench.nodes, None).await;
     bench.people.create_tier(&tier("web", "web", 1)).await.unwrap();
     until("the VM", async || (one.names() == ["web-1"]).then_some(())).await;
@@ -121,11 +123,15 @@ async fn vms_of_a_lost_node_go_elsewhere_and_it_gives_them_up_when_it_comes_back
 async fn a_vm_that_cannot_run_on_one_node_is_tried_on_another() {
     let bench = Bench::start().await;
     bench.push("web", ImageKind::Disk).await;
-    let (bad, good) = (SmallNode::start(&bench.serving.control.token).await, SmallNode::start(&bench.serving.control.token).await);
+    let (bad, good) =
+        (SmallNode::start(&bench.serving.control.token).await, SmallNode::start(&bench.serving.control.token).await);
     bad.heard.lock().unwrap().fail.push("web-1".into());
     bad.register(&bench.nodes, None).await;
     bench.people.create_tier(&tier("web", "web", 1)).await.unwrap();
-    until("the failure", async || bench.people.tier("web").await.unwrap().detail.filter(|d| d.contains("no such luck"))).await;
+    until("the failure", async || {
+        bench.people.tier("web").await.unwrap().detail.filter(|d| d.contains("no such luck"))
+    })
+    .await;
     good.register(&bench.nodes, None).await;
     until("the VM on the good node", async || (good.names() == ["web-1"]).then_some(())).await;
     until("the bad node to be rid of it", async || bad.names().is_empty().then_some(())).await;

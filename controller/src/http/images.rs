@@ -77,9 +77,13 @@ pub async fn bootable_disk(control: &Arc<Control>, name: &str) -> Result<Digest,
 
 /// `GET /v1/images`.
 pub async fn list(State(control): Shared) -> Result<Json<Vec<ImageSummary>>, Refusal> {
-    let list = |images: &Store| {
+    // One that is damaged must not hide the others; who asks for it by name is told what is wrong.
+    let summary = |images: &Store, name: &str| {
+        images.summary(name).inspect_err(|error| tracing::error!("image {name}: {error}")).ok()
+    };
+    let list = move |images: &Store| {
         let tags = images.tags()?;
-        tags.into_iter().map(|(name, _)| images.summary(&name)).collect::<Result<_, _>>()
+        Ok(tags.iter().filter_map(|(name, _)| summary(images, name)).collect())
     };
     Ok(Json(ask(&control, list).await?))
 }

@@ -99,9 +99,8 @@ async fn images_pass_through_whole_and_damage_is_refused() {
         let index = copy.index(part).unwrap();
         let digests: Vec<Digest> = (0..index.count()).map(|n| index.digest(n).unwrap()).collect();
         let missing = copy.missing(&digests);
-        let keep = async |digest: Digest, frame: bytes::Bytes| {
-            copy.put_frame(&digest, &frame).map_err(|e| e.to_string())
-        };
+        let keep =
+            async |digest: Digest, frame: bytes::Bytes| copy.put_frame(&digest, &frame).map_err(|e| e.to_string());
         bench.nodes.fetch_chunks(missing, keep).await.unwrap();
     }
     copy.verify(&digest).unwrap();
@@ -207,7 +206,9 @@ async fn the_page_is_for_looking_only_and_only_from_here() {
     let bench = Bench::start().await;
     let connect = async || TcpStream::connect(bench.serving.page_address.unwrap()).await.unwrap();
     let page = ask(&mut connect().await, "GET / HTTP/1.1", b"").await;
-    assert!(page.starts_with("HTTP/1.1 200") && page.contains("No machine") && page.contains("content-security-policy"));
+    assert!(
+        page.starts_with("HTTP/1.1 200") && page.contains("No machine") && page.contains("content-security-policy")
+    );
     assert!(ask(&mut connect().await, "GET /v1/nodes HTTP/1.1", b"").await.ends_with("[]"));
     for request in ["POST /v1/tiers HTTP/1.1", "DELETE /v1/tiers/web HTTP/1.1", "PUT /v1/images/x HTTP/1.1"] {
         let status = error(&ask(&mut connect().await, request, b"{}").await).0;

@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 
 use super::dhcp::{Client, Server};
 use crate::control::now;
-use crate::records::{Lease, NodeNumber};
+use crate::records::{Lease, NodeRecord};
 use crate::store::{Change, LEASES, Read, StoreError};
 
 /// The first addresses are left for machines that people set up by hand.
@@ -19,7 +19,7 @@ pub fn lease(
     server: &Server,
     mac: &str,
     client: Client,
-) -> Result<Option<(NodeNumber, Ipv4Addr)>, StoreError> {
+) -> Result<Option<(NodeRecord, Ipv4Addr)>, StoreError> {
     let known = change.node_by_mac(mac)?;
     if known.is_none() && client == Client::Plain {
         return Ok(None);
@@ -48,7 +48,7 @@ pub fn lease(
     node.mac = Some(mac.to_owned());
     node.address = node.address.or(Some(address.into()));
     change.put_node(&node)?;
-    Ok(Some((node.number, address)))
+    Ok(Some((node, address)))
 }
 
 fn free(leases: &[Lease], server: &Server) -> Option<Ipv4Addr> {

@@ -337,13 +337,15 @@ async fn scripts_and_files(bench: &Bench, machine: &Machine, url: String) {
         assert!(head.contains(&format!("content-length: {}", body.len())), "{head}");
         assert!(body == std::fs::read(path).unwrap(), "{part} differs");
     }
-    for wrong in ["/disk?mac=52:54:00:00:00:01", "/kernel?mac=x", "/kernel", "/..%2fcontrol.redb?mac=52:54:00:00:00:01"] {
+    for wrong in ["/disk?mac=52:54:00:00:00:01", "/kernel?mac=x", "/kernel", "/..%2fcontrol.redb?mac=52:54:00:00:00:01"]
+    {
         let (head, _) = get(&format!("{http}/boot/{}{wrong}", digest.hex())).await;
         assert!(head.starts_with("HTTP/1.1 4"), "{wrong}: {head}");
     }
     until("the whole story", async || {
         let told: Vec<String> = bench.events().await.into_iter().map(|e| e.message).collect();
-        let parts = ["has fetched its kernel:", "has fetched its initrd:", "iPXE took 10.77.0.10", "fetches its boot script"];
+        let parts =
+            ["has fetched its kernel:", "has fetched its initrd:", "iPXE took 10.77.0.10", "fetches its boot script"];
         parts.iter().all(|part| told.iter().any(|line| line.contains(part))).then_some(())
     })
     .await;

@@ -50,8 +50,7 @@ fn view() -> View {
 
 #[test]
 fn slots_tiers_and_links_are_there_and_what_guests_say_stays_text() {
-    let events =
-        [Event { number: 1, time: 40, subject: "web-1".into(), message: "runs & <b>serves</b>".into() }];
+    let events = [Event { number: 1, time: 40, subject: "web-1".into(), message: "runs & <b>serves</b>".into() }];
     let page = render(&view(), &events, 100).into_string();
     for part in ["copying 49 %", "width:50%", "width:25%", "http://10.78.1.2/", "60 s", "runs &amp; &lt;b&gt;serves"] {
         assert!(page.contains(part), "{part}");

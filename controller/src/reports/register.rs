@@ -43,7 +43,15 @@ pub async fn register(control: &Arc<Control>, request: Register) -> Result<Regis
     check(&request)?;
     let pool = control.options.vm_network;
     let status = request.status.clone();
-    let (record, network) = control.change(move |change| take_in(change, request, pool)).await?;
+    let shared = Arc::clone(control);
+    let (record, network) = control
+        .change(move |change| {
+            let taken = take_in(change, request, pool)?;
+            // Before anybody can see that it is ready: its earlier silence must not make it lost at once.
+            shared.observed.heard(taken.0.number);
+            Ok::<_, RegisterError>(taken)
+        })
+        .await?;
     accept(control, record.number, status).await?;
     control.wake_routes();
     let report_seconds = u32::try_from(control.options.lost_after / 5).unwrap_or(u32::MAX).clamp(1, 5);

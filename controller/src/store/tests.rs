@@ -50,7 +50,8 @@ fn a_copy_taken_at_any_moment_opens_with_whole_transactions() {
             .unwrap();
         let copy = dir.path().join(format!("{round}.redb"));
         fs::copy(dir.path().join("control.redb"), &copy).unwrap();
-        let copy = Store::open(&copy).unwrap().snapshot().unwrap();
+        let reopened = Store::open(&copy).unwrap();
+        let copy = reopened.snapshot().unwrap();
         assert_eq!(copy.all(&NODES).unwrap().last().map(|n| n.number), Some(number));
         assert_eq!(copy.all(&EVENTS).unwrap().len(), copy.all(&NODES).unwrap().len());
     }
