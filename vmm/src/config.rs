@@ -89,7 +89,9 @@ pub enum ConfigError {
     PartUuid { id: String, partuuid: String },
     #[error("network interface {id:?}: guest_mac {mac:?} is not a unicast MAC address such as 06:00:ac:10:00:02")]
     Mac { id: String, mac: String },
-    #[error("network interface {id:?}: host_dev_name {name:?} is not the name of a tap device: give 1 to 15 characters")]
+    #[error(
+        "network interface {id:?}: host_dev_name {name:?} is not the name of a tap device: give 1 to 15 characters"
+    )]
     Tap { id: String, name: String },
     #[error("vsock: guest_cid {0} is reserved: give {FIRST_GUEST_CID} or more, below 4294967295")]
     Cid(u32),
@@ -221,9 +223,9 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
 
 /// A locally administered address that stays the same for the same tap (FNV-1a of its name).
 fn mac_of(tap: &str) -> [u8; 6] {
-    let hash = tap.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-    });
+    let hash = tap
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
     let [a, b, c, d, e, ..] = hash.to_le_bytes();
     [0x06, a, b, c, d, e]
 }
@@ -233,8 +235,8 @@ fn path(what: &str, path: &str) -> Result<PathBuf, ConfigError> {
 }
 
 fn name(what: &'static str, name: &str) -> Result<String, ConfigError> {
-    let good = (1..=64).contains(&name.len())
-        && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-'));
+    let good =
+        (1..=64).contains(&name.len()) && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-'));
     if good { Ok(name.into()) } else { Err(ConfigError::Name { what, name: name.into() }) }
 }
 
@@ -285,14 +287,16 @@ mod tests {
         assert!(error(&format!(r#", "drives": [{}]"#, drive.replace(r#""a""#, r#""a/b""#))).contains("not a name"));
         assert!(error(r#", "vsock": {"guest_cid": 2, "uds_path": "v"}"#).contains("guest_cid 2"));
         for mac in ["", "06:00:00:00:00", "01:00:00:00:00:01", "06:00:00:00:00:0g", "+6:00:00:00:00:00"] {
-            let text = format!(r#", "network-interfaces": [{{"iface_id": "e", "host_dev_name": "t", "guest_mac": "{mac}"}}]"#);
+            let text =
+                format!(r#", "network-interfaces": [{{"iface_id": "e", "host_dev_name": "t", "guest_mac": "{mac}"}}]"#);
             assert!(error(&text).contains("guest_mac"), "{mac}");
         }
     }
 
     #[test]
     fn an_interface_without_mac_gets_one_that_is_local_and_stays() {
-        let interface = |tap: &str| NetworkInterface { iface_id: "e".into(), host_dev_name: tap.into(), guest_mac: None };
+        let interface =
+            |tap: &str| NetworkInterface { iface_id: "e".into(), host_dev_name: tap.into(), guest_mac: None };
         let mac = net(&interface("tap0")).unwrap().mac;
         assert_eq!(mac[0] & 3, 2);
         assert_eq!(net(&interface("tap0")).unwrap().mac, mac);

@@ -62,7 +62,9 @@ pub enum MemoryError {
         source: std::io::Error,
     },
     /// The processor cannot address so much.
-    #[error("{asked_mib} MiB of guest memory and the window for devices do not fit into {bits} address bits: ask for less")]
+    #[error(
+        "{asked_mib} MiB of guest memory and the window for devices do not fit into {bits} address bits: ask for less"
+    )]
     Unaddressable {
         /// As asked.
         asked_mib: u64,
@@ -103,8 +105,8 @@ impl Ram {
             ranges.push((GuestAddress(start), (end - start) as usize, Some(file)));
             offset += end - start;
         }
-        let memory =
-            GuestMemoryMmap::from_ranges_with_files(&ranges).map_err(|e| refused(std::io::Error::other(e.to_string())))?;
+        let memory = GuestMemoryMmap::from_ranges_with_files(&ranges)
+            .map_err(|e| refused(std::io::Error::other(e.to_string())))?;
         Ok(Self { memory: Arc::new(memory), memfd, len })
     }
 

@@ -1,7 +1,7 @@
 //! Listening on a Unix socket.
 
 use std::io::{self, ErrorKind};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
@@ -11,20 +11,27 @@ use std::path::Path;
 /// # Errors
 /// Somebody else listens there, or the host refuses.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
-    let listener = match UnixListener::bind(path) {
-        Err(error) if error.kind() == ErrorKind::AddrInUse => {
-            match UnixStream::connect(path) {
-                Ok(_) => return Err(io::Error::new(ErrorKind::AddrInUse, "another process listens there")),
-                Err(e) if e.kind() == ErrorKind::ConnectionRefused => std::fs::remove_file(path)?,
-                Err(_) => return Err(error),
-            }
-            UnixListener::bind(path)?
-        }
-        other => other?,
-    };
+    remove_dead(path)?;
+    let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
     listener.set_nonblocking(true)?;
     Ok(listener)
+}
+
+/// Removes a socket file that nobody listens on. What is no socket stays, and is in the way.
+///
+/// # Errors
+/// Somebody listens there.
+pub fn remove_dead(path: &Path) -> io::Result<()> {
+    match UnixStream::connect(path) {
+        Ok(_) => Err(io::Error::new(ErrorKind::AddrInUse, "another process listens there")),
+        Err(error) if error.kind() == ErrorKind::ConnectionRefused && is_socket(path) => std::fs::remove_file(path),
+        Err(_) => Ok(()),
+    }
+}
+
+fn is_socket(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
 #[cfg(test)]
@@ -40,5 +47,10 @@ mod tests {
         drop(first);
         assert!(path.exists());
         listen(&path).unwrap();
+
+        let file = dir.path().join("f");
+        std::fs::write(&file, "precious").unwrap();
+        assert!(listen(&file).is_err());
+        assert!(file.exists());
     }
 }

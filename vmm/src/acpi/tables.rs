@@ -7,9 +7,7 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use bedplate_devices::platform::{
-    AcpiPm, PM_TIMER_OFFSET, PM1_CONTROL_OFFSET, PM1_EVENT_OFFSET, RESET_OFFSET,
-};
+use bedplate_devices::platform::{AcpiPm, PM_TIMER_OFFSET, PM1_CONTROL_OFFSET, PM1_EVENT_OFFSET, RESET_OFFSET};
 
 use super::{PM_PORT, SCI};
 use crate::memory::layout;

@@ -20,7 +20,8 @@ const SECTOR: u64 = 512;
 
 pub(super) fn load(ram: &Ram, path: &Path, mut file: File, len: u64) -> Result<LoadedKernel, BootError> {
     let damaged = |damage: String| BootError::Damaged { path: path.into(), damage };
-    let header = read_header(&file, len).ok_or_else(|| damaged(format!("it ends after {len} bytes, inside its header")))?;
+    let header =
+        read_header(&file, len).ok_or_else(|| damaged(format!("it ends after {len} bytes, inside its header")))?;
     let (version, flags) = (header.version, header.xloadflags);
     if version < MIN_VERSION || flags & XLF_KERNEL_64 == 0 {
         return Err(BootError::Format {

@@ -18,23 +18,33 @@ pub struct RootDevice {
 
 /// Arguments that cannot be passed to a kernel.
 #[derive(Debug, thiserror::Error)]
-#[error("boot_args: {0}; at most {MAX_LEN} bytes of printable ASCII can be passed to a kernel")]
-pub struct CmdlineError(linux_loader::cmdline::Error);
+pub enum CmdlineError {
+    /// The kernel would read something else.
+    #[error("boot_args contain {0:?}: only printable ASCII can be passed to a kernel")]
+    Character(char),
+    /// Mostly: too long.
+    #[error("boot_args: {0}; at most {MAX_LEN} bytes can be passed to a kernel")]
+    Line(#[from] linux_loader::cmdline::Error),
+}
 
 /// The whole line: `args`, or [`DEFAULT`], and where there is a root device, `root=` unless `args` has it already.
 ///
 /// # Errors
 /// Too long, or not printable ASCII.
 pub fn compose(args: Option<&str>, root: Option<&RootDevice>) -> Result<String, CmdlineError> {
+    let given = args.unwrap_or(DEFAULT).trim();
+    if let Some(bad) = given.chars().find(|c| !c.is_ascii_graphic() && *c != ' ') {
+        return Err(CmdlineError::Character(bad));
+    }
     // The crate counts the terminator.
-    let mut line = Cmdline::try_from(args.unwrap_or(DEFAULT).trim(), MAX_LEN + 1).map_err(CmdlineError)?;
+    let mut line = Cmdline::try_from(given, MAX_LEN + 1)?;
     let names_root = args.is_some_and(|args| args.split_whitespace().any(|arg| arg.starts_with("root=")));
     if let Some(root) = root.filter(|_| !names_root) {
         let device = root.partuuid.as_ref().map_or("/dev/vda".into(), |uuid| format!("PARTUUID={uuid}"));
-        line.insert("root", &device).map_err(CmdlineError)?;
-        line.insert_str(if root.read_only { "ro" } else { "rw" }).map_err(CmdlineError)?;
+        line.insert("root", &device)?;
+        line.insert_str(if root.read_only { "ro" } else { "rw" })?;
     }
-    let line = line.as_cstring().map_err(CmdlineError)?;
+    let line = line.as_cstring()?;
     Ok(String::from_utf8_lossy(line.as_bytes()).into_owned())
 }
 

@@ -3,9 +3,9 @@
 use std::fs::File;
 use std::path::Path;
 
+use linux_loader::loader::Error as LoaderError;
 use linux_loader::loader::KernelLoader;
 use linux_loader::loader::elf::{Elf, Error as ElfError, PvhBootCapability};
-use linux_loader::loader::Error as LoaderError;
 use vm_memory::{Address, GuestAddress};
 
 use super::{BootError, LoadedKernel, Protocol, cmdline, no_room, params};
@@ -21,7 +21,8 @@ pub(super) fn load(ram: &Ram, path: &Path, mut file: File, len: u64) -> Result<L
     })?;
     let protocol = match loaded.pvh_boot_cap {
         PvhBootCapability::PvhEntryPresent(entry) => {
-            let rip = u32::try_from(entry.raw_value()).map_err(|_| damaged("its PVH entry lies beyond 4 GiB".into()))?;
+            let rip =
+                u32::try_from(entry.raw_value()).map_err(|_| damaged("its PVH entry lies beyond 4 GiB".into()))?;
             Protocol::Pvh { rip }
         }
         _ => Protocol::Linux64 { rip: loaded.kernel_load.raw_value(), header: params::header_for_elf() },

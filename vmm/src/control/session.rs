@@ -175,7 +175,9 @@ impl Session {
                 self.stop("stopped through the API");
                 Ok(Answer::Done)
             }
-            Command::Act(ActionType::InstanceStart) => self.before_start()?.start().map_err(Fault::bad_request).map(done),
+            Command::Act(ActionType::InstanceStart) => {
+                self.before_start()?.start().map_err(Fault::bad_request).map(done)
+            }
             Command::Act(ActionType::FlushMetrics) => {
                 self.running()?;
                 self.flush_metrics().map(done)

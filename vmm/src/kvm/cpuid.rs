@@ -21,7 +21,8 @@ pub(super) fn address_bits(supported: &CpuId) -> u8 {
 
 /// The answers of vCPU `index` of `count`.
 pub(super) fn for_vcpu(supported: &CpuId, index: u8, count: u8) -> Result<CpuId, KvmError> {
-    let mut entries: Vec<_> = supported.as_slice().iter().filter(|e| !matches!(e.function, 0xb | 0x1f)).copied().collect();
+    let mut entries: Vec<_> =
+        supported.as_slice().iter().filter(|e| !matches!(e.function, 0xb | 0x1f)).copied().collect();
     for entry in &mut entries {
         adapt(entry, index, count);
     }
@@ -102,8 +103,11 @@ mod tests {
 
     #[test]
     fn five_cores_have_apic_ids_below_eight_and_agree_in_every_leaf() {
-        let supported = [1, 4, 0xb, 0x8000_0001, 0x8000_0008, 0x8000_001e]
-            .map(|function| kvm_cpuid_entry2 { function, eax: 0x0028 | 0x40, ..Default::default() });
+        let supported = [1, 4, 0xb, 0x8000_0001, 0x8000_0008, 0x8000_001e].map(|function| kvm_cpuid_entry2 {
+            function,
+            eax: 0x0028 | 0x40,
+            ..Default::default()
+        });
         let cpuid = for_vcpu(&CpuId::from_entries(&supported).unwrap(), 4, 5).unwrap();
         assert_eq!(leaf(&cpuid, 1, 0).ebx >> 16, 4 << 8 | 5);
         assert_eq!(leaf(&cpuid, 0xb, 1).eax, 3);

@@ -31,8 +31,7 @@ const RFLAGS: u64 = 2;
 pub(super) fn initialise(fd: &VcpuFd) -> Result<(), KvmError> {
     let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
     fd.set_fpu(&fpu).map_err(call("set floating-point registers"))?;
-    for (index, data) in
-        [(MSR_IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING), (MSR_MTRR_DEF_TYPE, MTRR_ENABLE_WRITE_BACK)]
+    for (index, data) in [(MSR_IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING), (MSR_MTRR_DEF_TYPE, MTRR_ENABLE_WRITE_BACK)]
     {
         let entry = kvm_msr_entry { index, data, ..Default::default() };
         let msrs = Msrs::from_entries(&[entry]).map_err(|e| KvmError::Call {
@@ -100,7 +99,8 @@ fn flat_segments(sregs: &mut kvm_sregs, code: usize) {
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     sregs.cs = segment((code * 8) as u16, start::GDT[code]);
     (sregs.gdt.base, sregs.gdt.limit) = (start::GDT_ADDRESS, (size_of_val(&start::GDT) - 1) as u16);
-    (sregs.idt.base, sregs.idt.limit) = (0, 0);
+    // No entry of it is valid. Not empty: that is how a guest says later that it wants a reset.
+    (sregs.idt.base, sregs.idt.limit) = (0, 0xffff);
 }
 
 fn long_mode(sregs: &mut kvm_sregs) {

@@ -27,7 +27,8 @@ impl RunPage {
             return Err(io::Error::other("KVM's run area is smaller than its header"));
         }
         // SAFETY: a fresh mapping at an address of the kernel's choice aliases nothing of ours.
-        let page = unsafe { mmap(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, vcpu, 0)? };
+        let page =
+            unsafe { mmap(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, vcpu, 0)? };
         let page = NonNull::new(page.cast()).ok_or_else(|| io::Error::other("mmap returned a null pointer"))?;
         Ok(Self { page, len })
     }

@@ -71,6 +71,9 @@ impl BareMachine {
         let mut counts = ExitCounts::default();
         self.counters.add_to(&mut counts);
         let exit = self.life.exit().cloned();
-        (exit.unwrap_or(Exit { reason: ExitReason::HostFault, detail: "the vCPU left without a reason".into() }), counts)
+        (
+            exit.unwrap_or(Exit { reason: ExitReason::HostFault, detail: "the vCPU left without a reason".into() }),
+            counts,
+        )
     }
 }

@@ -7,8 +7,8 @@ use bedplate_devices::pci::{self, PciRoot};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::lifecycle::Lifecycle;
-use super::vcpu::Buses;
 use super::pci_devices::Attach;
+use super::vcpu::Buses;
 use super::{BuildError, Machine, platform};
 use crate::acpi;
 use crate::boot;
@@ -46,6 +46,15 @@ pub fn start(config: &Config, serial_out: Box<dyn Write + Send>, ended: &EventFd
     let attach = Attach { pci: &pci, host: Arc::new(interrupts.clone()), memory: &ram.memory };
     for drive in &config.drives {
         attach.drive(drive)?;
+    }
+    for net in &config.nets {
+        attach.net(net)?;
+    }
+    if let Some(vsock) = &config.vsock {
+        attach.vsock(vsock)?;
+    }
+    if config.entropy {
+        attach.rng()?;
     }
 
     // What the guest is told, and what it boots.

@@ -1,5 +1,6 @@
 //! Attaching the devices on the PCI bus, one function each.
 
+use std::ffi::CString;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,12 +10,16 @@ use bedplate_devices::host::PciHost;
 use bedplate_devices::pci::PciRoot;
 use bedplate_devices::virtio::VirtioDevice;
 use bedplate_devices::virtio::block::{Backend, Block, BlockConfig, OpenError, RawFile};
+use bedplate_devices::virtio::net::{Net, NetConfig, Tap, TapError};
 use bedplate_devices::virtio::pci::{VirtioPciDevice, VirtioPciError};
+use bedplate_devices::virtio::rng::Rng;
+use bedplate_devices::virtio::vsock::{Vsock, VsockConfig, VsockError};
 use bedplate_images::disk::{Disk, DiskError};
 
 use super::BuildError;
 use crate::block::ImageDisk;
-use crate::config::DriveConfig;
+use crate::config::{self, DriveConfig};
+use crate::socket;
 
 /// Why a device cannot be attached.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +50,35 @@ pub enum DeviceError {
         /// The host's answer.
         source: io::Error,
     },
+    /// The tap of a network interface is not there.
+    #[error(
+        "network interface {id}: there is no tap device {tap}: make it (`ip tuntap add {tap} mode tap`) and set it up"
+    )]
+    NoTap {
+        /// `iface_id`.
+        id: String,
+        /// `host_dev_name`.
+        tap: String,
+    },
+    /// The tap of a network interface cannot be used.
+    #[error("network interface {id}: {source}")]
+    Net {
+        /// `iface_id`.
+        id: String,
+        /// Names the tap.
+        source: TapError,
+    },
+    /// Somebody else has the socket.
+    #[error("vsock: {path}: {source}; choose another uds_path")]
+    SocketInUse {
+        /// `uds_path`.
+        path: PathBuf,
+        /// Who.
+        source: io::Error,
+    },
+    /// The vsock device cannot listen.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
     /// Vectors or descriptors ran out.
     #[error("{0}")]
     Transport(#[from] VirtioPciError),
@@ -61,8 +95,8 @@ impl Attach<'_> {
     pub fn drive(&self, drive: &DriveConfig) -> Result<(), BuildError> {
         let id = || drive.id.clone();
         let path = Path::new(&drive.path);
-        let metadata = std::fs::metadata(path)
-            .map_err(|source| DeviceError::Path { id: id(), path: path.into(), source })?;
+        let metadata =
+            std::fs::metadata(path).map_err(|source| DeviceError::Path { id: id(), path: path.into(), source })?;
         let config = BlockConfig { read_only: drive.read_only, cache: drive.cache, serial: drive.id.clone() };
         if metadata.is_dir() {
             let disk = Disk::open(path).map_err(|source| DeviceError::ImageDisk { id: id(), source })?;
@@ -74,14 +108,40 @@ impl Attach<'_> {
         }
     }
 
+    pub fn net(&self, net: &config::NetConfig) -> Result<(), BuildError> {
+        let (id, tap) = (net.id.clone(), net.tap.clone());
+        // Opening a tap that is not there would make one that leads nowhere.
+        if !interface_exists(&tap) {
+            return Err(DeviceError::NoTap { id, tap }.into());
+        }
+        let tap = Tap::open(&tap).map_err(|source| DeviceError::Net { id, source })?;
+        self.virtio(Net::new(tap, NetConfig { mac: net.mac, mtu: None }))
+    }
+
+    pub fn vsock(&self, vsock: &config::VsockConfig) -> Result<(), BuildError> {
+        let path = vsock.path.clone();
+        socket::remove_dead(&path).map_err(|source| DeviceError::SocketInUse { path, source })?;
+        let config = VsockConfig { guest_cid: vsock.cid, uds_path: vsock.path.clone() };
+        self.virtio(Vsock::new(config).map_err(DeviceError::Vsock)?)
+    }
+
+    pub fn rng(&self) -> Result<(), BuildError> {
+        self.virtio(Rng::new())
+    }
+
     fn block<B: Backend + 'static>(&self, backend: B, config: BlockConfig) -> Result<(), BuildError> {
         self.virtio(Block::new(backend, config))
     }
 
     fn virtio(&self, device: impl VirtioDevice + 'static) -> Result<(), BuildError> {
-        let function =
-            VirtioPciDevice::new(device, self.memory, &self.host).map_err(DeviceError::Transport)?;
+        let function = VirtioPciDevice::new(device, self.memory, &self.host).map_err(DeviceError::Transport)?;
         self.pci.add(function)?;
         Ok(())
     }
+}
+
+fn interface_exists(name: &str) -> bool {
+    let Ok(name) = CString::new(name) else { return false };
+    // SAFETY: a terminated string that lives through the call.
+    unsafe { libc::if_nametoindex(name.as_ptr()) != 0 }
 }

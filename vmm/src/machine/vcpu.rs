@@ -104,7 +104,9 @@ fn classify(exit: Result<Exit<'_>, KvmError>) -> Option<End> {
         Ok(Exit::PowerOff) => Some(End::PowerOff),
         Ok(Exit::SystemEvent(kind)) => Some(End::Guest(format!("KVM reports system event {kind}"))),
         Ok(Exit::InternalError(detail)) => Some(End::Host(format!("KVM internal error: {detail}"))),
-        Ok(Exit::FailedEntry { reason }) => Some(End::Host(format!("the processor refuses to enter the guest ({reason:#x})"))),
+        Ok(Exit::FailedEntry { reason }) => {
+            Some(End::Host(format!("the processor refuses to enter the guest ({reason:#x})")))
+        }
         Ok(Exit::Halted) => Some(End::Guest("halted without an interrupt controller".into())),
         Err(error) => Some(End::Host(error.to_string())),
         Ok(_) => None,
@@ -116,7 +118,9 @@ fn finish(vcpu: &Vcpu, life: &Lifecycle, end: End) {
     match end {
         // A PC resets on a triple fault, and Linux's `reboot=t` uses that, with an empty interrupt table. Any other one
         // is a crash; AMD's processors forget the difference, and there it counts as a crash, too.
-        End::Shutdown if vcpu.has_no_idt() => life.end(ExitReason::GuestReset, "the guest reset itself by a triple fault"),
+        End::Shutdown if vcpu.has_no_idt() => {
+            life.end(ExitReason::GuestReset, "the guest reset itself by a triple fault")
+        }
         End::Shutdown => life.end(ExitReason::GuestFault, format!("triple fault: {place}")),
         End::Reset => life.end(ExitReason::GuestReset, "the guest asked KVM for a reset"),
         End::PowerOff => life.end(ExitReason::GuestPowerOff, "the guest asked KVM for power off"),

@@ -1,0 +1,271 @@
+//! `bedplate-vmm` as a process: what it says, what it leaves, how it ends. The guests are a few instructions in an ELF
+//! file; where there is no KVM the tests that need one say so, and the lab tests cover the same.
+
+// A panic is how a test reports.
+#![allow(clippy::unwrap_used)]
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use bedplate_api::vmm::{Exit, ExitReason};
+
+/// `mov al, c; mov dx, 0x3f8; out dx, al`
+const SAY_X: [u8; 7] = [0xb0, b'x', 0x66, 0xba, 0xf8, 0x03, 0xee];
+/// `mov al, 0xfe; out 0x64, al`
+const RESET: [u8; 4] = [0xb0, 0xfe, 0xe6, 0x64];
+/// `mov dx, 0x604; mov ax, 0x3400; out dx, ax`
+const POWER_OFF: [u8; 10] = [0x66, 0xba, 0x04, 0x06, 0x66, 0xb8, 0x00, 0x34, 0x66, 0xef];
+/// `mov dx, 0x600; again: in ax, dx; test ah, 1; jz again`
+const AWAIT_BUTTON: [u8; 11] = [0x66, 0xba, 0x00, 0x06, 0x66, 0xed, 0xf6, 0xc4, 0x01, 0x74, 0xf9];
+/// `int3` without a usable interrupt table: a triple fault
+const CRASH: [u8; 1] = [0xcc];
+/// `lidt` of an empty table, then `int3`: how Linux resets by triple fault
+const RESET_BY_FAULT: [u8; 18] = [0x0f, 0x01, 0x1d, 1, 0, 0, 0, 0xcc, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+/// `jmp $`
+const SPIN: [u8; 2] = [0xeb, 0xfe];
+
+/// An ELF kernel that is `code`, at 1 MiB, entered in 64-bit mode.
+fn kernel(code: &[&[u8]]) -> Vec<u8> {
+    let code = code.concat();
+    let mut image = vec![0; 0x1000];
+    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"\x7fELF\x02\x01\x01");
+    for (at, value) in [(16, 2u16), (18, 62), (54, 56), (56, 1)] {
+        put(at, &value.to_le_bytes());
+    }
+    put(64, &1u32.to_le_bytes());
+    let len = code.len() as u64;
+    for (at, value) in [(24, 0x10_0000u64), (32, 64), (72, 0x1000), (88, 0x10_0000), (96, len), (104, len)] {
+        put(at, &value.to_le_bytes());
+    }
+    image.extend_from_slice(&code);
+    image
+}
+
+struct Rig {
+    dir: tempfile::TempDir,
+}
+
+impl Rig {
+    fn new(code: &[&[u8]]) -> Self {
+        let rig = Self { dir: tempfile::tempdir().unwrap() };
+        std::fs::write(rig.path("kernel"), kernel(code)).unwrap();
+        rig
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn config(&self, more: &str) -> PathBuf {
+        let text = format!(r#"{{"boot-source": {{"kernel_image_path": {:?}}} {more}}}"#, self.path("kernel"));
+        std::fs::write(self.path("config"), text).unwrap();
+        self.path("config")
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bedplate-vmm"));
+        command.arg("--exit-file").arg(self.path("exit")).arg("--serial-log").arg(self.path("log"));
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    fn exit(&self) -> Exit {
+        serde_json::from_slice(&std::fs::read(self.path("exit")).unwrap()).unwrap()
+    }
+
+    /// Runs to the end with a config file.
+    fn run(&self, more: &str) -> Output {
+        let config = self.config(more);
+        self.command().arg("--config-file").arg(config).output().unwrap()
+    }
+
+    /// It must fail to start: one line on stderr that the exit file repeats.
+    fn refusal(&self, more: &str) -> String {
+        let output = self.run(more);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        let exit = self.exit();
+        assert_eq!(exit.reason, ExitReason::HostFault);
+        assert!(stderr.contains(&exit.detail), "{stderr} and {}", exit.detail);
+        stderr
+    }
+
+    fn serve(&self) -> Running {
+        let child = self.command().args(["--id", "one", "--api-sock"]).arg(self.path("api")).spawn().unwrap();
+        Running(child)
+    }
+}
+
+/// Killed when the test fails.
+struct Running(Child);
+
+impl Running {
+    fn wait(&mut self) -> i32 {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            if let Some(status) = self.0.try_wait().unwrap() {
+                return status.code().unwrap_or(-1);
+            }
+            assert!(Instant::now() < deadline, "the process does not end");
+            std::thread::yield_now();
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Polls until `ready` gives something.
+fn eventually<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        if let Some(value) = ready() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "{what}");
+        std::thread::yield_now();
+    }
+}
+
+/// One request on a connection of its own: status and body.
+fn request(socket: &Path, method: &str, path: &str, body: &str) -> (u16, String) {
+    let mut stream = eventually("the API's socket appears", || UnixStream::connect(socket).ok());
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let len = body.len();
+    // The server may answer and close before it has read all.
+    let _ = write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len}\r\n\r\n{body}"
+    );
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer);
+    let answer = String::from_utf8(answer).unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+    (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
+}
+
+fn has_kvm() -> bool {
+    let there = std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok();
+    if !there {
+        println!("skipped: /dev/kvm cannot be opened here; the lab tests cover this in an emulated machine");
+    }
+    there
+}
+
+#[test]
+fn what_cannot_start_is_one_line_that_names_the_thing() {
+    let rig = Rig::new(&[&SPIN]);
+    assert!(rig.refusal(r#", "machine-config": {"vcpu_count": 99, "mem_size_mib": 64}"#).contains("vcpu_count 99"));
+    assert!(rig.refusal(r#", "colour": "red""#).contains("colour"));
+    assert!(
+        rig.refusal(r#", "machine-config": {"vcpu_count": 1, "mem_size_mib": 1048576}"#).contains("than this host has")
+    );
+    let nothing = rig.command().output().unwrap();
+    assert_eq!(nothing.status.code(), Some(1));
+    assert!(String::from_utf8(nothing.stderr).unwrap().contains("--config-file"));
+    if !has_kvm() {
+        return;
+    }
+    let drive = r#", "drives": [{"drive_id": "d", "path_on_host": "/nowhere/d", "is_root_device": true}]"#;
+    assert!(rig.refusal(drive).contains("drive d: /nowhere/d"));
+    let net = r#", "network-interfaces": [{"iface_id": "n", "host_dev_name": "notap7"}]"#;
+    assert!(rig.refusal(net).contains("no tap device notap7"));
+    std::fs::write(rig.path("kernel"), &kernel(&[&SPIN])[..200]).unwrap();
+    assert!(rig.refusal("").contains("damaged"));
+    std::fs::remove_file(rig.path("kernel")).unwrap();
+    assert!(rig.refusal("").contains("kernel: No such file"));
+}
+
+#[test]
+fn the_guests_own_ends_are_told_apart() {
+    if !has_kvm() {
+        return;
+    }
+    for (end, reason, code) in [(&RESET[..], ExitReason::GuestReset, 0), (&POWER_OFF[..], ExitReason::GuestPowerOff, 0)]
+    {
+        let rig = Rig::new(&[&SAY_X, end, &SPIN]);
+        let output = rig.run(r#", "vsock": {"guest_cid": 3, "uds_path": "/proc/self/nowhere"}"#);
+        assert_eq!(output.status.code(), Some(1), "a vsock path that cannot be");
+        let output = rig.run("");
+        assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(code), &b"x"[..]));
+        assert_eq!(rig.exit().reason, reason);
+        assert_eq!(std::fs::read(rig.path("log")).unwrap(), b"x");
+    }
+}
+
+#[test]
+fn a_triple_fault_is_the_guests_fault_unless_it_threw_its_interrupt_table_away() {
+    if !has_kvm() {
+        return;
+    }
+    let rig = Rig::new(&[&SAY_X, &CRASH, &SPIN]);
+    let output = rig.run("");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("triple fault"));
+    assert_eq!(rig.exit().reason, ExitReason::GuestFault);
+
+    let rig = Rig::new(&[&RESET_BY_FAULT, &SPIN]);
+    rig.run("");
+    // AMD's processors forget the table on the way out.
+    assert!(matches!(rig.exit().reason, ExitReason::GuestReset | ExitReason::GuestFault), "{:?}", rig.exit());
+}
+
+#[test]
+fn sigterm_is_the_power_button() {
+    if !has_kvm() {
+        return;
+    }
+    let rig = Rig::new(&[&SAY_X, &AWAIT_BUTTON, &POWER_OFF, &SPIN]);
+    let config = rig.config("");
+    let mut process = Running(rig.command().arg("--config-file").arg(config).spawn().unwrap());
+    eventually("the guest runs", || std::fs::read(rig.path("log")).ok().filter(|log| log == b"x"));
+    // SAFETY: plain system call; the process is our child and has not been waited for.
+    unsafe { libc::kill(process.0.id() as i32, libc::SIGTERM) };
+    assert_eq!(process.wait(), 0);
+    assert_eq!(rig.exit().reason, ExitReason::GuestPowerOff);
+}
+
+#[test]
+fn the_api_configures_starts_pauses_and_stops() {
+    let rig = Rig::new(&[&SAY_X, &SPIN]);
+    let mut process = rig.serve();
+    let api = rig.path("api");
+    let ask = |method: &str, path: &str, body: &str| request(&api, method, path, body);
+    assert!(ask("GET", "/", "").1.contains(r#""state":"Not started""#));
+    assert!(ask("GET", "/version", "").1.contains("firecracker_version"));
+    let (status, body) = ask("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 64, "what": 1}"#);
+    assert_eq!(status, 400);
+    assert!(body.contains("fault_message") && body.contains("what"), "{body}");
+    assert_eq!(ask("PUT", "/machine-config", &" ".repeat(60_000)).0, 413);
+    assert_eq!(ask("PUT", "/machine-config", r#"{"vcpu_count": 2, "mem_size_mib": 64}"#).0, 204);
+    assert_eq!(ask("PATCH", "/machine-config", r#"{"mem_size_mib": 32}"#).0, 204);
+    assert!(ask("GET", "/machine-config", "").1.contains(r#""vcpu_count":2,"mem_size_mib":32"#));
+    assert_eq!(ask("PATCH", "/vm", r#"{"state": "Paused"}"#).0, 400);
+    assert_eq!(ask("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#).0, 400);
+    let source = format!(r#"{{"kernel_image_path": {:?}}}"#, rig.path("kernel"));
+    assert_eq!(ask("PUT", "/boot-source", &source).0, 204);
+    assert!(ask("GET", "/vm/config", "").1.contains("kernel_image_path"));
+    if has_kvm() {
+        assert_eq!(ask("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#), (204, String::new()));
+        assert_eq!(ask("PUT", "/boot-source", &source).0, 400);
+        for (target, state) in [("Paused", "Paused"), ("Resumed", "Running")] {
+            assert_eq!(ask("PATCH", "/vm", &format!(r#"{{"state": "{target}"}}"#)).0, 204);
+            assert!(ask("GET", "/bedplate/status", "").1.contains(state));
+        }
+        eventually("the guest speaks", || std::fs::read(rig.path("log")).ok().filter(|log| log == b"x"));
+        assert_eq!(ask("PATCH", "/vm", r#"{"state": "Paused"}"#).0, 204);
+    }
+    assert_eq!(ask("PUT", "/bedplate/stop", "").0, 204);
+    assert_eq!(process.wait(), 0);
+    assert_eq!(rig.exit().reason, ExitReason::Stopped);
+    assert!(!api.exists());
+}
