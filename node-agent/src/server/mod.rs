@@ -127,6 +127,3 @@ impl<S: Send + Sync, T: DeserializeOwned> axum::extract::FromRequest<S> for Body
             .map_err(|e| bad_request(format!("the body of {what} is not understood: {e}")))
     }
 }
-
-#[cfg(test)]
-mod tests;

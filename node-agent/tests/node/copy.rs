@@ -1,0 +1,207 @@
+//! Images from a control node: a repository over a store, which answers as the control node's does, and can break off.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use axum::body::{Body, Bytes};
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use bedplate_api::client::encode_frame;
+use bedplate_api::error::ErrorKind;
+use bedplate_api::image::ChunkList;
+use bedplate_api::node::{Ipv4Net, NodeStatus, Power, Register, Registered, VmPhase};
+use bedplate_api::{ApiError, Digest};
+use bedplate_images::Store;
+use tokio::sync::watch;
+
+use crate::support::{DEADLINE, Node, SLEEP, image_with, spec};
+
+/// What the control node of a test knows and does.
+#[derive(Clone)]
+struct Control {
+    store: Store,
+    /// Requests for chunks that break off in the middle of a frame before one is served whole.
+    breaks: Arc<AtomicUsize>,
+    /// Requests for chunks so far.
+    fetches: Arc<AtomicUsize>,
+    registered: watch::Sender<usize>,
+    reported: watch::Sender<Option<NodeStatus>>,
+    /// Reports are answered with "not found", once.
+    forget: Arc<AtomicUsize>,
+}
+
+impl Control {
+    fn new(store: Store) -> Self {
+        Self {
+            store,
+            breaks: Arc::default(),
+            fetches: Arc::default(),
+            registered: watch::Sender::new(0),
+            reported: watch::Sender::new(None),
+            forget: Arc::default(),
+        }
+    }
+
+    /// Serves from now on. Returns where.
+    async fn serve(&self) -> String {
+        let routes = Router::new()
+            .route("/v1/blobs/{digest}", get(blob))
+            .route("/v1/chunks/fetch", post(chunks))
+            .route("/v1/nodes/register", post(register))
+            .route("/v1/nodes/{id}/status", post(report))
+            .with_state(self.clone());
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move { axum::serve(listener, routes).await });
+        format!("http://{address}")
+    }
+
+    async fn node(&self) -> Node {
+        let url = self.serve().await;
+        Node::running(&[
+            "--control",
+            &url,
+            "--token",
+            "00ff",
+            "--listen",
+            "127.0.0.1:0",
+            "--vm-network",
+            "10.99.0.0/29",
+        ])
+        .await
+    }
+}
+
+fn refuse(kind: ErrorKind, message: &str) -> Response {
+    let status = StatusCode::from_u16(kind.status()).unwrap();
+    (status, Json(ApiError::new(kind, message))).into_response()
+}
+
+async fn blob(State(control): State<Control>, Path(digest): Path<String>) -> Response {
+    match control.store.blob(&digest.parse().unwrap()) {
+        Ok(bytes) => bytes.into_response(),
+        Err(_) => refuse(ErrorKind::NotFound, "no such blob"),
+    }
+}
+
+async fn chunks(State(control): State<Control>, Json(list): Json<ChunkList>) -> Response {
+    control.fetches.fetch_add(1, Ordering::SeqCst);
+    let mut wire: Vec<Result<Bytes, std::io::Error>> =
+        list.digests.iter().map(|d| Ok(encode_frame(d, &control.store.frame(d).unwrap()))).collect();
+    if control.breaks.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok() {
+        let half = wire.len() / 2;
+        let cut = wire[half].as_ref().unwrap().slice(..10);
+        wire.truncate(half);
+        wire.push(Ok(cut));
+        wire.push(Err(std::io::Error::other("the line is cut")));
+    }
+    Body::from_stream(futures_util::stream::iter(wire)).into_response()
+}
+
+async fn register(State(control): State<Control>, Json(_): Json<Register>) -> Json<Registered> {
+    control.registered.send_modify(|n| *n += 1);
+    let vm_network = Ipv4Net { address: [10, 99, 0, 0].into(), prefix: 29 };
+    Json(Registered { name: "node-1".into(), vm_network, report_seconds: 60 })
+}
+
+async fn report(State(control): State<Control>, Json(status): Json<NodeStatus>) -> Response {
+    control.reported.send_replace(Some(status));
+    if control.forget.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok() {
+        return refuse(ErrorKind::NotFound, "who are you?");
+    }
+    StatusCode::NO_CONTENT.into_response()
+}
+
+/// Bytes that differ from chunk to chunk.
+fn disk(chunks: usize) -> Vec<u8> {
+    (0..chunks).flat_map(|n| [(n % 251) as u8 + 1, (n / 251) as u8].into_iter().cycle().take(64 << 10)).collect()
+}
+
+fn repository() -> (tempfile::TempDir, Control) {
+    let dir = tempfile::tempdir().unwrap();
+    let store = Store::create(dir.path().join("store")).unwrap();
+    (dir, Control::new(store))
+}
+
+/// Waits until a report satisfies `test`.
+async fn reported(control: &Control, test: impl FnMut(&NodeStatus) -> bool) -> NodeStatus {
+    let mut test = test;
+    let mut reports = control.reported.subscribe();
+    let wait = reports.wait_for(|status| status.as_ref().is_some_and(&mut test));
+    let status = tokio::time::timeout(DEADLINE, wait).await.expect("a report comes in time").unwrap();
+    status.clone().unwrap()
+}
+
+#[tokio::test]
+async fn an_image_is_copied_whole_though_the_line_breaks_and_the_control_node_hears_of_it() {
+    let (_dir, control) = repository();
+    let digest = image_with(&control.store, &[SLEEP], &disk(300));
+    control.breaks.store(3, Ordering::SeqCst);
+    let node = control.node().await;
+    let vm = spec("one", digest);
+    node.put(1, std::slice::from_ref(&vm)).await;
+    let status = reported(&control, |s| s.images.contains(&digest)).await;
+    assert_eq!(status.generation, 1);
+    let store = node.store();
+    store.verify(&digest).unwrap();
+    assert_eq!(store.tags().unwrap().len(), 1, "a complete image is named, so that it stays");
+    // 5 batches of 64 chunks, 3 of which were asked for again: what had landed was not.
+    assert!(control.fetches.load(Ordering::SeqCst) <= 5 + 3 + 3, "{:?}", control.fetches);
+
+    // The next image differs in one chunk, and that is all that is fetched for it, with its kernel the same.
+    let mut changed = disk(300);
+    changed[0] ^= 0xff;
+    let next = image_with(&control.store, &[SLEEP], &changed);
+    let before = control.fetches.load(Ordering::SeqCst);
+    node.put(2, &[spec("two", next)]).await;
+    reported(&control, |s| s.images.contains(&next)).await;
+    assert_eq!(control.fetches.load(Ordering::SeqCst), before + 1);
+}
+
+#[tokio::test]
+async fn an_unknown_image_fails_and_its_vm_can_be_asked_for_again() {
+    let (_dir, control) = repository();
+    let node = control.node().await;
+    let vm = spec("one", Digest::from_bytes([5; 32]));
+    node.put(1, std::slice::from_ref(&vm)).await;
+    let failed = node.until_phase(vm.id, VmPhase::Failed).await;
+    let reason = failed.detail.unwrap();
+    assert!(reason.contains("not in the repository") || reason.contains("/dev/kvm"), "{reason}");
+    node.put(2, &[]).await;
+    node.until("it is gone", |s| s.vms.is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_copy_that_nobody_wants_any_more_ends() {
+    let (_dir, control) = repository();
+    let digest = image_with(&control.store, &[SLEEP], &disk(100));
+    control.breaks.store(usize::MAX, Ordering::SeqCst);
+    let node = control.node().await;
+    let vm = spec("one", digest);
+    node.put(1, std::slice::from_ref(&vm)).await;
+    let held_up = node.until_vm("it says what holds it up", vm.id, |v| v.detail.is_some()).await;
+    if held_up.phase == VmPhase::Copying {
+        assert!(held_up.detail.unwrap().contains("the next try is in"), "and what comes next");
+        assert!(held_up.copy.is_some());
+    }
+    let mut off = vm.clone();
+    off.power = Power::Stopped;
+    node.put(2, std::slice::from_ref(&off)).await;
+    node.until_phase(vm.id, VmPhase::Stopped).await;
+    node.put(3, &[]).await;
+    node.until("it is gone", |s| s.vms.is_empty()).await;
+}
+
+#[tokio::test]
+async fn a_control_node_that_forgot_the_node_gets_a_registration() {
+    let (_dir, control) = repository();
+    control.forget.store(1, Ordering::SeqCst);
+    let _node = control.node().await;
+    let mut registered = control.registered.subscribe();
+    let wait = registered.wait_for(|n| *n == 2);
+    tokio::time::timeout(DEADLINE, wait).await.expect("it registers again").unwrap();
+    reported(&control, |s| s.capacity.slots == 8).await;
+}

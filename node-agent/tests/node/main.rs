@@ -1,0 +1,11 @@
+//! The node agent as a process, with the real VMM and guests of a few instructions.
+
+// A panic is how a test reports.
+#![allow(clippy::unwrap_used)]
+
+mod api;
+mod copy;
+mod crash;
+mod lifecycle;
+mod network;
+mod support;
