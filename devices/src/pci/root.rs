@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use super::bridge::HostBridge;
-use super::{BAR_COUNT, ConfigPorts, Ecam, PciFunction};
+use super::{BAR_COUNT, ConfigPorts, ConfigSpace, Ecam, PciFunction};
 use crate::bus::{Bus, BusDevice};
 
 /// Devices that one bus can have.
@@ -65,7 +65,7 @@ impl PciRoot {
     /// has to enable memory decoding.
     ///
     /// # Errors
-    /// No slot or no address space is left; nothing was changed.
+    /// No slot or no address space is left; the function was not added.
     pub fn add<F: PciFunction + 'static>(&self, function: F) -> Result<Slot, PciError> {
         self.add_shared(Arc::new(Mutex::new(function)))
     }
@@ -182,28 +182,34 @@ impl Entry {
     fn remap(&mut self, bus: &Weak<Bus>, windows: &[Window]) {
         let Some(bus) = bus.upgrade() else { return };
         let mut function = lock(&self.function);
+        // What leaves makes room for what comes.
         for bar in &mut self.bars {
-            let config = function.config();
-            let address = config.bar_address(bar.index);
-            let forwarded = address.checked_add(bar.size).is_some_and(|end| {
-                windows.iter().any(|window| window.range.start <= address && end <= window.range.end)
-            });
-            let wanted = (config.memory_enabled() && forwarded).then_some(address);
-            if wanted == bar.mapped {
-                continue;
-            }
-            if let Some(old) = bar.mapped.take() {
+            let wanted = bar.wanted(function.config(), windows);
+            if let Some(old) = bar.mapped.take_if(|mapped| wanted != Some(*mapped)) {
                 function.bar_moved(bar.index, None);
                 bus.remove(old);
             }
+        }
+        for bar in &mut self.bars {
             // Two BARs in one place are a fault of the guest: the first one stays, the second is not decoded.
-            if let Some(new) = wanted
+            if bar.mapped.is_none()
+                && let Some(new) = bar.wanted(function.config(), windows)
                 && bus.insert(new, bar.size, Arc::clone(&bar.device) as Arc<Mutex<dyn BusDevice>>).is_ok()
             {
                 bar.mapped = Some(new);
                 function.bar_moved(bar.index, Some(new));
             }
         }
+    }
+}
+
+impl BarMapping {
+    /// Where the registers say that the BAR is decoded: nowhere outside of what the bridge forwards.
+    fn wanted(&self, config: &ConfigSpace, windows: &[Window]) -> Option<u64> {
+        let address = config.bar_address(self.index);
+        let end = address.checked_add(self.size)?;
+        let forwarded = windows.iter().any(|window| window.range.start <= address && end <= window.range.end);
+        (config.memory_enabled() && forwarded).then_some(address)
     }
 }
 

@@ -4,7 +4,7 @@
 //! The promise that is tested: whatever it did, a reset is complete when its write returns, and the device then serves an
 //! honest driver. What a test does with that driver afterwards is its own.
 
-use super::driver::{Driver, DriverQueue};
+use super::driver::{Driver, DriverQueue, Piece};
 use super::host::Machine;
 use crate::pci::Slot;
 
@@ -94,7 +94,7 @@ impl Hostile {
             0..=5 => {
                 // Half of the links go on to the next descriptor, as honest ones would.
                 let index = u16::from(source.byte()) % 16;
-                let next = if source.byte() % 2 == 0 { index + 1 } else { source.number(2) as u16 };
+                let next = if source.byte() < 128 { index + 1 } else { source.number(2) as u16 };
                 let flags = u16::from(source.byte()) % 8;
                 queue.set_descriptor(index, source.address(), source.len(), flags, next);
             }
@@ -136,4 +136,19 @@ pub fn configuration(machine: &Machine, slot: Slot, bytes: &[u8]) {
         machine.write(Machine::config(slot, register), &value[..width]);
         machine.bus.read(Machine::config(slot, register), &mut [0; 8][..width]);
     }
+}
+
+/// Does one thing of use with a device that is up, whichever it is, and checks the answer.
+pub fn honest(driver: &Driver, queues: &mut [DriverQueue]) {
+    let at = Driver::BUFFERS;
+    driver.put(at, &[0; 4096]);
+    let device = driver.machine.read_config(driver.slot, 0) >> 16;
+    let (queue, chain, len) = match device - 0x1040 {
+        // A read of sector 0, an empty frame, 8 bytes of entropy, a packet of nobody's.
+        2 => (0, vec![Piece::Read(at, 16), Piece::Write(at + 0x1000, 513)], 513),
+        1 => (1, vec![Piece::Read(at, 60)], 0),
+        4 => (0, vec![Piece::Write(at, 8)], 8),
+        _ => (1, vec![Piece::Read(at, 44)], 0),
+    };
+    assert_eq!(driver.run(&mut queues[queue], &chain), len);
 }

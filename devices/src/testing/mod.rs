@@ -13,4 +13,4 @@ mod hostile;
 pub use backends::{RamDisk, Wire};
 pub use driver::{Driver, DriverQueue, Piece};
 pub use host::{FakeHost, FakeVector, Machine};
-pub use hostile::{Hostile, configuration};
+pub use hostile::{Hostile, configuration, honest};

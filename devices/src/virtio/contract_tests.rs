@@ -11,7 +11,7 @@ use super::net::{Net, NetConfig};
 use super::rng::Rng;
 use super::vsock::{Vsock, VsockConfig};
 use super::*;
-use crate::testing::{Driver, DriverQueue, Hostile, Machine, Piece, RamDisk, Wire};
+use crate::testing::{Driver, DriverQueue, Hostile, Machine, Piece, RamDisk, Wire, honest};
 
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 const NEEDS_RESET: u8 = 0x40;
@@ -52,21 +52,6 @@ fn vsock() -> Subject<Vsock> {
     }
 }
 
-/// Does one honest thing with a device that is up.
-fn use_it(driver: &Driver, queues: &mut [DriverQueue]) {
-    let at = Driver::BUFFERS;
-    driver.put(at, &[0; 4096]);
-    let device = driver.machine.read_config(driver.slot, 0) >> 16;
-    let (queue, chain, len) = match device - 0x1040 {
-        // A read of sector 0, an empty frame, 8 bytes of entropy, a packet of nobody's.
-        2 => (0, vec![Piece::Read(at, 16), Piece::Write(at + 0x1000, 513)], 513),
-        1 => (1, vec![Piece::Read(at, 60)], 0),
-        4 => (0, vec![Piece::Write(at, 8)], 8),
-        _ => (1, vec![Piece::Read(at, 44)], 0),
-    };
-    assert_eq!(driver.run(&mut queues[queue], &chain), len);
-}
-
 fn goes_through_sessions<D: VirtioDevice + 'static>(subject: Subject<D>) {
     let metrics = Arc::clone(subject.device.metrics());
     let mut driver = Driver::attach(subject.device);
@@ -77,7 +62,7 @@ fn goes_through_sessions<D: VirtioDevice + 'static>(subject: Subject<D>) {
         assert_eq!(queues.len(), usize::from(u16::from_le_bytes(driver.machine.read(driver.common(18)))));
         driver.start();
         assert_eq!(driver.status(), 15);
-        use_it(&driver, &mut queues);
+        honest(&driver, &mut queues);
         queues.iter().for_each(|queue| driver.kick(queue));
         driver.set_status(0);
         assert_eq!(driver.status(), 0);
@@ -149,7 +134,7 @@ fn says_when_its_rings_are_broken<D: VirtioDevice + 'static>(subject: Subject<D>
     }
     let mut queues = driver.up();
     assert_eq!(driver.status(), 15);
-    use_it(&driver, &mut queues);
+    honest(&driver, &mut queues);
 }
 
 /// Counts instead of interrupting.
@@ -218,7 +203,7 @@ fn survives<D: VirtioDevice + 'static>(subject: Subject<D>, cases: u32) {
         let (hostile, relax) = &mut *state.borrow_mut();
         let (driver, mut queues) = hostile.run(&bytes);
         relax();
-        use_it(driver, &mut queues);
+        honest(driver, &mut queues);
         Ok(())
     });
     result.unwrap();

@@ -1,1 +1,218 @@
+use crate::testing::{Driver, DriverQueue, Machine, Piece, RamDisk};
+use crate::virtio::block::{Block, BlockConfig};
 
+use super::*;
+
+const VERSION_1: u64 = 1 << 32;
+const EVENT_IDX: u64 = 1 << 29;
+const AT: u64 = Driver::BUFFERS;
+
+fn driver() -> (Driver, Arc<crate::metrics::DeviceMetrics>) {
+    let block = Block::new(RamDisk::new(4096), BlockConfig::default());
+    let metrics = Arc::clone(block.metrics());
+    (Driver::attach(block), metrics)
+}
+
+/// A request that succeeds: a read of the first sector.
+fn chain() -> [Piece; 2] {
+    [Piece::Read(AT, 16), Piece::Write(AT + 0x1000, 513)]
+}
+
+fn word(driver: &Driver, register: u64) -> u16 {
+    u16::from_le_bytes(driver.machine.read(driver.common(register)))
+}
+
+fn set_features(driver: &Driver, features: u64) {
+    for half in 0..2u32 {
+        driver.machine.write(driver.common(8), &half.to_le_bytes());
+        driver.machine.write(driver.common(12), &((features >> (32 * half)) as u32).to_le_bytes());
+    }
+}
+
+#[test]
+fn features_are_agreed_on_once() {
+    let (driver, metrics) = driver();
+    let offered = driver.offered();
+    driver.set_status(3);
+    for refused in [0, offered & !VERSION_1, offered | 1 << 40, VERSION_1 | 1 << 1] {
+        set_features(&driver, refused);
+        driver.set_status(11);
+        assert_eq!(driver.status(), 3, "{refused:#x}");
+    }
+    driver.set_status(15);
+    assert_eq!(driver.status(), 3, "not ready without features");
+    set_features(&driver, VERSION_1);
+    driver.set_status(11);
+    assert_eq!(driver.status(), 11);
+    let faults = metrics.guest_faults.value();
+    set_features(&driver, offered);
+    assert_eq!(metrics.guest_faults.value(), faults + 2);
+    assert_eq!(u32::from_le_bytes(driver.machine.read(driver.common(12))), 1, "no change afterwards");
+    driver.set_status(3);
+    assert_eq!(driver.status(), 11, "bits are never taken back");
+    driver.set_status(0x8b);
+    assert_eq!(driver.status(), 0x8b, "the driver has given up");
+    driver.machine.write(driver.common(0), &7u32.to_le_bytes());
+    assert_eq!(driver.machine.read::<4>(driver.common(4)), [0; 4], "there are 64 features");
+}
+
+#[test]
+fn queue_registers_follow_the_rules() {
+    let (mut driver, metrics) = driver();
+    let set =
+        |driver: &Driver, register, value: u16| driver.machine.write(driver.common(register), &value.to_le_bytes());
+    set(&driver, 24, 64);
+    assert_eq!(word(&driver, 24), 256, "not before the features");
+    driver.prepare(VERSION_1);
+    driver.set_status(0);
+    driver.set_status(3);
+    set_features(&driver, VERSION_1);
+    driver.set_status(11);
+    for bad in [0, 3, 512, 0xffff] {
+        set(&driver, 24, bad);
+        assert_eq!(word(&driver, 24), 256);
+    }
+    set(&driver, 24, 64);
+    assert_eq!(word(&driver, 24), 64);
+    set(&driver, 26, 1);
+    assert_eq!(word(&driver, 26), 1);
+    set(&driver, 26, 2);
+    assert_eq!(word(&driver, 26), 0xffff, "there are two vectors");
+    driver.machine.write(driver.common(32), &0x1234_5678_9abc_def0u64.to_le_bytes());
+    driver.machine.write(driver.common(44), &7u32.to_le_bytes());
+    assert_eq!(u64::from_le_bytes(driver.machine.read(driver.common(32))), 0x1234_5678_9abc_def0);
+    assert_eq!(u64::from_le_bytes(driver.machine.read(driver.common(40))), 7 << 32);
+    set(&driver, 28, 0);
+    assert_eq!(word(&driver, 28), 0);
+    set(&driver, 28, 1);
+    let faults = metrics.guest_faults.value();
+    driver.machine.write(driver.common(32), &[0; 8]);
+    set(&driver, 24, 32);
+    assert_eq!((word(&driver, 24), metrics.guest_faults.value()), (64, faults + 2), "it is enabled now");
+    // Widths and places that no register has.
+    for (register, len) in [(20, 2), (0, 1), (2, 4), (18, 2), (56, 2), (60, 4), (26, 4), (34, 4)] {
+        let faults = metrics.guest_faults.value();
+        driver.machine.write(driver.common(register), &[0xff; 8][..len]);
+        assert_eq!(metrics.guest_faults.value(), faults + 1, "{register} {len}");
+    }
+    set(&driver, 22, 1);
+    assert_eq!((word(&driver, 24), word(&driver, 28)), (0, 0), "there is no such queue");
+    driver.set_status(0);
+    set(&driver, 22, 0);
+    assert_eq!((word(&driver, 24), word(&driver, 26), word(&driver, 28)), (256, 0xffff, 0));
+}
+
+#[test]
+fn notifications_follow_the_bar() {
+    let (mut driver, metrics) = driver();
+    let notify = driver.notify_address(0);
+    assert_eq!(driver.machine.host.notify_addresses(), [notify]);
+    let mut queue = driver.up().remove(0);
+    let (machine, slot) = (&driver.machine, driver.slot);
+    machine.write_config(slot, 4, 4);
+    assert_eq!(machine.host.notify_addresses(), [0; 0]);
+    machine.write_config(slot, 4, 6);
+    let moved = driver.bar + 0x20_0000;
+    machine.write_config(slot, 0x10, moved as u32);
+    assert_eq!(machine.host.notify_addresses(), [moved + notify - driver.bar]);
+    assert!(!machine.bus.read(driver.bar, &mut [0]));
+    let head = queue.add(&chain());
+    machine.write(moved + notify - driver.bar, &[0, 0]);
+    assert_eq!(queue.wait(), (u32::from(head), 513));
+    // Without an ioeventfd the write arrives here, and does the same.
+    let head = queue.add(&chain());
+    assert!(machine.bus.write(moved + notify - driver.bar, &[0, 0]));
+    assert_eq!(queue.wait(), (u32::from(head), 513));
+    assert!(machine.bus.write(moved + notify - driver.bar + 4, &[1, 0]));
+    assert_eq!((metrics.guest_faults.value(), metrics.host_faults.value()), (1, 0));
+    machine.root.shutdown();
+    assert_eq!(machine.host.notify_addresses(), [0; 0]);
+    assert_eq!(machine.host.vectors.lock().unwrap()[1].route(), None);
+}
+
+#[test]
+fn interrupts_come_when_the_driver_wants_them() {
+    let (mut driver, metrics) = driver();
+    // Without event indices: by the flag in the available ring.
+    let mut queue = driver.prepare_all(EVENT_IDX).remove(0);
+    driver.put(queue.avail, &1u16.to_le_bytes());
+    queue.add(&chain());
+    driver.start();
+    settle(&queue, 1);
+    driver.set_status(0);
+    assert_eq!((queue.vector.take(), metrics.interrupts.value()), (0, 0));
+
+    // With them: when the index that was asked for is passed, once for all that came together.
+    let mut queue = driver.prepare_all(0).remove(0);
+    let event = queue.avail + 4 + 2 * u64::from(queue.size);
+    driver.put(event, &2u16.to_le_bytes());
+    queue.add(&chain());
+    queue.add(&chain());
+    driver.start();
+    settle(&queue, 2);
+    for _ in 0..2 {
+        queue.add(&chain());
+    }
+    driver.kick(&queue);
+    settle(&queue, 4);
+    driver.set_status(0);
+    assert_eq!((queue.vector.take(), metrics.interrupts.value()), (1, 1));
+}
+
+/// Waits for used chains without an interrupt.
+fn settle(queue: &DriverQueue, count: u16) {
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while queue.used_index() != count {
+        assert!(std::time::Instant::now() < deadline, "{} of {count} chains were used", queue.used_index());
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_masked_vector_is_delivered_when_it_is_unmasked() {
+    let (mut driver, metrics) = driver();
+    let mut queue = driver.up().remove(0);
+    let control = driver.bar + 0x4000 + 16 + 12;
+    driver.machine.write(control, &1u32.to_le_bytes());
+    queue.add(&chain());
+    driver.kick(&queue);
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while driver.machine.read::<8>(driver.bar + 0x5000) != [2, 0, 0, 0, 0, 0, 0, 0] {
+        assert!(std::time::Instant::now() < deadline, "the pending bit is not set");
+        std::thread::yield_now();
+    }
+    assert_eq!(queue.vector.take(), 0);
+    assert_eq!(driver.machine.read::<1>(driver.bar + 0x1000), [1], "the ISR says that a queue was used");
+    assert_eq!(driver.machine.read::<1>(driver.bar + 0x1000), [0], "once");
+    driver.machine.write(control, &0u32.to_le_bytes());
+    assert_eq!(queue.vector.take(), 1);
+    assert_eq!(driver.machine.read::<1>(driver.bar + 0x5000), [0]);
+    assert_eq!(queue.take().map(|(_, len)| len), Some(513));
+    assert_eq!(metrics.interrupts.value(), 1);
+}
+
+#[test]
+fn the_window_in_configuration_space_reaches_the_bar() {
+    let (driver, _) = driver();
+    let (machine, slot) = (&driver.machine, driver.slot);
+    let mut at = u64::from(machine.read_config(slot, 0x34));
+    while machine.read_config(slot, at) >> 24 != u32::from(TYPE_PCI) {
+        at = u64::from(machine.read_config(slot, at) >> 8 & 0xff);
+    }
+    let look = |bar: u32, offset: u32, len: u32| {
+        machine.write_config(slot, at + 4, bar);
+        machine.write_config(slot, at + 8, offset);
+        machine.write_config(slot, at + 12, len);
+    };
+    look(0, DEVICE as u32, 4);
+    assert_eq!(machine.read_config(slot, at + 16), 8, "the capacity");
+    look(0, 20, 1);
+    machine.write(Machine::config(slot, at + 16), &[1]);
+    assert_eq!(driver.status(), 1);
+    assert_eq!(machine.read::<1>(Machine::config(slot, at + 16)), [1]);
+    for (bar, offset, len) in [(1, 20, 1), (0, 20, 3), (0, 21, 2), (0, BAR_LEN as u32, 4), (0, !3, 4), (0, 20, 0)] {
+        look(bar, offset, len);
+        machine.write_config(slot, at + 16, 0);
+        assert_eq!(driver.status(), 1, "bar {bar} offset {offset:#x} length {len}");
+    }
+}
