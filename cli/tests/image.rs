@@ -1,5 +1,8 @@
 //! The real command and a store of its own: what a person does with images, and what goes wrong then.
 
+// Helpers of tests are tests: a panic there is the failure report.
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};

@@ -1,6 +1,9 @@
 //! `bedplate run` with a VMM that is played by this very test program: what the command does around a VM, from the disk it
 //! makes to what it leaves behind. Real guests are run by the lab tests.
 
+// Helpers of tests are tests: a panic there is the failure report.
+#![allow(clippy::unwrap_used)]
+
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
@@ -37,6 +40,10 @@ fn act_as_vmm() {
     let boot = config.boot_source.unwrap();
     let kernel = fs::read(boot.kernel_image_path).unwrap();
     write!(stream, "{} bytes of kernel, {}\r\n", kernel.len(), boot.boot_args.unwrap()).unwrap();
+    if let Some(interface) = config.network_interfaces.first() {
+        let look = format!("ip -o -4 addr show dev {}; nft list tables; nft list ruleset", interface.host_dev_name);
+        stream.write_all(&Command::new("sh").args(["-c", &look]).output().unwrap().stdout).unwrap();
+    }
     let mut byte = [0];
     while stream.read(&mut byte).unwrap() == 1 && byte != *b"q" {
         stream.write_all(&byte).unwrap();
@@ -72,7 +79,11 @@ impl Place {
     }
 
     fn start(&self, more: &[&str]) -> Child {
-        Command::new(env!("CARGO_BIN_EXE_bedplate"))
+        self.spawn(Command::new(env!("CARGO_BIN_EXE_bedplate")), more)
+    }
+
+    fn spawn(&self, mut command: Command, more: &[&str]) -> Child {
+        command
             .args(["run", "./disk.raw", "--kernel", "kernel", "--vmm"])
             .arg(&self.vmm)
             .args(more)
@@ -101,7 +112,8 @@ fn drive(mut child: Child, keys: &[u8]) -> (Option<i32>, String, String) {
         said.push(byte[0]);
     }
     let mut stdin = child.stdin.take().unwrap();
-    stdin.write_all(keys).unwrap();
+    // A command that has refused to begin is gone by now; its exit code says so.
+    let _ = stdin.write_all(keys);
     stdout.read_to_end(&mut said).unwrap();
     drop(stdin);
     let out = child.wait_with_output().unwrap();
@@ -164,6 +176,26 @@ fn a_signal_ends_it_in_order() {
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(128 + 15));
     assert_eq!(place.names("runs"), [""; 0]);
+}
+
+#[test]
+fn a_network_is_there_while_the_vm_is_and_gone_with_it() {
+    let Some(place) = Place::new() else { return };
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("skipped: needs root");
+    }
+    // A network namespace of its own: the machine's network is nobody's playground.
+    let mut command = Command::new("unshare");
+    command.args(["--net", "sh", "-c", "\"$@\"; ip -o link; nft list tables", "sh", env!("CARGO_BIN_EXE_bedplate")]);
+    let (code, said, errors) = drive(place.spawn(command, &["--net"]), b"q");
+    assert_eq!(code, Some(0), "{errors}");
+    let (during, after) = said.split_once("1: lo").unwrap_or_else(|| panic!("{said} {errors}"));
+    assert!(during.contains("10.79.1.1/30"), "{during}");
+    assert!(!after.contains("bprun") && !after.contains("table"), "{after}");
+    if Command::new("nft").arg("--version").output().is_ok() {
+        assert!(during.contains("masquerade"), "{during}");
+    }
+    assert!(errors.contains("10.79.1.2"), "{errors}");
 }
 
 #[test]

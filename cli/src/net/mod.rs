@@ -20,6 +20,8 @@ mod dhcp;
 /// The third number of a run's addresses, 10.79.N.0/30.
 const NUMBERS: std::ops::RangeInclusive<u8> = 1..=254;
 const PREFIX: u8 = 30;
+/// In the directory of a run that has a network.
+const MARK: &str = "net";
 /// Two runs that begin at once must not pick one number.
 const LOCK: &str = "/run/bedplate-run-net.lock";
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
@@ -37,7 +39,7 @@ pub enum NetError {
     #[error("the guest's network cannot be made: {path}: {source}")]
     File {
         /// The file.
-        path: &'static str,
+        path: String,
         /// Why.
         source: io::Error,
     },
@@ -69,11 +71,12 @@ pub struct Net {
 }
 
 impl Net {
-    /// Makes the network of this process's VM, called `name`, and starts to answer its DHCP requests.
+    /// Makes the network of this process's VM, called `name`, whose directory is `dir`, and starts to answer its DHCP
+    /// requests.
     ///
     /// # Errors
     /// See [`NetError`]; what was made by then is removed.
-    pub fn start(name: &str) -> Result<Self, NetError> {
+    pub fn start(name: &str, dir: &Path) -> Result<Self, NetError> {
         if !geteuid().is_root() {
             return Err(NetError::NotRoot);
         }
@@ -81,6 +84,9 @@ impl Net {
         let number = free_number()?;
         let (host, guest) = (Ipv4Addr::new(10, 79, number, 1), Ipv4Addr::new(10, 79, number, 2));
         let tap = tap_of(std::process::id());
+        // From here on whoever sweeps the directory of a killed run knows that there is more to remove.
+        let mark = dir.join(MARK);
+        fs::write(&mark, &tap).map_err(|source| NetError::File { path: mark.display().to_string(), source })?;
         // Of a process that had our number and was killed.
         remove(&tap);
         let mac = mac_of(name);
@@ -110,7 +116,8 @@ impl Drop for Net {
 /// Removes the network of the run whose directory is `dir`, `{name}-{process id}`, and whose process is gone.
 pub fn remove_stale(dir: &Path) {
     let name = dir.file_name().unwrap_or_default().to_string_lossy();
-    if let Some(pid) = name.rsplit_once('-').and_then(|(_, pid)| pid.parse().ok()) {
+    let pid = name.rsplit_once('-').and_then(|(_, pid)| pid.parse().ok());
+    if let (Some(pid), true) = (pid, dir.join(MARK).exists()) {
         remove(&tap_of(pid));
     }
 }
@@ -124,12 +131,11 @@ fn table_of(tap: &str) -> String {
     format!("bedplate_{tap}")
 }
 
-/// Removes what there is of it; what is not there needs no removing.
+/// Removes what there is of it; what is not there needs no removing. Nothing is looked up before: /sys may be that of
+/// another network namespace.
 fn remove(tap: &str) {
-    if Path::new("/sys/class/net").join(tap).exists() {
-        let _ = ip(&["link", "del", "dev", tap]);
-        let _ = run(Command::new("nft").args(["delete", "table", "ip", &table_of(tap)]));
-    }
+    let _ = ip(&["link", "del", "dev", tap]);
+    let _ = run(Command::new("nft").args(["delete", "table", "ip", &table_of(tap)]));
 }
 
 fn ip(args: &[&str]) -> Result<String, bedplate_lab::Error> {
@@ -137,7 +143,7 @@ fn ip(args: &[&str]) -> Result<String, bedplate_lab::Error> {
 }
 
 fn lock() -> Result<File, NetError> {
-    let failed = |source| NetError::File { path: LOCK, source };
+    let failed = |source| NetError::File { path: LOCK.to_owned(), source };
     let file = OpenOptions::new().create(true).append(true).open(LOCK).map_err(failed)?;
     flock(&file, FlockOperation::LockExclusive).map_err(io::Error::from).map_err(failed)?;
     Ok(file)
@@ -171,9 +177,9 @@ fn open_way_out(tap: &str, number: u8) -> Result<bool, NetError> {
     let mut nft = match Command::new("nft").args(["-f", "-"]).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn() {
         Ok(nft) => nft,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
-        Err(source) => return Err(NetError::File { path: "nft", source }),
+        Err(source) => return Err(NetError::File { path: "nft".to_owned(), source }),
     };
-    let failed = |source| NetError::File { path: "nft", source };
+    let failed = |source| NetError::File { path: "nft".to_owned(), source };
     if let Some(mut stdin) = nft.stdin.take() {
         stdin.write_all(rules.as_bytes()).map_err(failed)?;
     }
@@ -182,7 +188,7 @@ fn open_way_out(tap: &str, number: u8) -> Result<bool, NetError> {
         let said = String::from_utf8_lossy(&out.stderr).trim().to_owned();
         return Err(failed(io::Error::other(said)));
     }
-    fs::write(FORWARDING, "1").map_err(|source| NetError::File { path: FORWARDING, source })?;
+    fs::write(FORWARDING, "1").map_err(|source| NetError::File { path: FORWARDING.to_owned(), source })?;
     Ok(true)
 }
 

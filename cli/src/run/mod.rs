@@ -165,7 +165,7 @@ fn on_kvm(
     disk: PathBuf,
 ) -> Result<u8, Error> {
     let kernel = boot::files(args, store, source, run_dir.path())?;
-    let net = if args.net { Some(Net::start(name)?) } else { None };
+    let net = if args.net { Some(Net::start(name, run_dir.path())?) } else { None };
     if let Some(net) = &net {
         let reach = if net.way_out { "" } else { "; without nft it reaches this machine only" };
         note(&format!("The guest's address is {}{reach}.", net.guest));
