@@ -433,7 +433,7 @@ fn a_cut_or_damaged_qcow2_is_never_another_disk_by_accident() {
         for r in noise(4, 4 * 200).chunks(4) {
             let r = u32::from_le_bytes(r.try_into().unwrap()) as usize;
             let mut bytes = whole.clone();
-            let at = if r % 2 == 0 { r / 2 % 200 } else { r / 2 % bytes.len() };
+            let at = if r.is_multiple_of(2) { r / 2 % 200 } else { r / 2 % bytes.len() };
             bytes[at] ^= 1 << (r >> 24 & 7);
             fs::write(&cut, &bytes).unwrap();
             let _ = import(&store, &cut);
