@@ -66,7 +66,8 @@ impl Echo {
 
     fn stop(self) {
         self.stopping.store(true, Ordering::SeqCst);
-        self.call();
+        // Not a call: a thread that has just answered one sees the order and answers no more.
+        self.there.write(1).unwrap();
         self.thread.join().unwrap();
     }
 }
