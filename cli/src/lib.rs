@@ -34,8 +34,9 @@ Colours appear on a terminal only, and never where NO_COLOR is set. Results go t
 #[derive(Debug, Parser)]
 #[command(name = "bedplate", version, after_help = EXIT_CODES, max_term_width = 110)]
 pub struct Cli {
-    /// How results are printed
+    /// How results are printed: table or json
     #[arg(short, long, global = true, value_enum, default_value_t, value_name = "FORMAT")]
+    #[arg(hide_possible_values = true, display_order = 900)]
     pub output: Format,
     /// What to do
     #[command(subcommand)]

@@ -5,7 +5,7 @@
 //! forward packets stays on. Tools that every Debian has are run for it (`ip`, `nft`): this is set up once per VM, and
 //! what they print is what a person would see.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Write};
 use std::net::Ipv4Addr;
 use std::path::Path;
@@ -22,8 +22,8 @@ const NUMBERS: std::ops::RangeInclusive<u8> = 1..=254;
 const PREFIX: u8 = 30;
 /// In the directory of a run that has a network.
 const MARK: &str = "net";
-/// Two runs that begin at once must not pick one number.
-const LOCK: &str = "/run/bedplate-run-net.lock";
+/// What taps are made of. Two runs that begin at once must not pick one number, so they lock it meanwhile.
+const TUN: &str = "/dev/net/tun";
 const FORWARDING: &str = "/proc/sys/net/ipv4/ip_forward";
 
 /// A network that cannot be made.
@@ -32,6 +32,9 @@ pub enum NetError {
     /// Taps are root's.
     #[error("--net needs root, to make a tap device; run it with sudo, or without --net")]
     NotRoot,
+    /// No taps here.
+    #[error("{TUN} cannot be used ({0}): `modprobe tun` as root, or run without --net")]
+    NoTun(io::Error),
     /// `ip` or `nft` said no.
     #[error("the guest's network cannot be made: {0}")]
     Command(#[from] bedplate_lab::Error),
@@ -143,9 +146,8 @@ fn ip(args: &[&str]) -> Result<String, bedplate_lab::Error> {
 }
 
 fn lock() -> Result<File, NetError> {
-    let failed = |source| NetError::File { path: LOCK.to_owned(), source };
-    let file = OpenOptions::new().create(true).append(true).open(LOCK).map_err(failed)?;
-    flock(&file, FlockOperation::LockExclusive).map_err(io::Error::from).map_err(failed)?;
+    let file = File::open(TUN).map_err(NetError::NoTun)?;
+    flock(&file, FlockOperation::LockExclusive).map_err(|e| NetError::NoTun(e.into()))?;
     Ok(file)
 }
 
