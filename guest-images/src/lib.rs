@@ -10,6 +10,7 @@
 //! is. `packages.txt` pins the versions.
 
 mod cache;
+mod disk;
 pub mod error;
 mod kernel;
 mod packages;

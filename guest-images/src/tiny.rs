@@ -3,12 +3,11 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use bedplate_lab::Archive;
-use bedplate_lab::process::output;
 
 use crate::cache::Key;
+use crate::disk::{BootEntry, make_ext4, write_entry};
 use crate::error::at;
 use crate::packages::{PINS, section};
 use crate::{Kernel, Result, Workshop};
@@ -38,7 +37,12 @@ impl Workshop<'_> {
     pub fn tiny(&self, probe: &Path) -> Result<TinyImage> {
         let kernel = self.kernel()?;
         let pins = section(PINS, "tiny")?;
-        let key = Key::default().text(include_str!("tiny.rs")).text(INIT).text(UDHCPC).text(&format!("{pins:?}"));
+        let key = Key::default()
+            .text(include_str!("tiny.rs"))
+            .text(include_str!("disk.rs"))
+            .text(INIT)
+            .text(UDHCPC)
+            .text(&format!("{pins:?}"));
         let key = key.text(&kernel.modules.to_string_lossy()).file(probe)?;
         let dir = self.cached("tiny", key, |dir| {
             self.say("tiny: packing the initramfs and the disk");
@@ -79,27 +83,21 @@ pub(crate) fn load_list(archive: &mut Archive, kernel: &Kernel, names: &[&str]) 
     Ok(())
 }
 
-/// An ext4 file system without partitions, with what it takes to boot it directly.
+/// A disk with nothing on it but what boots.
 fn make_disk(dir: &Path, kernel: &Kernel, initrd: &Path) -> Result<()> {
     let root = dir.join("root");
-    let (boot, etc) = (root.join("boot"), root.join("etc/kernel"));
-    for directory in [&boot, &etc] {
-        fs::create_dir_all(directory).map_err(at("create", directory))?;
-    }
+    let boot = root.join("boot");
+    fs::create_dir_all(&boot).map_err(at("create", &boot))?;
     for (from, name) in [(&kernel.vmlinuz, "vmlinuz"), (&initrd.to_owned(), "initrd.img")] {
         fs::copy(from, boot.join(name)).map_err(at("copy", from))?;
     }
-    let cmdline = etc.join("cmdline");
-    fs::write(&cmdline, "console=ttyS0 quiet\n").map_err(at("write", &cmdline))?;
-    make_ext4(&root, &dir.join("disk.raw"), "96M")?;
+    let entry = BootEntry {
+        title: "tiny",
+        kernel: "/boot/vmlinuz",
+        initrd: "/boot/initrd.img",
+        options: "console=ttyS0 quiet",
+    };
+    write_entry(&root, &entry)?;
+    make_ext4(&root, &dir.join("disk.raw"), "tiny", "96M")?;
     fs::remove_dir_all(&root).map_err(at("remove", &root))
-}
-
-/// Turns a directory into an ext4 image of `size`.
-pub(crate) fn make_ext4(root: &Path, image: &Path, size: &str) -> Result<()> {
-    let mut mke2fs = Command::new("mke2fs");
-    // A fresh file reads as zeros: the inode tables need not be written, now or in the background of the running VM.
-    mke2fs.args(["-q", "-t", "ext4", "-m", "0", "-E", "lazy_itable_init=0,assume_storage_prezeroed=1"]);
-    output(mke2fs.arg("-d").arg(root).arg(image).arg(size))?;
-    Ok(())
 }

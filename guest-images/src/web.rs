@@ -11,18 +11,18 @@ use std::process::Command;
 use bedplate_lab::process::output;
 
 use crate::cache::Key;
+use crate::disk::{BootEntry, make_ext4, write_entry};
 use crate::error::at;
 use crate::packages::{PINS, section};
-use crate::tiny::{load_list, make_ext4};
+use crate::tiny::load_list;
 use crate::{Kernel, Result, Workshop};
 
 /// Files of the image, by path: those that Debian's packages do not have.
-const FILES: [(&str, &str); 8] = [
-    ("etc/fstab", "/dev/vda / ext4 rw,noatime 0 0\n"),
+const FILES: [(&str, &str); 7] = [
+    ("etc/fstab", "LABEL=web / ext4 rw,noatime 0 0\n"),
     ("etc/hostname", "web\n"),
     // Empty: made at each first boot, so that no two VMs have the same.
     ("etc/machine-id", ""),
-    ("etc/kernel/cmdline", "root=/dev/vda rw console=ttyS0 quiet\n"),
     ("etc/systemd/network/50-dhcp.network", include_str!("../files/web/dhcp.network")),
     ("etc/systemd/system/serial-getty@.service.d/autologin.conf", include_str!("../files/web/autologin.conf")),
     ("etc/nginx/sites-available/default", include_str!("../files/web/site.conf")),
@@ -79,7 +79,7 @@ impl Workshop<'_> {
     pub fn web(&self) -> Result<PathBuf> {
         let kernel = self.kernel()?;
         let pins = section(PINS, "web")?;
-        let key = Key::default().text(include_str!("web.rs")).text(include_str!("tiny.rs")).text(INIT);
+        let key = Key::default().text(include_str!("web.rs")).text(include_str!("disk.rs")).text(INIT);
         let key = key.text(&format!("{FILES:?}{pins:?}")).text(&kernel.modules.to_string_lossy());
         let dir = self.cached("web", key, |dir| {
             let root = dir.join("root");
@@ -89,7 +89,7 @@ impl Workshop<'_> {
             configure(&root)?;
             self.say("web: adding the kernel and making the disk");
             self.make_bootable(dir, &root, &kernel)?;
-            make_ext4(&root, &dir.join("disk.raw"), "1G")?;
+            make_ext4(&root, &dir.join("disk.raw"), "web", "1G")?;
             fs::remove_dir_all(&root).map_err(at("remove", &root))
         })?;
         Ok(dir.join("disk.raw"))
@@ -104,8 +104,15 @@ impl Workshop<'_> {
         archive.file("/init", 0o755, INIT);
         load_list(&mut archive, kernel, &EARLY_MODULES)?;
         write(&boot.join(format!("initrd.img-{version}")), archive.zstd(9)?)?;
-        link(&format!("boot/vmlinuz-{version}"), &root.join("vmlinuz"))?;
-        link(&format!("boot/initrd.img-{version}"), &root.join("initrd.img"))?;
+        write_entry(
+            root,
+            &BootEntry {
+                title: "Debian",
+                kernel: &format!("/boot/vmlinuz-{version}"),
+                initrd: &format!("/boot/initrd.img-{version}"),
+                options: "root=LABEL=web rw quiet",
+            },
+        )?;
         let tree = root.join("lib/modules").join(&version);
         for path in kernel.open_modules()?.closure(&MODULES)? {
             copy(&kernel.modules.join(&path), &tree.join(&path))?;
