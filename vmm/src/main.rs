@@ -41,14 +41,13 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let exit = run(&args).unwrap_or_else(|error| {
-        // One line, for whoever reads logs; the exit file says the same.
-        eprintln!("bedplate-vmm: {error:#}");
-        Exit { reason: ExitReason::HostFault, detail: format!("{error:#}") }
-    });
+    let exit = run(&args).unwrap_or_else(|error| Exit { reason: ExitReason::HostFault, detail: format!("{error:#}") });
     let mut code = exit.reason.code();
-    if exit.reason == ExitReason::GuestFault {
-        eprintln!("bedplate-vmm: the guest cannot go on: {}", exit.detail);
+    // One line, for whoever reads logs; the exit file says the same.
+    match exit.reason {
+        ExitReason::GuestFault => eprintln!("bedplate-vmm: the guest cannot go on: {}", exit.detail),
+        ExitReason::HostFault => eprintln!("bedplate-vmm: {}", exit.detail),
+        ExitReason::GuestPowerOff | ExitReason::GuestReset | ExitReason::Stopped => {}
     }
     if let Some(path) = &args.exit_file
         && let Err(error) = write_exit(path, &exit)

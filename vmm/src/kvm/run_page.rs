@@ -57,7 +57,7 @@ impl RunPage {
             _ => "unknown",
         };
         let len = (internal.ndata as usize).min(internal.data.len());
-        format!("{name} (sub-error {}), data {:#x?}", internal.suberror, &internal.data[..len]).replace("\n", " ")
+        format!("{name} (sub-error {}), data {:x?}", internal.suberror, &internal.data[..len])
     }
 }
 
