@@ -79,7 +79,7 @@ impl Bench {
     }
 
     /// Times `work` with a store that is empty each time; making and removing it is left out.
-    fn into_empty_store(&self, count: u64, work: impl Fn(&Store)) -> Duration {
+    fn with_empty_store(&self, count: u64, work: impl Fn(&Store)) -> Duration {
         let path = self.dir.path().join("fresh");
         let mut took = Duration::ZERO;
         for _ in 0..count {
@@ -103,7 +103,7 @@ impl Bench {
     fn import(&self, c: &mut Criterion) {
         Pair { what: "import a raw disk", ours: "import_disk", bare: "file copy", unit: Unit::Bytes(IMAGE_LEN) }.run(
             c,
-            |count| self.into_empty_store(count, |store| assert_eq!(run_import(store, &self.raw), self.image)),
+            |count| self.with_empty_store(count, |store| assert_eq!(run_import(store, &self.raw), self.image)),
             |count| self.plain_copy(count),
         );
     }
@@ -160,7 +160,7 @@ impl Bench {
         let what = "copy an image to an empty store";
         Pair { what, ours: "verified chunks", bare: "file copy", unit: Unit::Bytes(IMAGE_LEN) }.run(
             c,
-            |count| self.into_empty_store(count, copy),
+            |count| self.with_empty_store(count, copy),
             |count| self.plain_copy(count),
         );
     }
