@@ -9,7 +9,7 @@ use bedplate_lab::process::output;
 
 use crate::cache::Key;
 use crate::error::at;
-use crate::packages::{PINS, first_dependency, section};
+use crate::packages::{PINS, section};
 use crate::{Error, Result, Workshop};
 
 /// Files of one kernel.
@@ -47,12 +47,8 @@ impl Workshop<'_> {
         let pins = section(PINS, "kernel")?;
         let key = Key::default().text(include_str!("kernel.rs")).text(&format!("{pins:?}"));
         let dir = self.cached("kernel", key, |dir| {
-            for request in self.resolve(&pins)? {
-                // The package by this name is empty and depends on the one with the version in its name.
-                let package = first_dependency(&request)?;
-                self.say(format!("kernel: unpacking {package}"));
-                self.unpack(&package, dir, &dir.join("root"))?;
-            }
+            self.say("kernel: unpacking Debian's package");
+            self.unpack(&pins, dir, &dir.join("root"))?;
             let boot = dir.join("root/boot");
             let mut files = fs::read_dir(&boot).map_err(at("list", &boot))?.flatten().map(|entry| entry.path());
             let is_kernel = |path: &PathBuf| path.to_string_lossy().contains("/vmlinuz-");

@@ -1,6 +1,5 @@
 //! Debian packages by name, in the versions that `packages.txt` pins as long as the archive has them.
 
-use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,7 +14,7 @@ use crate::{Error, Result, Workshop};
 pub(crate) const PINS: &str = include_str!("../packages.txt");
 
 /// A package and its pinned version.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Pin<'a> {
     pub(crate) name: &'a str,
     pub(crate) version: &'a str,
@@ -37,62 +36,62 @@ pub(crate) fn section<'a>(text: &'a str, wanted: &str) -> Result<Vec<Pin<'a>>> {
 }
 
 impl Workshop<'_> {
-    /// The names under which `pins` are to be asked for: `name=version`, or only the name where that version is gone.
-    pub(crate) fn resolve(&self, pins: &[Pin<'_>]) -> Result<Vec<String>> {
-        let available = available(pins)?;
-        let resolve = |pin: &Pin<'_>| {
-            let (name, pinned) = (pin.name, pin.version);
-            let versions = available.get(name).ok_or_else(|| Error::NoPackage { package: name.to_owned() })?;
-            if versions.iter().any(|version| version == pinned) {
-                return Ok(format!("{name}={pinned}"));
-            }
-            let current = versions.first().map(String::as_str).unwrap_or_default();
-            self.say(format!("note: {name} {pinned} is no longer in the archive; using {current}"));
-            Ok(name.to_owned())
-        };
-        pins.iter().map(resolve).collect()
+    /// Downloads each package, in its pinned version where the archive has it, and unpacks it into `root`. Of a
+    /// metapackage, which is empty, it takes what that depends on first.
+    pub(crate) fn unpack(&self, pins: &[Pin<'_>], dir: &Path, root: &Path) -> Result<()> {
+        for pin in pins {
+            // The lists of this machine may be older than the archive, and then name what is no longer there.
+            self.unpack_one(pin, dir, root).or_else(|_| {
+                output(Command::new("apt-get").args(["-q", "update"]))?;
+                self.unpack_one(pin, dir, root)
+            })?;
+        }
+        Ok(())
     }
 
-    /// Downloads one package into `dir` and unpacks it into `root`.
-    pub(crate) fn unpack(&self, request: &str, dir: &Path, root: &Path) -> Result<()> {
+    fn unpack_one(&self, pin: &Pin<'_>, dir: &Path, root: &Path) -> Result<()> {
+        let versions = versions(pin.name)?;
+        let newest = versions.first().ok_or_else(|| Error::NoPackage { package: pin.name.to_owned() })?;
+        let version = versions.iter().find(|version| *version == pin.version).unwrap_or(newest);
+        self.note(pin, version);
+        let request = format!("{}={version}", pin.name);
+        let request = real_package(&request)?.unwrap_or(request);
         let mut download = Command::new("apt-get");
-        download.args(["-q", "-o", "APT::Sandbox::User=root", "download", request]).current_dir(dir);
+        download.args(["-q", "-o", "APT::Sandbox::User=root", "download", &request]).current_dir(dir);
         output(&mut download)?;
-        let package = find_deb(dir, request.split('=').next().unwrap_or(request))?;
+        let package = find_deb(dir, request.split('=').next().unwrap_or(&request))?;
         output(Command::new("dpkg-deb").arg("-x").arg(&package).arg(root))?;
         fs::remove_file(&package).map_err(at("remove", &package))
     }
-}
 
-/// What `package` depends on first: a metapackage's real package, whose name has a version in it.
-pub(crate) fn first_dependency(request: &str) -> Result<String> {
-    let shown = output(Command::new("apt-cache").args(["show", "--no-all-versions", request]))?;
-    let depends = shown.lines().find_map(|line| line.strip_prefix("Depends: "));
-    let name = depends.and_then(|list| list.split([' ', ',']).next());
-    name.map(str::to_owned).ok_or_else(|| Error::NoPackage { package: request.to_owned() })
-}
-
-/// Versions that the archive has of each package, the one that apt would choose first; asks the archive anew when apt
-/// does not know one.
-fn available(pins: &[Pin<'_>]) -> Result<HashMap<String, Vec<String>>> {
-    let ask = || -> Result<HashMap<String, Vec<String>>> {
-        let table = output(Command::new("apt-cache").arg("madison").args(pins.iter().map(|pin| pin.name)))?;
-        let mut versions = HashMap::<String, Vec<String>>::new();
-        for line in table.lines() {
-            let mut columns = line.split('|').map(|column| column.trim().to_owned());
-            if let (Some(name), Some(version)) = (columns.next(), columns.next()) {
-                versions.entry(name).or_default().push(version);
-            }
+    /// Says so where `version` is not the pinned one.
+    pub(crate) fn note(&self, pin: &Pin<'_>, version: &str) {
+        if pin.version != version {
+            self.say(format!("note: {} {} is no longer in the archive; using {version}", pin.name, pin.version));
         }
-        Ok(versions)
-    };
-    // Without any package list apt-cache fails: that too is mended by the update below.
-    let known = ask().unwrap_or_default();
-    if pins.iter().all(|pin| known.contains_key(pin.name)) {
-        return Ok(known);
     }
-    output(Command::new("apt-get").args(["-q", "update"]))?;
-    ask()
+}
+
+/// Preferences for apt that choose the pinned versions where the archive has them.
+pub(crate) fn preferences(pins: &[Pin<'_>]) -> String {
+    // Above 500, the priority of what an archive has.
+    let rule = |pin: &Pin<'_>| format!("Package: {}\nPin: version {}\nPin-Priority: 990\n\n", pin.name, pin.version);
+    pins.iter().map(rule).collect()
+}
+
+/// Of a metapackage such as `linux-image-cloud-amd64`, the package with the version in its name.
+fn real_package(request: &str) -> Result<Option<String>> {
+    let shown = output(Command::new("apt-cache").args(["show", "--no-all-versions", request]))?;
+    let is_meta = shown.lines().any(|line| line.contains("(meta-package)") || line == "Section: metapackages");
+    let depends = shown.lines().find_map(|line| line.strip_prefix("Depends: "));
+    let first = depends.and_then(|list| list.split([' ', ',']).next()).map(str::to_owned);
+    Ok(first.filter(|_| is_meta))
+}
+
+/// Versions of a package that apt knows, the one that it would choose first.
+fn versions(package: &str) -> Result<Vec<String>> {
+    let table = output(Command::new("apt-cache").args(["madison", package]))?;
+    Ok(table.lines().filter_map(|line| Some(line.split('|').nth(1)?.trim().to_owned())).collect())
 }
 
 fn find_deb(dir: &Path, package: &str) -> Result<PathBuf> {
@@ -118,8 +117,14 @@ mod tests {
     }
 
     #[test]
+    fn preferences_name_each_pin() {
+        let text = preferences(&[Pin { name: "a", version: "1-2" }, Pin { name: "b", version: "3" }]);
+        assert!(text.contains("Package: a\nPin: version 1-2\nPin-Priority: 990\n\nPackage: b\n"), "{text}");
+    }
+
+    #[test]
     fn the_committed_list_is_readable() {
-        for name in ["kernel", "tiny", "web"] {
+        for name in ["kernel", "tiny", "web", "web-dependencies"] {
             assert!(!section(PINS, name).unwrap().is_empty(), "{name}");
         }
     }

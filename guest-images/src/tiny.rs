@@ -60,9 +60,7 @@ impl Workshop<'_> {
     /// An archive with static busybox as every command, and the directories that an init mounts.
     pub(crate) fn busybox_archive(&self, dir: &Path) -> Result<Archive> {
         let root = dir.join("busybox");
-        for request in self.resolve(&section(PINS, "tiny")?)? {
-            self.unpack(&request, dir, &root)?;
-        }
+        self.unpack(&section(PINS, "tiny")?, dir, &root)?;
         let mut archive = Archive::new();
         archive.copy("/bin/busybox", 0o755, &root.join("bin/busybox"))?;
         for directory in ["/proc", "/sys", "/dev", "/run", "/tmp", "/mnt"] {

@@ -13,7 +13,7 @@ use bedplate_lab::process::output;
 use crate::cache::Key;
 use crate::disk::{BootEntry, make_ext4, write_entry};
 use crate::error::at;
-use crate::packages::{PINS, section};
+use crate::packages::{self, PINS, Pin, section};
 use crate::tiny::load_list;
 use crate::{Kernel, Result, Workshop};
 
@@ -28,6 +28,9 @@ const FILES: [(&str, &str); 7] = [
     ("etc/nginx/sites-available/default", include_str!("../files/web/site.conf")),
     ("var/www/html/index.html", include_str!("../files/web/index.html")),
 ];
+
+/// Name of the file with the pins, while Debian is installed.
+const PREFERENCES: &str = "bedplate-pins";
 
 const INIT: &str = include_str!("../files/web/init");
 
@@ -78,14 +81,13 @@ impl Workshop<'_> {
     /// The disk of the application image `web`: raw, ext4, with kernel and initramfs in `/boot`.
     pub fn web(&self) -> Result<PathBuf> {
         let kernel = self.kernel()?;
-        let pins = section(PINS, "web")?;
+        let (wanted, needed) = (section(PINS, "web")?, section(PINS, "web-dependencies")?);
         let key = Key::default().text(include_str!("web.rs")).text(include_str!("disk.rs")).text(INIT);
-        let key = key.text(&format!("{FILES:?}{pins:?}")).text(&kernel.modules.to_string_lossy());
+        let key = key.text(&format!("{FILES:?}{wanted:?}{needed:?}")).text(&kernel.modules.to_string_lossy());
         let dir = self.cached("web", key, |dir| {
             let root = dir.join("root");
-            let requests = self.resolve(&pins)?;
-            self.say(format!("web: installing Debian, {} packages", requests.len()));
-            debian(&root, &requests)?;
+            self.say("web: installing Debian (half a minute)");
+            self.debian(dir, &root, &wanted, &needed)?;
             configure(&root)?;
             self.say("web: adding the kernel and making the disk");
             self.make_bootable(dir, &root, &kernel)?;
@@ -93,6 +95,37 @@ impl Workshop<'_> {
             fs::remove_dir_all(&root).map_err(at("remove", &root))
         })?;
         Ok(dir.join("disk.raw"))
+    }
+
+    /// Installs `wanted` and what every Debian has into `root`, in the pinned versions where the archive has them.
+    fn debian(&self, dir: &Path, root: &Path, wanted: &[Pin<'_>], needed: &[Pin<'_>]) -> Result<()> {
+        let preferences = dir.join(PREFERENCES);
+        let pins: Vec<Pin<'_>> = wanted.iter().chain(needed).copied().collect();
+        fs::write(&preferences, packages::preferences(&pins)).map_err(at("write", &preferences))?;
+        let mut mmdebstrap = Command::new("mmdebstrap");
+        mmdebstrap.args(["--mode=root", "--variant=minbase"]);
+        // With the directories merged from the start no package is needed that merges them, nor the Perl it is written in.
+        mmdebstrap.arg("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr");
+        mmdebstrap.arg(format!("--setup-hook=copy-in {} /etc/apt/preferences.d", preferences.display()));
+        mmdebstrap.args(["--aptopt=Acquire::Languages \"none\"", "--dpkgopt=force-unsafe-io"]);
+        for unread in UNREAD {
+            mmdebstrap.arg(format!("--dpkgopt=path-exclude=/{unread}/*"));
+        }
+        let names: Vec<&str> = wanted.iter().map(|pin| pin.name).collect();
+        mmdebstrap.arg(format!("--include={}", names.join(",")));
+        output(mmdebstrap.arg("bookworm").arg(root))?;
+        for left in [preferences, root.join("etc/apt/preferences.d").join(PREFERENCES)] {
+            fs::remove_file(&left).map_err(at("remove", &left))?;
+        }
+        let mut query = Command::new("dpkg-query");
+        query.arg(format!("--admindir={}", root.join("var/lib/dpkg").display()));
+        let installed = output(query.args(["-W", "-f=${Package} ${Version}\n"]))?;
+        for (name, version) in installed.lines().filter_map(|line| line.split_once(' ')) {
+            if let Some(pin) = pins.iter().find(|pin| pin.name == name) {
+                self.note(pin, version);
+            }
+        }
+        Ok(())
     }
 
     /// Kernel, modules and a small initramfs, under the names that Debian gives them.
@@ -123,21 +156,6 @@ impl Workshop<'_> {
         output(Command::new("depmod").arg("-b").arg(root).arg(&version))?;
         Ok(())
     }
-}
-
-/// Installs `requests` and what every Debian has into `root`.
-fn debian(root: &Path, requests: &[String]) -> Result<()> {
-    let mut mmdebstrap = Command::new("mmdebstrap");
-    mmdebstrap.args(["--quiet", "--mode=root", "--variant=minbase"]);
-    // With the directories merged from the start no package is needed that merges them, nor the Perl that it is written in.
-    mmdebstrap.arg("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr");
-    mmdebstrap.args(["--aptopt=Acquire::Languages \"none\"", "--dpkgopt=force-unsafe-io"]);
-    for unread in UNREAD {
-        mmdebstrap.arg(format!("--dpkgopt=path-exclude=/{unread}/*"));
-    }
-    mmdebstrap.arg(format!("--include={}", requests.join(",")));
-    output(mmdebstrap.arg("bookworm").arg(root))?;
-    Ok(())
 }
 
 fn configure(root: &Path) -> Result<()> {

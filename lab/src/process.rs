@@ -132,16 +132,26 @@ pub fn output(command: &mut Command) -> Result<String> {
         return Err(Error::Command {
             command: words(command),
             status: out.status.to_string(),
-            stderr: String::from_utf8_lossy(&out.stderr).trim().to_owned(),
+            stderr: last_lines(&String::from_utf8_lossy(&out.stderr)),
         });
     }
     Ok(String::from_utf8_lossy(&out.stdout).into_owned())
 }
 
-/// Program and arguments, as a person would type them.
+/// Program and arguments, as a person would type them; a long list is cut.
 fn words(command: &Command) -> String {
     let all = std::iter::once(command.get_program()).chain(command.get_args());
-    all.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+    let line = all.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ");
+    match line.char_indices().nth(160) {
+        Some((end, _)) => format!("{}…", &line[..end]),
+        None => line,
+    }
+}
+
+/// The end of what a program said, where the reason usually is.
+fn last_lines(said: &str) -> String {
+    let lines: Vec<&str> = said.trim().lines().collect();
+    lines[lines.len().saturating_sub(8)..].iter().map(|line| line.trim_end()).collect::<Vec<_>>().join("\n")
 }
 
 /// Hands `command` to the thread that starts processes.

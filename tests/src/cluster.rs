@@ -78,8 +78,7 @@ impl Cluster {
         let (kernel, initrd) =
             (self.artifacts.vmm_kernel.to_string_lossy(), self.artifacts.vmm_initrd.to_string_lossy());
         let control = self.control()?;
-        control
-            .run(&["image", "import", "--kind", "vmm", "--kernel", &kernel, "--initrd", &initrd, "--name", "vmm"])?;
+        control.run(&["image", "import-vmm", "--kernel", &kernel, "--initrd", &initrd, "--name", "vmm"])?;
         control.run(&["image", "push", "vmm"])?;
         Ok(())
     }
