@@ -104,7 +104,8 @@ pub fn decide(world: &World<'_>) -> Decision {
             decision.actions.push(Action::Respec(spec.clone()));
         }
         let runs = spec.is_some_and(|spec| spec.power == Power::Running) && !world.leaving;
-        if !runs {
+        // A stop that was begun goes on to its end even if the VM is wanted again: the guest may have heard of it.
+        if !runs || matches!(vm.step, Step::Stopping { .. }) {
             quiet(world, vm, spec.is_none() && !world.leaving, &mut decision);
         }
     }

@@ -12,6 +12,7 @@ use crate::image::Bootable;
 use crate::net::tap;
 use crate::net::vms::VmNetwork;
 use crate::vm::process::{self, Watched};
+use crate::vm::start::StartError;
 
 /// The wait before a network that could not be set up is tried again.
 const NETWORK_AGAIN: std::time::Duration = std::time::Duration::from_secs(10);
@@ -156,7 +157,7 @@ impl Agent {
         }
     }
 
-    fn take_started(&mut self, id: VmId, result: Result<Watched, String>) {
+    fn take_started(&mut self, id: VmId, result: Result<Watched, StartError>) {
         let now = Millis::now();
         match result {
             Ok(watched) => {
@@ -168,9 +169,14 @@ impl Agent {
                 });
                 self.watch(id, watched);
             }
-            Err(why) => {
-                tracing::warn!("VM {id} was not started: {why}");
-                self.change(id, |vm| vm.start_failed(why, now));
+            // It ran, and had ended by itself before anybody looked.
+            Err(StartError::Ended(end)) if end.reason != ExitReason::HostFault => {
+                tracing::info!("VM {id} has ended at once: {}", end.detail);
+                self.change(id, |vm| vm.ended(&end, 0, now));
+            }
+            Err(error) => {
+                tracing::warn!("VM {id} was not started: {error}");
+                self.change(id, |vm| vm.start_failed(error.to_string(), now));
             }
         }
     }

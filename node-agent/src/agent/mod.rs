@@ -28,6 +28,7 @@ use crate::image::{Bootable, Images};
 use crate::net::vms::VmNetwork;
 use crate::vm::cgroup::Cgroups;
 use crate::vm::process::Watched;
+use crate::vm::start::StartError;
 use decide::{Host, World, decide};
 use journal::Journal;
 use model::{End, ImageState, Process, Vm};
@@ -71,7 +72,7 @@ pub enum Event {
     /// The copy of an image has moved on, or is held up.
     Progress,
     /// A VM's vCPUs run, or it was not started.
-    Started(VmId, Result<Watched, String>),
+    Started(VmId, Result<Watched, StartError>),
     /// A VM's process has ended.
     Ended(VmId, Process, End),
     /// A VM's files are gone.

@@ -136,9 +136,9 @@ impl Agent {
             let result = match attached {
                 Ok(nic) => {
                     start.nic = nic;
-                    start.run().await.map_err(|e| e.to_string())
+                    start.run().await
                 }
-                Err(e) => Err(e.to_string()),
+                Err(e) => Err(e.into()),
             };
             let _ended = events.send(Event::Started(id, result)).await;
         });

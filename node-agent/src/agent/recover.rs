@@ -153,7 +153,7 @@ mod tests {
         let mut meanwhile = found(running(P), None);
         meanwhile.exit = Some(Exit { reason: ExitReason::GuestPowerOff, detail: "off".into() });
         let vm = recover(spec(), meanwhile, "boot", NOW);
-        assert_eq!((vm.restarts, vm.detail.as_deref()), (1, Some("the guest powered off: off")));
+        assert_eq!((vm.restarts, vm.detail.as_deref()), (1, Some("off")));
         assert!(matches!(vm.step, Step::BackOff { .. }));
         let vm = recover(spec(), found(running(P), None), "boot", NOW);
         assert!(vm.detail.unwrap().contains("while the agent was away"));

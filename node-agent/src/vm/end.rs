@@ -36,7 +36,7 @@ pub fn read(dir: &VmDir, status: Option<WaitIdStatus>, cgroup: Option<&Cgroup>) 
     End { reason: ExitReason::HostFault, detail }
 }
 
-/// An exit, for a person.
+/// An exit, for a person: in the VMM's own words where it has any.
 pub fn in_words(exit: &Exit) -> String {
     let class = match exit.reason {
         ExitReason::GuestPowerOff => "the guest powered off",
@@ -45,7 +45,7 @@ pub fn in_words(exit: &Exit) -> String {
         ExitReason::GuestFault => "the guest failed",
         ExitReason::HostFault => "the VMM failed",
     };
-    if exit.detail.is_empty() { class.to_owned() } else { format!("{class}: {}", exit.detail) }
+    if exit.detail.is_empty() { class.to_owned() } else { exit.detail.clone() }
 }
 
 /// The signals that VMMs die of, for people.

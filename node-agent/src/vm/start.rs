@@ -21,6 +21,7 @@ use crate::agent::model::End;
 use crate::files::{self, FileError};
 use crate::host::VMM_MIB;
 use crate::image::Bootable;
+use crate::net::link::NetError;
 use crate::net::vms::Nic;
 
 /// How long a VMM may take from its start until its vCPUs run.
@@ -34,6 +35,9 @@ pub enum StartError {
     /// A file of its directory could not be written.
     #[error(transparent)]
     File(#[from] FileError),
+    /// It could not be put on the network.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// Its disk could not be made.
     #[error("cannot make the disk: {0}")]
     Disk(#[from] DiskError),

@@ -33,7 +33,7 @@ async fn every_refusal_says_what_is_wrong_and_changes_nothing() {
     let table = [
         ("PUT", "/v1/desired", "{", 400, "the body of PUT /v1/desired is not understood"),
         ("PUT", "/v1/desired", "{\"generation\": 1, \"vms\": [], \"vm\": 1}", 400, "unknown field `vm`"),
-        ("PUT", "/v1/desired", "{\"generation\": -1, \"vms\": []}", 400, "generation"),
+        ("PUT", "/v1/desired", "{\"generation\": -1, \"vms\": []}", 400, "invalid value"),
         ("PUT", "/v1/desired", &big, 413, "larger than 1048576 bytes"),
         ("DELETE", "/v1/desired", "", 405, "DELETE is not possible"),
         ("GET", "/v2/status", "", 404, "/v2/status"),

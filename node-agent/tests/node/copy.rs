@@ -17,7 +17,7 @@ use bedplate_api::{ApiError, Digest};
 use bedplate_images::Store;
 use tokio::sync::watch;
 
-use crate::support::{DEADLINE, Node, SLEEP, image_with, spec};
+use crate::support::{DEADLINE, Node, SLEEP, image_with, kvm, spec};
 
 /// What the control node of a test knows and does.
 #[derive(Clone)]
@@ -53,25 +53,16 @@ impl Control {
             .route("/v1/nodes/register", post(register))
             .route("/v1/nodes/{id}/status", post(report))
             .with_state(self.clone());
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
+        let path = self.store.dir().with_file_name("control.sock");
+        let listener = tokio::net::UnixListener::bind(&path).unwrap();
         tokio::spawn(async move { axum::serve(listener, routes).await });
-        format!("http://{address}")
+        format!("unix:{}", path.display())
     }
 
     async fn node(&self) -> Node {
         let url = self.serve().await;
-        Node::running(&[
-            "--control",
-            &url,
-            "--token",
-            "00ff",
-            "--listen",
-            "127.0.0.1:0",
-            "--vm-network",
-            "10.99.0.0/29",
-        ])
-        .await
+        let listen = ["--listen", "0.0.0.0:0", "--token", "00ff", "--vm-network", "10.99.0.0/29"];
+        Node::running(&[["--control", &url].as_slice(), &listen].concat()).await
     }
 }
 
@@ -147,6 +138,10 @@ async fn an_image_is_copied_whole_though_the_line_breaks_and_the_control_node_he
     assert_eq!(status.generation, 1);
     let store = node.store();
     store.verify(&digest).unwrap();
+    if kvm() && rustix::process::geteuid().is_root() {
+        let running = node.until_phase(vm.id, VmPhase::Running).await;
+        assert_eq!((running.address, running.address_taken), (Some([10, 99, 0, 2].into()), false));
+    }
     assert_eq!(store.tags().unwrap().len(), 1, "a complete image is named, so that it stays");
     // 5 batches of 64 chunks, 3 of which were asked for again: what had landed was not.
     assert!(control.fetches.load(Ordering::SeqCst) <= 5 + 3 + 3, "{:?}", control.fetches);

@@ -1,5 +1,6 @@
 //! A node agent as a process over a directory of its own, guests of a few instructions, and waits with deadlines.
 
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use bedplate_api::{Digest, VmId};
 use bedplate_images::index::Index;
 use bedplate_images::{CHUNK_SIZE, Store};
 use bedplate_node::vm::process;
+use rustix::thread::UnshareFlags;
 
 /// Long enough for a machine that does ten other things.
 pub const DEADLINE: Duration = Duration::from_secs(60);
@@ -138,8 +140,16 @@ impl Node {
 
     pub fn command(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bedplate-node"));
-        command.args(["agent", "--stop-seconds", "1", "--state"]).arg(self.state()).arg("--vmm").arg(vmm());
+        command.args(["agent", "--stop-seconds", "1", "--state"]).arg(self.state());
+        if !self.more_args.iter().any(|a| a == "--vmm") {
+            command.arg("--vmm").arg(vmm());
+        }
         command.args(&self.more_args).stdin(Stdio::null());
+        if self.more_args.iter().any(|a| a == "--vm-network") && rustix::process::geteuid().is_root() {
+            // A bridge and taps are made: in a network of the agent's own, which is gone when it and its VMs are.
+            // SAFETY: one system call between fork and exec, which touches no memory.
+            unsafe { command.pre_exec(|| Ok(rustix::thread::unshare_unsafe(UnshareFlags::NEWNET)?)) };
+        }
         command
     }
 
