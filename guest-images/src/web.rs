@@ -18,12 +18,15 @@ use crate::tiny::load_list;
 use crate::{Kernel, Result, Workshop};
 
 /// Files of the image, by path: those that Debian's packages do not have.
-const FILES: [(&str, &str); 7] = [
-    ("etc/fstab", "LABEL=web / ext4 rw,noatime 0 0\n"),
+const FILES: [(&str, &str); 9] = [
+    // The root file system is mounted by the initramfs, as the kernel's command line says; there is no other.
+    ("etc/fstab", ""),
     ("etc/hostname", "web\n"),
     // Empty: made at each first boot, so that no two VMs have the same.
     ("etc/machine-id", ""),
     ("etc/systemd/network/50-dhcp.network", include_str!("../files/web/dhcp.network")),
+    ("etc/systemd/system/systemd-udev-trigger.service.d/coldplug.conf", include_str!("../files/web/coldplug.conf")),
+    ("etc/systemd/journald.conf.d/volatile.conf", include_str!("../files/web/journald.conf")),
     ("etc/systemd/system/serial-getty@.service.d/autologin.conf", include_str!("../files/web/autologin.conf")),
     ("etc/nginx/sites-available/default", include_str!("../files/web/site.conf")),
     ("var/www/html/index.html", include_str!("../files/web/index.html")),
@@ -34,41 +37,59 @@ const PREFERENCES: &str = "bedplate-pins";
 
 const INIT: &str = include_str!("../files/web/init");
 
-/// Loaded by the initramfs.
-const EARLY_MODULES: [&str; 2] = ["virtio_pci", "virtio_blk"];
+/// In the image's `/lib/modules`, and loaded by the initramfs: faster than by udev, one process for each.
+const MODULES: [&str; 7] =
+    ["virtio_pci", "virtio_blk", "virtio_net", "virtio-rng", "vmw_vsock_virtio_transport", "button", "evdev"];
 
-/// In the image's `/lib/modules`, loaded by udev as devices show up.
-const MODULES: [&str; 9] = [
-    "virtio_pci",
-    "virtio_blk",
-    "virtio_net",
-    "virtio-rng",
-    "virtio_console",
-    "virtio_balloon",
-    "vmw_vsock_virtio_transport",
-    "button",
-    "evdev",
-];
+/// In the image's `/lib/modules` only, for devices that are added later.
+const LATER_MODULES: [&str; 2] = ["virtio_console", "virtio_balloon"];
 
 /// Units that do nothing for a VM that lives for minutes to days, but cost its boot time.
-const MASKED: [&str; 17] = [
+const MASKED: [&str; 29] = [
     "apt-daily.timer",
     "apt-daily-upgrade.timer",
+    "cryptsetup.target",
+    "dev-hugepages.mount",
+    "dev-mqueue.mount",
     "dpkg-db-backup.timer",
     "e2scrub_all.timer",
     "e2scrub_reap.service",
     "fstrim.timer",
     "getty@tty1.service",
+    "integritysetup.target",
+    "kmod-static-nodes.service",
     "ldconfig.service",
+    "modprobe@.service",
+    "proc-sys-fs-binfmt_misc.automount",
+    "sys-fs-fuse-connections.mount",
+    "sys-kernel-config.mount",
+    "sys-kernel-debug.mount",
+    "sys-kernel-tracing.mount",
     "systemd-hwdb-update.service",
     "systemd-journal-catalog-update.service",
     "systemd-journal-flush.service",
+    "systemd-modules-load.service",
     "systemd-networkd-wait-online.service",
     "systemd-pcrphase.service",
     "systemd-pcrphase-sysinit.service",
+    "systemd-random-seed.service",
     "systemd-update-utmp.service",
     "systemd-update-utmp-runlevel.service",
-    "sys-kernel-debug.mount",
+];
+
+/// Programs that systemd runs at each boot to make units of what this image does not have.
+const MASKED_GENERATORS: [&str; 11] = [
+    "systemd-bless-boot-generator",
+    "systemd-cryptsetup-generator",
+    "systemd-debug-generator",
+    "systemd-gpt-auto-generator",
+    "systemd-hibernate-resume-generator",
+    "systemd-integritysetup-generator",
+    "systemd-rc-local-generator",
+    "systemd-run-generator",
+    "systemd-system-update-generator",
+    "systemd-sysv-generator",
+    "systemd-veritysetup-generator",
 ];
 
 /// What packages bring and a server does not read.
@@ -135,7 +156,7 @@ impl Workshop<'_> {
         copy(&kernel.vmlinuz, &boot.join(format!("vmlinuz-{version}")))?;
         let mut archive = self.busybox_archive(dir)?;
         archive.file("/init", 0o755, INIT);
-        load_list(&mut archive, kernel, &EARLY_MODULES)?;
+        load_list(&mut archive, kernel, &MODULES)?;
         write(&boot.join(format!("initrd.img-{version}")), archive.zstd(9)?)?;
         write_entry(
             root,
@@ -143,11 +164,11 @@ impl Workshop<'_> {
                 title: "Debian",
                 kernel: &format!("/boot/vmlinuz-{version}"),
                 initrd: &format!("/boot/initrd.img-{version}"),
-                options: "root=LABEL=web rw quiet",
+                options: "root=LABEL=web rw quiet systemd.show_status=error",
             },
         )?;
         let tree = root.join("lib/modules").join(&version);
-        for path in kernel.open_modules()?.closure(&MODULES)? {
+        for path in kernel.open_modules()?.closure(&[&MODULES[..], &LATER_MODULES].concat())? {
             copy(&kernel.modules.join(&path), &tree.join(&path))?;
         }
         for list in ["modules.builtin", "modules.builtin.modinfo", "modules.order"] {
@@ -172,6 +193,9 @@ fn configure(root: &Path) -> Result<()> {
     let units = root.join("etc/systemd/system");
     for unit in MASKED {
         link("/dev/null", &units.join(unit))?;
+    }
+    for generator in MASKED_GENERATORS {
+        link("/dev/null", &root.join("etc/systemd/system-generators").join(generator))?;
     }
     let networkd = "/lib/systemd/system/systemd-networkd.service";
     link(networkd, &units.join("multi-user.target.wants/systemd-networkd.service"))?;

@@ -1,4 +1,4 @@
-//! What a person sees: lines that stay, and bars that move below them. Without a terminal each change is a line.
+//! What a person sees: lines that stay, and bars that move below them. Without a terminal there are only the lines.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -9,13 +9,8 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 pub struct Screen {
     begin: Instant,
     bars: MultiProgress,
-    rows: BTreeMap<String, Row>,
+    rows: BTreeMap<String, ProgressBar>,
     is_terminal: bool,
-}
-
-struct Row {
-    bar: ProgressBar,
-    text: String,
 }
 
 impl Screen {
@@ -36,30 +31,22 @@ impl Screen {
     /// Where `name` stands, in words; `progress` is how much of how much is done, where that is known.
     pub fn show(&mut self, name: &str, text: &str, progress: Option<(u64, u64)>) {
         let bars = &self.bars;
-        let row = self.rows.entry(name.to_owned()).or_insert_with(|| Row { bar: add(bars, name), text: String::new() });
+        let bar = self.rows.entry(name.to_owned()).or_insert_with(|| add(bars, name));
         match progress {
             Some((done, total)) => {
-                row.bar.set_style(style("  {prefix:<12} {bar:24} {bytes}/{total_bytes} {msg}"));
-                row.bar.set_length(total.max(1));
-                row.bar.set_position(done);
+                bar.set_style(style("  {prefix:<12} {bar:24} {bytes}/{total_bytes} {msg}"));
+                bar.set_length(total.max(1));
+                bar.set_position(done);
             }
-            None => row.bar.set_style(style("  {prefix:<12} {spinner} {msg}")),
+            None => bar.set_style(style("  {prefix:<12} {spinner} {msg}")),
         }
-        row.bar.set_message(text.to_owned());
-        let changed = row.text != text;
-        row.text = text.to_owned();
-        if changed && !self.is_terminal {
-            self.say(format!("{name}: {text}"));
-        }
+        bar.set_message(text.to_owned());
     }
 
-    /// Takes the bars away; what they said last stays as lines.
+    /// Takes the bars away.
     pub fn settle(&mut self) {
-        for (name, row) in std::mem::take(&mut self.rows) {
-            row.bar.finish_and_clear();
-            if self.is_terminal {
-                self.say(format!("{name}: {}", row.text));
-            }
+        for bar in std::mem::take(&mut self.rows).into_values() {
+            bar.finish_and_clear();
         }
     }
 }

@@ -167,7 +167,7 @@ impl Story<'_> {
             if !heading.contains(&vm.name) {
                 bail!("the page at {address} does not name {}: {page}", vm.name);
             }
-            self.screen.show(&vm.name, &format!("http://{address}/ says: {heading}"), None);
+            self.screen.say(format!("{}: http://{address}/ says: {heading}", vm.name));
         }
         self.screen.settle();
         Ok(())
