@@ -8,6 +8,9 @@ use std::collections::BTreeMap;
 /// Entries of all menus that are read.
 const MAX_ENTRIES: usize = 1000;
 
+/// Blocks within blocks. Menus of menus of menus are rare; a file with more than this was not written for GRUB.
+const MAX_DEPTH: usize = 32;
+
 /// One word of a line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Word {
@@ -40,6 +43,9 @@ pub fn entries(config: &str, env: &str) -> Vec<Entry> {
     let mut parser = Parser::new(env);
     for line in config.replace("\\\n", " ").lines() {
         parser.line(&words(line));
+        if parser.blocks.len() > MAX_DEPTH {
+            break;
+        }
     }
     let mut entries = parser.entries;
     entries.retain(|entry| !entry.kernel.is_empty());
@@ -319,6 +325,9 @@ menuentry 'UEFI Firmware Settings' $menuentry_id_option 'uefi-firmware' {
         assert_eq!(found[0].cmdline, "a=\"b c\"");
         assert_eq!(entries("linux /outside\n}}}}\nmenuentry", ""), []);
         assert_eq!(entries("menuentry a {\nlinux $prefix/k\n}", ""), []);
+        // Were it followed, each entry would carry the names of all menus around it.
+        let deep = "submenu a {\n".repeat(100_000) + &"menuentry b {\nlinux /k\n}\n".repeat(1000);
+        assert_eq!(entries(&deep, ""), []);
     }
 
     proptest::proptest! {

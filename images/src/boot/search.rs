@@ -73,7 +73,7 @@ fn by_grub(volume: &Volume) -> Vec<Candidate> {
 fn by_entries(volume: &Volume) -> Vec<Candidate> {
     let mut candidates = Vec::new();
     for dir in ["/boot/loader/entries", "/loader/entries"] {
-        for name in bls::order(volume.names(dir)) {
+        for name in bls::order(volume.names(dir)).into_iter().take(MAX_TRIED) {
             let path = format!("{dir}/{name}");
             let Some(entry) = volume.text(&path).as_deref().and_then(bls::parse) else { continue };
             candidates.push(Candidate {
