@@ -31,9 +31,12 @@ pub fn run() -> Result<()> {
     build::programs()?;
     let start = Instant::now();
     let images = make(&|line| println!("{line}"))?;
-    println!("vmm   {} {}", images.vmm_kernel.display(), images.vmm_initrd.display());
+    let (kernel, initrd) = (images.vmm_kernel.display(), images.vmm_initrd.display());
+    println!("vmm   {kernel} {initrd}");
     println!("web   {}", images.web_disk.display());
     println!("tiny  {} {}", images.tiny_initrd.display(), images.tiny_disk.display());
+    println!("`bedplate run --lab` and control nodes take the VMM image from an image store; this puts it into yours:");
+    println!("  {} image import-vmm --kernel {kernel} --initrd {initrd} --name vmm", build::program("bedplate").display());
     println!("images ready in {:.0} s", start.elapsed().as_secs_f64());
     Ok(())
 }
