@@ -36,7 +36,10 @@ pub fn run() -> Result<()> {
     println!("web   {}", images.web_disk.display());
     println!("tiny  {} {}", images.tiny_initrd.display(), images.tiny_disk.display());
     println!("`bedplate run --lab` and control nodes take the VMM image from an image store; this puts it into yours:");
-    println!("  {} image import-vmm --kernel {kernel} --initrd {initrd} --name vmm", build::program("bedplate").display());
+    println!(
+        "  {} image import-vmm --kernel {kernel} --initrd {initrd} --name vmm",
+        build::program("bedplate").display()
+    );
     println!("images ready in {:.0} s", start.elapsed().as_secs_f64());
     Ok(())
 }
