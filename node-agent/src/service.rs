@@ -4,21 +4,73 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
-use bedplate_api::client::{Client, Endpoint};
+use bedplate_api::client::{Client, ClientError, Endpoint};
 use bedplate_api::node::Ipv4Net;
-use bedplate_images::Store;
+use bedplate_images::{Store, StoreError};
+use rustix::process::Resource;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::agent::{Agent, AgentConfig, AgentHandle, Event};
+use crate::agent::{Agent, AgentConfig, AgentHandle, Event, SetupError};
+use crate::files::FileError;
 use crate::image::Images;
 use crate::net::addresses;
 use crate::report::Reporter;
-use crate::server::{self, Node, Token};
+use crate::server::{self, ListenError, Node, Token};
 use crate::{files, host, identity};
 
 /// What PID 1 sends the agent when the machine goes down; `SIGTERM` ends the agent and leaves the VMs running.
 pub const LEAVE_SIGNAL: i32 = libc::SIGPWR;
+
+/// Why the agent does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    /// The state directory cannot be made or used.
+    #[error("cannot use the state directory {}: {source}; make it writable, or name another with --state", path.display())]
+    State {
+        /// The directory.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The token's file cannot be read.
+    #[error("cannot read the token file {}: {source}; name another with --token-file", path.display())]
+    TokenFile {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The token is empty.
+    #[error("the token is empty; give the one in the file node.token of the control node's state directory")]
+    EmptyToken,
+    /// Whoever can reach the port could start VMs.
+    #[error("--listen lets the network in, so it needs --token or --token-file")]
+    NoToken,
+    /// The control node could never hand anything over.
+    #[error("--control needs --listen: the control node calls this node back")]
+    NoListen,
+    /// The control node's client cannot be made.
+    #[error("cannot prepare to talk to the control node: {0}; check --control")]
+    Control(#[from] ClientError),
+    /// The node's id cannot be kept.
+    #[error(transparent)]
+    Identity(#[from] FileError),
+    /// The image store cannot be used.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The agent cannot be brought up.
+    #[error(transparent)]
+    Setup(#[from] SetupError),
+    /// A listener cannot be opened.
+    #[error(transparent)]
+    Listen(#[from] ListenError),
+    /// Signals cannot be received.
+    #[error("cannot listen for signals: {0}; raise the limit of open files, then start the agent again")]
+    Signals(#[source] io::Error),
+    /// The agent's own task was lost.
+    #[error("the agent broke off: {0}; start it again, VMs go on meanwhile")]
+    Lost(#[from] tokio::task::JoinError),
+}
 
 /// Hosts VMs on this machine.
 #[derive(Debug, clap::Args)]
@@ -62,18 +114,16 @@ pub struct AgentArgs {
 }
 
 impl AgentArgs {
-    fn token(&self) -> anyhow::Result<Option<Token>> {
+    fn token(&self) -> Result<Option<Token>, ServiceError> {
         let secret = match (&self.token, &self.token_file) {
             (Some(token), _) => token.clone(),
             (None, Some(path)) => {
                 let text = std::fs::read_to_string(path);
-                text.with_context(|| format!("cannot read the token file {}", path.display()))?
+                text.map_err(|source| ServiceError::TokenFile { path: path.clone(), source })?
             }
             (None, None) => return Ok(None),
         };
-        let token =
-            Token::new(secret.trim()).context("the token is empty; give the one that the control node printed")?;
-        Ok(Some(token))
+        Token::new(secret.trim()).map(Some).ok_or(ServiceError::EmptyToken)
     }
 }
 
@@ -81,10 +131,12 @@ impl AgentArgs {
 ///
 /// # Errors
 /// It cannot begin: each error names what is missing.
-pub async fn run(args: AgentArgs) -> anyhow::Result<()> {
-    std::fs::create_dir_all(&args.state).with_context(|| format!("cannot create {}", args.state.display()))?;
+pub async fn run(args: AgentArgs) -> Result<(), ServiceError> {
+    raise_file_limit();
+    let unusable = |source| ServiceError::State { path: args.state.clone(), source };
+    std::fs::create_dir_all(&args.state).map_err(unusable)?;
     // Paths in processes' arguments say whose they are, so there must be one way to write them.
-    let state = args.state.canonicalize().with_context(|| format!("cannot use {}", args.state.display()))?;
+    let state = args.state.canonicalize().map_err(unusable)?;
     let token = args.token()?;
     let id = identity::load_or_make(&state, args.mac.as_deref())?;
     let store = Store::create(args.store.clone().unwrap_or_else(|| state.join("images")))?;
@@ -97,11 +149,11 @@ pub async fn run(args: AgentArgs) -> anyhow::Result<()> {
         id,
         vmm: args.vmm.clone().unwrap_or_else(host::default_vmm),
         slots: args.slots,
-        network_follows: control.is_some() && args.vm_network.is_none(),
+        network_follows: control.is_some() || args.vm_network.is_some(),
         button_millis: u64::from(args.stop_seconds) * 1000,
     };
     // Before anything listens: who sends one has seen us, and expects it to count.
-    let mut end = EndSignals::listen()?;
+    let mut end = EndSignals::listen().map_err(ServiceError::Signals)?;
     let (agent, handle) = Agent::open(config, Images::new(store.clone(), &state, control.clone()))?;
     let listen = listen(&args, &state, token, Node { agent: handle.clone(), store }).await?;
     tracing::info!("node {id} keeps its state in {}", state.display());
@@ -128,15 +180,15 @@ async fn listen(
     state: &Path,
     token: Option<Token>,
     node: Node,
-) -> anyhow::Result<Option<SocketAddr>> {
+) -> Result<Option<SocketAddr>, ServiceError> {
     let socket = args.socket.clone().unwrap_or_else(|| state.join("node.sock"));
     let unix = server::bind_unix(&socket)?;
     tracing::info!("serves on {}", socket.display());
     tokio::spawn(server::serve_unix(unix, server::router(node.clone(), None)));
     let Some(address) = args.listen else { return Ok(None) };
-    let token = token.context("--listen lets the network in, so it needs --token or --token-file")?;
+    let token = token.ok_or(ServiceError::NoToken)?;
     let tcp = server::bind_tcp(address).await?;
-    let bound = tcp.local_addr()?;
+    let bound = tcp.local_addr().map_err(|source| ListenError::Tcp { address, source })?;
     tracing::info!("serves on {bound}");
     tokio::spawn(server::serve_tcp(tcp, server::router(node, Some(token))));
     Ok(Some(bound))
@@ -149,7 +201,7 @@ async fn networks(
     control: Option<Client>,
     agent: &AgentHandle,
     listen: Option<SocketAddr>,
-) -> anyhow::Result<()> {
+) -> Result<(), ServiceError> {
     let network_file = state.join("network.json");
     let known = match args.vm_network {
         Some(network) => Some(network),
@@ -161,12 +213,21 @@ async fn networks(
         agent.send(Event::Network(network, None)).await;
     }
     if let Some(control) = control {
-        let listen = listen.context("--control needs --listen: the control node calls this node back")?;
+        let listen = listen.ok_or(ServiceError::NoListen)?;
         let (mac, network_fixed) = (args.mac.clone(), args.vm_network.is_some());
         let reporter = Reporter { control, agent: agent.clone(), mac, listen, network_file, network_fixed };
         tokio::spawn(reporter.run());
     }
     Ok(())
+}
+
+/// Every VM takes descriptors of ours, and so does every connection: as many as may be had without asking anybody.
+fn raise_file_limit() {
+    let mut limit = rustix::process::getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(e) = rustix::process::setrlimit(Resource::Nofile, limit) {
+        tracing::warn!("the limit of open files stays as it was: {e}");
+    }
 }
 
 /// How the agent is told to end.

@@ -25,6 +25,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::clock::Millis;
 use crate::host;
 use crate::image::{Bootable, Images};
+use crate::net::tap;
 use crate::net::vms::VmNetwork;
 use crate::vm::cgroup::Cgroups;
 use crate::vm::process::Watched;
@@ -248,6 +249,11 @@ impl Agent {
 
 /// Refuses what can never be made so, before it is kept.
 fn check(desired: &Desired, vms: &BTreeMap<VmId, Vm>) -> Result<(), String> {
+    // Others keep it in signed numbers.
+    if i64::try_from(desired.generation).is_err() {
+        return Err(format!("generation {} is too large; count generations up by one", desired.generation));
+    }
+    check_ids(desired, vms)?;
     let mut ids = std::collections::BTreeSet::new();
     let mut names = std::collections::BTreeSet::new();
     for spec in &desired.vms {
@@ -278,6 +284,25 @@ fn check(desired: &Desired, vms: &BTreeMap<VmId, Vm>) -> Result<(), String> {
             && (vm.spec.image != spec.image || vm.spec.disk != spec.disk)
         {
             return Err(format!("VM {name} cannot get another image or kind of disk; make a new VM with a new id"));
+        }
+    }
+    Ok(())
+}
+
+/// Names of taps and guests' MAC addresses are made of the first digits of ids, which must differ therefore, also from
+/// those of VMs that are on their way out.
+fn check_ids(desired: &Desired, vms: &BTreeMap<VmId, Vm>) -> Result<(), String> {
+    let mut taps: BTreeMap<String, VmId> = vms.keys().map(|id| (tap::name(*id), *id)).collect();
+    let mut macs: BTreeMap<[u8; 6], VmId> = vms.keys().map(|id| (tap::guest_mac(*id), *id)).collect();
+    for spec in &desired.vms {
+        let by_tap = taps.insert(tap::name(spec.id), spec.id);
+        let by_mac = macs.insert(tap::guest_mac(spec.id), spec.id);
+        if let Some(other) = by_tap.or(by_mac).filter(|other| *other != spec.id) {
+            return Err(format!(
+                "VM {} has an id that begins like {other}'s, so that both would have the same network interface; \
+                 give it a random id",
+                spec.name
+            ));
         }
     }
     Ok(())

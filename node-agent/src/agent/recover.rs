@@ -33,10 +33,11 @@ pub fn recover(spec: VmSpec, found: Found, boot_id: &str, now: Millis) -> Vm {
     };
     let rebooted = state.boot_id != boot_id;
     let mut vm = state.into_vm(spec);
-    if rebooted {
+    // A process that is there is there, whatever is known of boots; only the times of another one mean nothing.
+    if let Some((process, since)) = process {
+        adopt(&mut vm, process, since, rebooted);
+    } else if rebooted {
         after_reboot(&mut vm);
-    } else if let Some((process, since)) = process {
-        adopt(&mut vm, process, since);
     } else {
         without_process(&mut vm, exit, now);
     }
@@ -58,9 +59,10 @@ fn after_reboot(vm: &mut Vm) {
 }
 
 /// The VM has a process, whatever the journal says: it is never started beside that.
-fn adopt(vm: &mut Vm, process: Process, started: Millis) {
+fn adopt(vm: &mut Vm, process: Process, started: Millis, rebooted: bool) {
     vm.step = match vm.step {
         Step::Running { since, process: known } if known == process => Step::Running { process, since },
+        Step::Stopping { asked, .. } if rebooted => Step::Stopping { process, asked, since: started },
         Step::Stopping { asked, since, .. } => Step::Stopping { process, asked, since },
         // Nothing has a process while it is removed. Should it be so all the same, end it first.
         Step::Removing => Step::Stopping { process, asked: Asked::Stop, since: started },
@@ -81,8 +83,12 @@ fn without_process(vm: &mut Vm, exit: Option<Exit>, now: Millis) {
             vm.ended(&end, now.since(since), now);
         }
         Step::Stopping { .. } => vm.step = Step::Off,
-        // Killed on the way to a process: begin the start anew.
-        Step::Starting => vm.step = Step::Ready,
+        // What an earlier run left was removed before the journal said so: this start had a process, and that has ended.
+        Step::Starting => match exit {
+            Some(exit) => vm.ended(&End { reason: exit.reason, detail: in_words(&exit) }, 0, now),
+            // Killed on the way to a process: begin the start anew.
+            None => vm.step = Step::Ready,
+        },
         _ => {}
     }
 }
@@ -160,9 +166,20 @@ mod tests {
     }
 
     #[test]
+    fn a_start_whose_vm_has_ended_already_is_not_done_again() {
+        let mut ended = found(Step::Starting, None);
+        ended.exit = Some(Exit { reason: ExitReason::GuestPowerOff, detail: "off".into() });
+        let once = VmSpec { restart: RestartPolicy::OnFailure, ..spec() };
+        let vm = recover(once, ended, "boot", NOW);
+        assert_eq!((vm.step, vm.detail.as_deref()), (Step::Ended, Some("off")));
+    }
+
+    #[test]
     fn a_reboot_ends_every_process_and_forgets_times() {
-        let vm = recover(spec(), found(running(P), Some(P)), "another boot", NOW);
+        let vm = recover(spec(), found(running(P), None), "another boot", NOW);
         assert_eq!(vm.step, Step::Ready);
+        let there = recover(spec(), found(Step::Starting, Some(Q)), "another boot", NOW);
+        assert_eq!(there.step, running(Q), "a process that is there is never started beside");
         let waits = Step::BackOff { until: Millis(u64::MAX) };
         assert_eq!(recover(spec(), found(waits, None), "another boot", NOW).step, Step::Ready);
         assert_eq!(recover(spec(), found(Step::Ended, None), "another boot", NOW).step, Step::Ended);

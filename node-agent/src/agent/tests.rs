@@ -43,3 +43,13 @@ fn wishes_that_make_no_sense_are_refused_and_the_vm_is_named() {
     assert!(refused(vec![good.clone(), good.clone()], &[]).unwrap().contains("id"));
     assert!(refused(vec![good, spec("web-1")], &[]).unwrap().contains("two VMs"));
 }
+
+#[test]
+fn ids_and_generations_that_others_cannot_tell_apart_or_keep_are_refused() {
+    let begins = |last: u128| VmId::from_uuid(uuid::Uuid::from_u128(0x0102_0304_u128 << 96 | last));
+    let (one, two) = (VmSpec { id: begins(1), ..spec("one") }, VmSpec { id: begins(1 << 90), ..spec("two") });
+    assert!(refused(vec![one.clone(), two.clone()], &[]).unwrap().contains("VM two has an id that begins like"));
+    assert!(refused(vec![two], std::slice::from_ref(&one)).unwrap().contains("begins like"));
+    let desired = Desired { generation: 1 << 63, vms: vec![one] };
+    assert!(check(&desired, &BTreeMap::new()).unwrap_err().contains("too large"));
+}

@@ -45,12 +45,14 @@ impl Cgroups {
         Ok(Self { root })
     }
 
-    /// Makes the group of VM `id`, whose processes may take `memory_mib` in all.
+    /// Makes the group of VM `id` anew, whose processes may take `memory_mib` in all.
     ///
     /// # Errors
     /// The kernel refuses the group or a limit.
     pub fn create(&self, id: VmId, memory_mib: u64) -> io::Result<Cgroup> {
         let cgroup = self.existing(id);
+        // It counts for as long as it exists: what an earlier process was killed for is not to be blamed on this one.
+        cgroup.remove();
         match fs::create_dir(&cgroup.path) {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
             _ => {}

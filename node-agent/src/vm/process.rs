@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use bedplate_api::VmId;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus};
@@ -85,10 +85,21 @@ pub fn spawn(program: &Path, id: VmId, dir: &VmDir, cgroup: Option<&Cgroup>) -> 
             }
         });
     }
-    let child = command.spawn()?;
+    watch_or_end(command.spawn()?, open)
+}
+
+/// Watches `child` by what `open` opens. One that cannot be watched is ended: it would go on beside the next start.
+fn watch_or_end(mut child: Child, open: impl FnOnce(u32) -> io::Result<Option<Watched>>) -> io::Result<Watched> {
     // Until somebody waits for it, the number of a child of ours is not used again.
-    let watched = open(child.id())?;
-    watched.ok_or_else(|| io::Error::other("the process was gone before it could be watched"))
+    let why = match open(child.id()) {
+        Ok(Some(watched)) => return Ok(watched),
+        Ok(None) => io::Error::other("the process was gone before it could be watched"),
+        Err(e) => e,
+    };
+    // That it has ended by itself is as good.
+    let _ended = child.kill();
+    child.wait()?;
+    Err(why)
 }
 
 /// Watches `process`, if it still is the VMM whose configuration file is `config`.
@@ -157,6 +168,16 @@ mod tests {
             .stdin(Stdio::piped())
             .spawn()
             .unwrap()
+    }
+
+    #[test]
+    fn a_process_that_cannot_be_watched_is_ended() {
+        let dir = tempfile::tempdir().unwrap();
+        let child = sleeper(dir.path());
+        let pid = child.id();
+        let why = watch_or_end(child, |_| Err(io::Error::other("no room"))).unwrap_err();
+        assert_eq!(why.to_string(), "no room");
+        assert_ne!(config_of(pid).as_deref(), Some(&*dir.path().join("vmm.json")));
     }
 
     #[tokio::test]
