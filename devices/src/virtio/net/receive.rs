@@ -11,7 +11,8 @@ use crate::Memory;
 use crate::metrics::DeviceMetrics;
 use crate::virtio::{Buffers, Chain, Virtqueue};
 
-/// Frames that are handed over before other events are looked at.
+/// Frames that are handed over, and faulty chains that are returned, before other events are looked at: a driver that
+/// never pauses cannot keep a reset waiting.
 const ROUND: usize = 256;
 /// Offset of `num_buffers` in the header.
 const NUM_BUFFERS: usize = 10;
@@ -53,7 +54,8 @@ impl Receiver {
         Self { chain: Chain::new(memory), held: VecDeque::new(), buffers, mergeable, overflow }
     }
 
-    /// Hands frames over until there are none, or no buffers.
+    /// Hands frames over until there are none, or no buffers. After a round of them the queue's own event brings the
+    /// worker back.
     pub(super) fn run(
         &mut self,
         link: &impl Link,
@@ -63,8 +65,15 @@ impl Receiver {
     ) -> Next {
         queue.suppress_notifications();
         let mut next = Next::Frame;
-        for _ in 0..ROUND {
-            self.refill(queue, metrics);
+        let mut budget = ROUND;
+        loop {
+            self.refill(queue, metrics, &mut budget);
+            if budget == 0 {
+                // Notifications are off, and a frame need not come: without this, what is left might wait for ever.
+                queue.poke();
+                break;
+            }
+            budget -= 1;
             if self.held.is_empty() {
                 if queue.want_notifications() {
                     queue.suppress_notifications();
@@ -88,12 +97,12 @@ impl Receiver {
         next
     }
 
-    /// Takes chains until the largest frame fits, or there are no more.
-    fn refill(&mut self, queue: &mut Virtqueue, metrics: &DeviceMetrics) {
+    /// Takes chains until the largest frame fits, or there are no more. Faulty ones are returned, at most `budget`.
+    fn refill(&mut self, queue: &mut Virtqueue, metrics: &DeviceMetrics, budget: &mut usize) {
         let enough = |receiver: &Self| {
             if receiver.mergeable { receiver.buffers.len() >= MAX_FRAME_LEN } else { !receiver.held.is_empty() }
         };
-        while !enough(self) && queue.pop(&mut self.chain) {
+        while *budget > 0 && !enough(self) && queue.pop(&mut self.chain) {
             let chain = &mut self.chain;
             let len = chain.writable.len();
             if chain.fault.is_some() || len < HEADER_LEN {
@@ -101,6 +110,7 @@ impl Receiver {
                     metrics.guest_faults.increment();
                 }
                 queue.push(chain.head, 0);
+                *budget -= 1;
                 continue;
             }
             self.held.push_back(Held { head: chain.head, pieces: chain.writable.pieces(), len });
@@ -143,5 +153,47 @@ impl Receiver {
         queue.undo_pop(self.held.len() as u16);
         self.held.clear();
         self.buffers.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::{Bytes, GuestAddress};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use super::*;
+    use crate::testing::{Machine, Wire};
+    use crate::virtio::{Interrupt, QueueConfig};
+
+    struct Silent;
+
+    impl Interrupt for Silent {
+        fn used(&self, _queue: u16) {}
+        fn config_changed(&self) {}
+        fn needs_reset(&self) {}
+    }
+
+    #[test]
+    fn faulty_chains_are_returned_in_rounds_and_the_worker_comes_back_for_the_rest() {
+        const OFFERED: u16 = 1000;
+        let machine = Machine::new();
+        let (wire, _peer, _) = Wire::new();
+        // In memory full of zeros, every entry is a chain without room for a header.
+        let mut config = QueueConfig::new(1024);
+        (config.enabled, config.descriptors, config.driver, config.device) = (true, 0x1000, 0x6000, 0x8000);
+        machine.memory.write_obj(OFFERED, GuestAddress(0x6002)).unwrap();
+        let ring = config.activate(&machine.memory, false).unwrap();
+        let notify = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        let (metrics, counts) = (Arc::<DeviceMetrics>::default(), NetMetrics::default());
+        let mut queue =
+            Virtqueue::new(0, ring, &machine.memory, Arc::clone(&notify), Arc::new(Silent), Arc::clone(&metrics));
+        let mut receiver = Receiver::new(&machine.memory, true);
+        let mut run = || (receiver.run(&wire, &mut queue, &metrics, &counts), queue.state().next_used);
+        for round in 1..=3 {
+            assert_eq!(run(), (Next::Frame, 256 * round));
+            assert_eq!(notify.read().unwrap(), 1, "nobody would come back");
+        }
+        assert_eq!(run(), (Next::Buffers, OFFERED));
+        assert!(notify.read().is_err(), "the driver will notify");
     }
 }
