@@ -7,24 +7,24 @@
 //! How a VMM attaches a device:
 //!
 //! ```no_run
-//! # use std::sync::Arc;
-//! # use bedplate_devices::{Memory, bus::Bus, host::PciHost, pci::{self, PciRoot}};
-//! # use bedplate_devices::virtio::{block::{Block, BlockConfig, RawFile}, pci::VirtioPciDevice};
-//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! # let (memory, host): (Memory, Arc<dyn PciHost>) = unimplemented!();
-//! let (mmio, ports) = (Arc::new(Bus::new()), Bus::new());
-//! // Once: a root that decodes BARs in one window, with its two ways to configuration space.
-//! let root = PciRoot::new(&mmio, vec![0x80_0000_0000..0x90_0000_0000]);
-//! mmio.insert(0xe000_0000, pci::ECAM_LEN, root.ecam())?;
-//! ports.insert(pci::CONFIG_PORT, pci::CONFIG_PORTS, root.config_ports())?;
-//! // For each device: the device over its backend, the transport over the device, a slot for the transport.
-//! let disk = Block::new(RawFile::open("disk.img".as_ref(), false)?, BlockConfig::default());
-//! let slot = root.add(VirtioPciDevice::new(disk, &memory, &host)?)?;
-//! # let _ = slot;
-//! // At the end: all workers are joined.
-//! root.shutdown();
-//! # Ok(())
-//! # }
+//! use std::sync::Arc;
+//!
+//! use bedplate_devices::virtio::{block::{Block, BlockConfig, RawFile}, pci::VirtioPciDevice};
+//! use bedplate_devices::{Memory, bus::Bus, host::PciHost, pci::{self, PciRoot}};
+//!
+//! fn attach(memory: &Memory, host: &Arc<dyn PciHost>) -> Result<(), Box<dyn std::error::Error>> {
+//!     let (mmio, ports) = (Arc::new(Bus::new()), Bus::new());
+//!     // Once: a root that decodes BARs in one window, with its two ways to configuration space.
+//!     let root = PciRoot::new(&mmio, vec![0x80_0000_0000..0x90_0000_0000]);
+//!     mmio.insert(0xe000_0000, pci::ECAM_LEN, root.ecam())?;
+//!     ports.insert(pci::CONFIG_PORT, pci::CONFIG_PORTS, root.config_ports())?;
+//!     // For each device: the device over its backend, the transport over the device, a slot for the transport.
+//!     let disk = Block::new(RawFile::open("disk.img".as_ref(), false)?, BlockConfig::default());
+//!     root.add(VirtioPciDevice::new(disk, memory, host)?)?;
+//!     // At the end: all workers are joined.
+//!     root.shutdown();
+//!     Ok(())
+//! }
 //! ```
 
 mod common;
