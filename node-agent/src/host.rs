@@ -18,14 +18,25 @@ pub fn capacity(dir: &Path, slots: u32) -> Capacity {
     let cpus = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     Capacity {
         cpus: u32::try_from(cpus).unwrap_or(u32::MAX),
-        memory_mib: memory_mib(),
+        memory_mib: memory_for_vms(dir),
         slots,
         disk_free: disk_free(dir),
     }
 }
 
+/// RAM in MiB, without what the file system of `dir` may take of it where that lives in RAM.
+pub fn memory_for_vms(dir: &Path) -> u64 {
+    let taken = if in_memory(dir) { size_mib(dir) } else { 0 };
+    memory_mib().saturating_sub(taken)
+}
+
+/// Size of the file system of `dir`, in MiB.
+fn size_mib(dir: &Path) -> u64 {
+    rustix::fs::statvfs(dir).map_or(0, |s| s.f_blocks.saturating_mul(s.f_frsize) >> 20)
+}
+
 /// RAM in MiB.
-pub fn memory_mib() -> u64 {
+fn memory_mib() -> u64 {
     let Ok(text) = fs::read_to_string("/proc/meminfo") else { return 0 };
     let line = text.lines().find_map(|l| l.strip_prefix("MemTotal:"));
     line.and_then(|l| l.trim().trim_end_matches("kB").trim().parse::<u64>().ok()).unwrap_or(0) / 1024
@@ -71,6 +82,17 @@ mod tests {
         let capacity = capacity(Path::new("/"), 3);
         assert!(capacity.cpus > 0 && capacity.memory_mib > 0 && capacity.disk_free > 0);
         assert_eq!(capacity.slots, 3);
+    }
+
+    #[test]
+    fn a_state_directory_in_memory_leaves_less_for_vms() {
+        let ram = Path::new("/dev/shm");
+        if in_memory(ram) {
+            assert_eq!(memory_for_vms(ram), memory_mib().saturating_sub(size_mib(ram)));
+            assert!(memory_for_vms(ram) < memory_mib());
+        }
+        assert!(!in_memory(Path::new("/proc")));
+        assert_eq!(memory_for_vms(Path::new("/proc")), memory_mib());
     }
 
     #[test]

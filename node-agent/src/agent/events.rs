@@ -1,9 +1,10 @@
 //! Taking note of what happened: one function per event.
 
 use bedplate_api::error::ErrorKind;
-use bedplate_api::node::{Desired, Ipv4Net, NodeStatus};
+use bedplate_api::node::{Desired, NodeStatus};
 use bedplate_api::vmm::ExitReason;
 use bedplate_api::{ApiError, Digest, VmId};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::model::{End, ImageState, Process, Step};
 use super::{Agent, Event, check};
@@ -27,9 +28,13 @@ impl Agent {
             Event::Asked(answer) => {
                 let _gone = answer.send(self.desired.clone());
             }
-            Event::Network(network, peer) => self.take_network(network, peer).await,
+            Event::Network(network, peer) => {
+                self.network_wanted = Some((network, peer));
+                self.set_up_network().await;
+            }
+            Event::NetworkAgain => self.set_up_network().await,
             Event::AddressTaken(mac) => self.take_address(mac),
-            Event::Image(digest, result) => self.take_image(digest, result),
+            Event::Image(digest, number, result) => self.take_image(digest, number, result),
             Event::Progress => self.take_progress(),
             Event::Started(id, result) => self.take_started(id, result),
             Event::Ended(id, process, end) => self.take_end(id, process, &end),
@@ -66,14 +71,18 @@ impl Agent {
         Ok(self.node_status())
     }
 
-    async fn take_network(&mut self, network: Ipv4Net, peer: Option<std::net::SocketAddr>) {
+    /// Sets up the network that is wanted now, whatever was wanted when this try was planned.
+    async fn set_up_network(&mut self) {
+        let Some((network, peer)) = self.network_wanted else { return };
+        self.network_again = None;
+        self.network_trouble = None;
         if self.network.as_ref().is_none_or(|held| held.network() != network) {
             // The old one's DHCP server has to let go of its port first.
             self.network = None;
             let (taken, mut takers) = tokio::sync::mpsc::channel(16);
             match VmNetwork::open(self.config.id, network, taken).await {
                 Ok(opened) => self.network = Some(std::sync::Arc::new(opened)),
-                Err(e) => return self.network_failed(&e.to_string(), network, peer),
+                Err(e) => return self.network_failed(e.to_string()),
             }
             let events = self.events.clone();
             tokio::spawn(async move {
@@ -112,14 +121,16 @@ impl Agent {
         }
     }
 
-    fn network_failed(&mut self, why: &str, network: Ipv4Net, peer: Option<std::net::SocketAddr>) {
+    fn network_failed(&mut self, why: String) {
         tracing::error!("the VMs' network cannot be set up: {why}");
-        self.host.not_yet = Some(format!("the VMs' network cannot be set up: {why}"));
+        self.network_trouble = Some(why);
+        self.look_at_host();
         let events = self.events.clone();
-        tokio::spawn(async move {
+        let again = tokio::spawn(async move {
             tokio::time::sleep(NETWORK_AGAIN).await;
-            let _ended = events.send(Event::Network(network, peer)).await;
+            let _ended = events.send(Event::NetworkAgain).await;
         });
+        self.network_again = Some(AbortOnDropHandle::new(again));
     }
 
     fn take_address(&mut self, mac: [u8; 6]) {
@@ -128,11 +139,12 @@ impl Agent {
         self.change(id, |vm| vm.address_taken = true);
     }
 
-    fn take_image(&mut self, digest: Digest, result: Result<Bootable, String>) {
-        // Dropped meanwhile: nobody waits for it.
-        if self.copies.remove(&digest).is_none() {
+    fn take_image(&mut self, digest: Digest, number: u64, result: Result<Bootable, String>) {
+        // Dropped meanwhile, and perhaps begun anew: nobody waits for this one.
+        if self.copies.get(&digest).is_none_or(|copy| copy.number != number) {
             return;
         }
+        self.copies.remove(&digest);
         let state = match result {
             Ok(bootable) => {
                 tracing::info!("image {} is ready", digest.short());
@@ -176,6 +188,7 @@ impl Agent {
             }
             Err(error) => {
                 tracing::warn!("VM {id} was not started: {error}");
+                self.doubt_image(id);
                 self.change(id, |vm| vm.start_failed(error.to_string(), now));
             }
         }
@@ -192,9 +205,22 @@ impl Agent {
         } else {
             tracing::warn!("VM {} has ended: {}", vm.spec.name, end.detail);
         }
+        if end.reason == ExitReason::HostFault {
+            self.doubt_image(id);
+        }
         self.watchers.remove(&id);
         let ran = now.since(process::started_at(process));
         self.change(id, |vm| vm.ended(end, ran, now));
+    }
+
+    /// The image of VM `id` may be damaged here: the next start makes sure of it first. That is quick where it is whole,
+    /// and a chunk that was found to be damaged counts as missing and is copied again.
+    fn doubt_image(&mut self, id: VmId) {
+        let Some(image) = self.vms.get(&id).map(|vm| vm.spec.image) else { return };
+        if self.states.get(&image) == Some(&ImageState::Ready) {
+            self.states.remove(&image);
+            self.bootable.remove(&image);
+        }
     }
 
     fn take_removed(&mut self, id: VmId, result: Result<(), String>) {

@@ -51,7 +51,7 @@ pub struct AgentConfig {
     pub vmm: PathBuf,
     /// How many VMs to provide.
     pub slots: u32,
-    /// A control node will name the network of VMs, so that they must wait for it.
+    /// A network of VMs will be named, by the control node if not at the start, so that VMs must wait for it.
     pub network_follows: bool,
     /// Milliseconds that a guest gets to power off.
     pub button_millis: u64,
@@ -66,10 +66,12 @@ pub enum Event {
     Asked(oneshot::Sender<Desired>),
     /// The network of VMs is known; the address is the control node's, if that named it.
     Network(Ipv4Net, Option<std::net::SocketAddr>),
+    /// The network that is wanted could not be set up a while ago.
+    NetworkAgain,
     /// The guest with this MAC address has taken its address.
     AddressTaken([u8; 6]),
-    /// An image is ready, or cannot be had.
-    Image(Digest, Result<Bootable, String>),
+    /// The copy with this number has ended: its image is ready, or cannot be had.
+    Image(Digest, u64, Result<Bootable, String>),
     /// The copy of an image has moved on, or is held up.
     Progress,
     /// A VM's vCPUs run, or it was not started.
@@ -115,6 +117,8 @@ impl AgentHandle {
 
 /// A copy under way.
 struct Copy {
+    /// An earlier copy of the same image may still be heard of.
+    number: u64,
     progress: watch::Receiver<Option<bedplate_api::node::CopyProgress>>,
     trouble: watch::Receiver<Option<String>>,
     _task: AbortOnDropHandle<()>,
@@ -134,9 +138,17 @@ pub struct Agent {
     bootable: BTreeMap<Digest, Bootable>,
     complete: Vec<Digest>,
     copies: BTreeMap<Digest, Copy>,
+    /// Copies begun so far.
+    copies_begun: u64,
     /// The watchers of VM processes.
     watchers: BTreeMap<VmId, Watcher>,
     network: Option<Arc<VmNetwork>>,
+    /// The network that was named last, and the control node's address.
+    network_wanted: Option<(Ipv4Net, Option<std::net::SocketAddr>)>,
+    /// Why that could not be set up, while it could not.
+    network_trouble: Option<String>,
+    /// Waits to try again.
+    network_again: Option<AbortOnDropHandle<()>>,
     leaving: bool,
     events: mpsc::Sender<Event>,
     inbox: mpsc::Receiver<Event>,
@@ -242,8 +254,14 @@ impl Agent {
     /// What there is to run VMs on may have changed: somebody may have loaded a module.
     fn look_at_host(&mut self) {
         self.host.obstacle = host::obstacle(&self.config.vmm);
-        let waits = self.config.network_follows && self.network.is_none();
-        self.host.not_yet = waits.then(|| "waits for the control node to name the VMs' network".to_owned());
+        self.host.not_yet = match (&self.network, &self.network_trouble) {
+            (Some(_), _) => None,
+            (None, Some(why)) => Some(format!("the VMs' network cannot be set up: {why}")),
+            (None, None) if self.config.network_follows => {
+                Some("waits for the control node to name the VMs' network".to_owned())
+            }
+            (None, None) => None,
+        };
     }
 }
 

@@ -88,13 +88,15 @@ impl Agent {
         let (progress, progressed) = watch::channel(None);
         let (trouble, troubled) = watch::channel(None);
         let (images, events) = (self.images.clone(), self.events.clone());
+        self.copies_begun += 1;
+        let number = self.copies_begun;
         let task = tokio::spawn(async move {
             let result = ensure(&images, digest, &progress, &trouble, &events).await;
-            let _ended = events.send(Event::Image(digest, result.map_err(|e| e.to_string()))).await;
+            let _ended = events.send(Event::Image(digest, number, result.map_err(|e| e.to_string()))).await;
         });
         self.states.insert(digest, ImageState::Copying { progress: None, trouble: None });
         let task = AbortOnDropHandle::new(task);
-        self.copies.insert(digest, Copy { progress: progressed, trouble: troubled, _task: task });
+        self.copies.insert(digest, Copy { number, progress: progressed, trouble: troubled, _task: task });
     }
 
     fn start(&mut self, id: VmId) {

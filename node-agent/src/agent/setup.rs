@@ -59,7 +59,7 @@ impl Agent {
         let (events, inbox) = mpsc::channel(INBOX);
         let host = Host {
             slots: config.slots,
-            memory_mib: host::memory_mib(),
+            memory_mib: host::memory_for_vms(&config.state),
             cpus: host::capacity(&config.state, config.slots).cpus,
             obstacle: None,
             not_yet: None,
@@ -81,8 +81,12 @@ impl Agent {
             states: BTreeMap::new(),
             bootable: BTreeMap::new(),
             copies: BTreeMap::new(),
+            copies_begun: 0,
             watchers: BTreeMap::new(),
             network: None,
+            network_wanted: None,
+            network_trouble: None,
+            network_again: None,
             leaving: false,
             events: events.clone(),
             inbox,

@@ -149,7 +149,8 @@ impl Images {
         blocking(move || this.prepare(digest, &manifest)).await
     }
 
-    /// Writes out kernel and initial RAM disk, unless an earlier start did.
+    /// Writes out kernel and initial RAM disk. Also over those that an earlier agent wrote: what is verified in the store
+    /// may have been damaged outside of it since, and this is done once per image and start of the agent.
     fn prepare(&self, digest: Digest, manifest: &Manifest) -> Result<Bootable, ImageError> {
         let boot = manifest.boot.as_ref().ok_or(ImageError::NotBootable(digest))?;
         let disk = manifest.parts.get(DISK_PART);
@@ -158,10 +159,8 @@ impl Images {
         fs::create_dir_all(&dir).map_err(files::FileError::io("create", &dir))?;
         let write_out = |part: &str, name: &str| -> Result<PathBuf, ImageError> {
             let path = dir.join(name);
-            // It appears whole or not at all, so one that is there is right.
-            if !path.exists() {
-                self.store.materialise(&digest, part, &path)?;
-            }
+            // It replaces the old one in one step: a VM that starts meanwhile sees one or the other, whole.
+            self.store.materialise(&digest, part, &path)?;
             Ok(path)
         };
         Ok(Bootable {

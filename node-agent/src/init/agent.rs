@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::cmdline::BootOptions;
 use super::console::say;
-use super::signals::{Ended, in_words};
+use super::signals::{Ended, in_words, unblocked};
 
 /// Where the agent reads the token: arguments of processes can be read by all, and the kernel's command line lasts.
 const TOKEN_FILE: &str = "/run/bedplate/token";
@@ -17,8 +17,8 @@ const TOKEN_FILE: &str = "/run/bedplate/token";
 const PORT: u16 = 7071;
 /// The first wait before it is started again, doubled each time.
 const FIRST_WAIT: Duration = Duration::from_secs(1);
-/// The longest.
-const MAX_WAIT: Duration = Duration::from_secs(30);
+/// The longest: the control node must not take the node for lost meanwhile, which it does after 15 s.
+const MAX_WAIT: Duration = Duration::from_secs(4);
 /// A run this long clears what was before.
 const GOOD_RUN: Duration = Duration::from_secs(60);
 
@@ -30,6 +30,8 @@ pub(super) struct Supervised {
     wait: Duration,
     /// When to start it; `None` while it runs, or may not yet.
     due: Option<Instant>,
+    /// It was told to end, and is not started again.
+    leaving: bool,
 }
 
 impl Supervised {
@@ -38,7 +40,7 @@ impl Supervised {
         if let Err(e) = write_token(options.token.as_deref()) {
             say(&format!("the token could not be handed to the agent: {e}"));
         }
-        Self { options, pid: None, started: Instant::now(), wait: FIRST_WAIT, due: None }
+        Self { options, pid: None, started: Instant::now(), wait: FIRST_WAIT, due: None, leaving: false }
     }
 
     /// It may run from now on.
@@ -66,7 +68,7 @@ impl Supervised {
         self.due = None;
         self.started = Instant::now();
         let args = self.options.agent_args(TOKEN_FILE, PORT);
-        let child = Command::new("/proc/self/exe").args(args).stdin(Stdio::null()).spawn();
+        let child = unblocked(Command::new("/proc/self/exe").args(args).stdin(Stdio::null())).spawn();
         match child {
             // Nobody waits for it through this handle: the main loop reaps all children alike.
             Ok(child) => self.pid = Some(child.id()),
@@ -86,6 +88,9 @@ impl Supervised {
         if self.started.elapsed() >= GOOD_RUN {
             self.wait = FIRST_WAIT;
         }
+        if self.leaving {
+            return;
+        }
         say(&format!(
             "the agent has ended {}; it is started again in {} s",
             in_words(ended.status),
@@ -101,6 +106,7 @@ impl Supervised {
 
     /// Tells it to stop every VM and to end.
     pub fn leave(&mut self) {
+        self.leaving = true;
         let Some(pid) = self.pid.and_then(|pid| i32::try_from(pid).ok()).and_then(Pid::from_raw) else { return };
         // It has ended at this very moment, or gets it.
         let _sent = kill_process(pid, Signal::POWER);

@@ -15,9 +15,8 @@ const MOUNTS: [(&str, &str, MountFlags, &str); 7] = [
     ("tmpfs", "/run", HARD, "mode=755,size=64m"),
     ("tmpfs", "/tmp", HARD, "mode=1777,size=64m"),
     ("cgroup2", "/sys/fs/cgroup", HARD, ""),
-    // A diskless node keeps images and disks in memory. The other half is for VMs; who gives a node more of either gives
-    // it a disk, later.
-    ("tmpfs", "/var/lib/bedplate", HARD, "mode=700,size=50%"),
+    // A diskless node keeps images and disks in memory. The rest is for VMs: the agent counts this off.
+    ("tmpfs", "/var/lib/bedplate", HARD, "mode=700,size=40%"),
 ];
 
 /// Nothing on these file systems is a program or a device.

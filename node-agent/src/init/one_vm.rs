@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bedplate_api::vmm::{Exit, VmConfig};
 
 use super::console::say;
-use super::signals::{self, Signals, Woken, in_words};
+use super::signals::{self, Signals, Woken, in_words, unblocked};
 use crate::files;
 
 const VMM: &str = "/bin/bedplate-vmm";
@@ -21,7 +21,7 @@ const GRACE: Duration = Duration::from_secs(25);
 pub(super) fn run(config: &str, signals: &Signals) {
     wait_for_disks(config);
     let args = ["--config-file", config, "--no-api", "--serial", "stdio", "--exit-file", EXIT_FILE];
-    let pid = match Command::new(VMM).args(args).spawn() {
+    let pid = match unblocked(Command::new(VMM).args(args)).spawn() {
         Ok(child) => child.id(),
         Err(e) => return say(&format!("{VMM} could not be started: {e}")),
     };

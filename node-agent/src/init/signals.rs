@@ -2,7 +2,10 @@
 //!
 //! An unsafe corner: signals can be waited for by libc only.
 
+use std::io;
 use std::mem::MaybeUninit;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
@@ -38,7 +41,7 @@ pub(super) struct Ended {
 pub(super) struct Signals(libc::sigset_t);
 
 impl Signals {
-    /// Blocks them. Called before there is a second thread: threads inherit this, programs that we start do not.
+    /// Blocks them. Called before there is a second thread. Threads inherit this, and so do programs; see [`unblocked`].
     pub fn block() -> Self {
         let mut set = MaybeUninit::<libc::sigset_t>::uninit();
         // SAFETY: `sigemptyset` initialises the set, which the calls after it then use; the numbers are valid signals,
@@ -71,6 +74,21 @@ impl Signals {
             _ => Woken::Nothing,
         }
     }
+}
+
+/// Lets the program that `command` starts get its signals: what we block for ourselves would stay blocked in it.
+pub(super) fn unblocked(command: &mut Command) -> &mut Command {
+    let unblock = || {
+        let mut none = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: `sigemptyset` initialises the set that the call after it uses; the old mask is not asked for.
+        let failed = unsafe {
+            libc::sigemptyset(none.as_mut_ptr());
+            libc::sigprocmask(libc::SIG_SETMASK, none.as_ptr(), std::ptr::null_mut())
+        };
+        if failed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    };
+    // SAFETY: the closure runs between fork and exec and does one system call on memory of its own.
+    unsafe { command.pre_exec(unblock) }
 }
 
 /// Tells the main thread that the network is up.

@@ -5,7 +5,9 @@ use std::net::Ipv4Addr;
 use std::process::Command;
 
 use bedplate_api::{NodeId, VmId};
+use bedplate_node::identity::format_mac;
 use bedplate_node::net::dhcp::client::Client;
+use bedplate_node::net::dhcp::exchange::Grant;
 use bedplate_node::net::link::Links;
 use bedplate_node::net::vms::{BRIDGE, VmNetwork};
 use bedplate_node::net::{addresses, tap};
@@ -35,6 +37,40 @@ async fn names() -> BTreeSet<String> {
     Links::open().unwrap().all().await.unwrap().into_iter().map(|l| l.name).collect()
 }
 
+/// A DHCP client on a thread in another namespace, on an interface called `guest` that is moved there.
+struct Guest {
+    thread: i32,
+    questions: mpsc::UnboundedSender<()>,
+    answers: mpsc::UnboundedReceiver<Option<Grant>>,
+}
+
+impl Guest {
+    fn begin(mac: [u8; 6]) -> Self {
+        let (tell, told) = std::sync::mpsc::channel();
+        let (questions, mut asked) = mpsc::unbounded_channel();
+        let (answer, answers) = mpsc::unbounded_channel();
+        std::thread::spawn(move || {
+            // SAFETY: as in `in_namespace`.
+            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.unwrap();
+            tell.send(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                while let Some(()) = asked.recv().await {
+                    let links = Links::open().unwrap();
+                    links.up(&links.find("guest").await.unwrap().unwrap()).await.unwrap();
+                    answer.send(Client::open("guest", mac).unwrap().acquire().await.unwrap()).unwrap();
+                }
+            });
+        });
+        Self { thread: told.recv().unwrap(), questions, answers }
+    }
+
+    async fn ask(&mut self) -> Option<Grant> {
+        self.questions.send(()).unwrap();
+        self.answers.recv().await.unwrap()
+    }
+}
+
 #[test]
 fn a_guest_takes_the_address_that_its_vm_has() {
     in_namespace(async || {
@@ -45,30 +81,27 @@ fn a_guest_takes_the_address_that_its_vm_has() {
         let bridge = links.find(BRIDGE).await.unwrap().unwrap();
         assert_eq!(links.addresses(&bridge).await.unwrap()[0].address, Ipv4Addr::new(10, 99, 7, 1));
 
-        // A cable instead of a guest: one end on the bridge, the other with the guest's MAC address.
+        // A cable instead of a guest: one end on the bridge, the other, with the guest's MAC address, elsewhere.
         let id = VmId::random();
-        let mac = bedplate_node::identity::format_mac(tap::guest_mac(id));
-        ip(&format!("link add guest address {mac} type veth peer name port"));
+        let mac = tap::guest_mac(id);
+        let mut guest = Guest::begin(mac);
+        ip(&format!("link add guest address {} type veth peer name port", format_mac(mac)));
         ip(&format!("link set port master {BRIDGE} up"));
-        ip("link set guest up");
-        // Both ends are this kernel's: it must believe a packet that comes from one of its own addresses.
-        std::fs::write("/proc/sys/net/ipv4/conf/guest/accept_local", "1").unwrap();
+        ip(&format!("link set guest netns {}", guest.thread));
         let address = Ipv4Addr::new(10, 99, 7, 2);
         vms.serve([(id, "web-1".to_owned(), address)].into_iter());
-
-        let guest = Client::open("guest", tap::guest_mac(id)).unwrap();
         let grant = loop {
             // The bridge may take a moment to carry.
-            if let Some(grant) = guest.acquire().await.unwrap() {
+            if let Some(grant) = guest.ask().await {
                 break grant;
             }
         };
         assert_eq!((grant.address.address, grant.gateway), (address, Some(Ipv4Addr::new(10, 99, 7, 1))));
-        assert_eq!(takers.recv().await, Some(tap::guest_mac(id)));
+        assert_eq!(takers.recv().await, Some(mac));
 
         // A stranger on the same bridge gets nothing.
         vms.serve(std::iter::empty());
-        assert_eq!(guest.acquire().await.unwrap(), None);
+        assert_eq!(guest.ask().await, None);
     });
 }
 
