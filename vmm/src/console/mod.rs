@@ -8,16 +8,18 @@ mod backlog;
 mod clients;
 mod file_log;
 mod keys;
+mod outlet;
 mod sink;
 mod terminal;
 
 use std::collections::VecDeque;
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use bedplate_devices::platform::SerialPort;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -27,11 +29,14 @@ use crate::machine::SerialLine;
 use clients::Clients;
 use file_log::FileLog;
 use keys::Keys;
+use outlet::Outlet;
 pub use sink::Sink;
 use terminal::RawTerminal;
 
 /// Input that waits for the guest, at most; beyond it nothing is read from outside.
 const MAX_PENDING_INPUT: usize = 4096;
+/// At the end, a terminal or file that has stalled may take this long; how the VM ended has to be reported, too.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// Where the console goes.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,9 +85,9 @@ pub struct Console {
 }
 
 enum Output {
-    Stdio,
+    Stdio(Outlet),
     Off,
-    File(File),
+    File(Outlet),
     Socket(Clients),
 }
 
@@ -93,10 +98,17 @@ impl Console {
     /// One of them cannot be opened.
     pub fn open(target: &Target, log: Option<&Path>) -> Result<Self, ConsoleError> {
         let output = match target {
-            Target::Stdio => Output::Stdio,
+            // Of its own: whoever prints while this one stalls is not kept by a lock.
+            Target::Stdio => Output::Stdio(
+                rustix::stdio::stdout()
+                    .try_clone_to_owned()
+                    .and_then(|stdout| Outlet::start(File::from(stdout), GRACE))
+                    .map_err(at(Path::new("standard output")))?,
+            ),
             Target::Off => Output::Off,
             Target::File(path) => {
-                Output::File(OpenOptions::new().append(true).create(true).open(path).map_err(at(path))?)
+                let file = OpenOptions::new().append(true).create(true).open(path);
+                Output::File(file.and_then(|file| Outlet::start(file, GRACE)).map_err(at(path))?)
             }
             Target::Socket(path) => Output::Socket(Clients::listen(path).map_err(at(path))?),
         };
@@ -117,13 +129,13 @@ impl Console {
     pub fn serve(self, line: &SerialLine, leave: &EventFd) -> io::Result<Serving> {
         let quit = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let terminal = match self.output {
-            Output::Stdio => RawTerminal::enter()?,
+            Output::Stdio(_) => RawTerminal::enter()?,
             _ => None,
         };
         let is_terminal = terminal.is_some();
         let server = Server {
             sink: self.sink,
-            stdin_open: matches!(self.output, Output::Stdio),
+            stdin_open: matches!(self.output, Output::Stdio(_)),
             keys: Keys::new(is_terminal),
             output: self.output,
             log: self.log,
@@ -138,7 +150,7 @@ impl Console {
     }
 }
 
-/// The console at work. Dropped, it has delivered all output that there was, and the terminal is as it was before.
+/// The console at work. Dropped, it has delivered all output that somebody took, and the terminal is as it was before.
 pub struct Serving {
     quit: EventFd,
     thread: Option<JoinHandle<()>>,
@@ -210,9 +222,7 @@ impl Server {
         }
         match &mut self.output {
             Output::Off => {}
-            // A terminal that went away takes nothing, and the guest does not care.
-            Output::Stdio => drop(io::stdout().write_all(&bytes).and_then(|()| io::stdout().flush())),
-            Output::File(file) => drop(file.write_all(&bytes)),
+            Output::Stdio(outlet) | Output::File(outlet) => outlet.push(&bytes),
             Output::Socket(clients) => clients.broadcast(&bytes),
         }
     }
@@ -220,12 +230,12 @@ impl Server {
     fn carry_input(&mut self) {
         // Cleared first: a FIFO that empties from here on signals again.
         let _ = self.drained.read();
-        if self.pending.len() < MAX_PENDING_INPUT {
-            match &mut self.output {
-                Output::Stdio if self.stdin_open => self.read_stdin(),
-                Output::Socket(clients) => clients.exchange(&mut self.pending),
-                _ => {}
-            }
+        let wants_input = self.pending.len() < MAX_PENDING_INPUT;
+        match &mut self.output {
+            Output::Stdio(_) if self.stdin_open && wants_input => self.read_stdin(),
+            // Clients come, go and listen whatever the guest reads.
+            Output::Socket(clients) => clients.exchange(wants_input.then_some(&mut self.pending)),
+            _ => {}
         }
         self.feed();
     }
