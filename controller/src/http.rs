@@ -3,13 +3,14 @@
 //!
 //! - [`people`]: everything, on the Unix socket that only the owner may open;
 //! - [`nodes`]: registration, reports and the reading half of the repository, with the nodes' token; what a blank machine
-//!   fetches while it boots, without;
+//!   fetches while it boots, without, but from the node network only; nothing at all for guests ([`peers`]);
 //! - [`page`]: looking only, for a browser on the same machine.
 
 pub mod answer;
 mod boot;
 mod images;
 mod nodes;
+mod peers;
 #[cfg(test)]
 mod tests;
 mod tiers;
@@ -60,8 +61,16 @@ pub fn nodes(control: Arc<Control>) -> Router {
         .route("/v1/blobs/{digest}", get(images::blob))
         .route("/v1/chunks/fetch", post(images::fetch_chunks))
         .route_layer(from_fn_with_state(Arc::clone(&control), token));
-    let without = Router::new().route("/boot/ipxe", get(boot::script)).route("/boot/{digest}/{part}", get(boot::part));
-    with_token.merge(without).fallback(unknown).method_not_allowed_fallback(wrong_method).with_state(control)
+    let without = Router::new()
+        .route("/boot/ipxe", get(boot::script))
+        .route("/boot/{digest}/{part}", get(boot::part))
+        .route_layer(from_fn_with_state(Arc::clone(&control), peers::machine));
+    with_token
+        .merge(without)
+        .fallback(unknown)
+        .method_not_allowed_fallback(wrong_method)
+        .layer(from_fn_with_state(Arc::clone(&control), peers::no_guest))
+        .with_state(control)
 }
 
 /// For a browser on this machine.

@@ -82,6 +82,9 @@ fn main() -> ExitCode {
         .init();
     // Everything that this process makes is for its own user.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    if let Err(error) = bedplate_controller::listen::raise_file_limit() {
+        tracing::warn!("the limit of open files stays as it is: {error}");
+    }
     let outcome = tokio::runtime::Runtime::new().context("cannot start the async runtime").and_then(|runtime| {
         let outcome = runtime.block_on(run(args));
         // A thread that still writes to a disk that hangs must not keep the process.

@@ -3,7 +3,8 @@
 //!
 //! The rules, in the order in which they are applied to one draft of the world, each seeing what those before it did:
 //!
-//! 1. [`rules::nodes`]: a node that is silent for too long is lost; its VMs are let go.
+//! 1. [`rules::nodes`]: a node that is silent for too long is lost; its VMs are let go, but for those whose disk is
+//!    to be kept: they wait for it.
 //! 2. [`rules::release`]: a slot is free when the node has reported that the VM is gone.
 //! 3. [`rules::failures`]: a VM that cannot run where it is leaves, and is counted.
 //! 4. [`rules::surplus`]: VMs that no tier asks for leave; those of an inactive tier that keeps disks are powered off.

@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::control::{Control, Options};
-use crate::listen::{ListenError, Socket, serve};
+use crate::listen::{ListenError, Peer, Socket, serve};
 use crate::netboot::{Netboot, NetbootError};
 use crate::store::{Store, StoreError};
 use crate::{executor, http, push, routes};
@@ -154,20 +154,12 @@ impl Serving {
     }
 }
 
-fn listener<L: axum::serve::Listener>(
+fn listener<L: axum::serve::Listener<Addr: Peer>>(
     listener: L,
     router: axum::Router,
     stop: &CancellationToken,
-) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send>>
-where
-    L::Addr: std::fmt::Debug,
-{
-    let stop = stop.clone();
-    Box::pin(async move {
-        if let Err(error) = serve(listener, router, stop).await {
-            tracing::error!("a listener failed: {error}");
-        }
-    })
+) -> std::pin::Pin<Box<dyn Future<Output = ()> + Send>> {
+    Box::pin(serve(listener, router, stop.clone()))
 }
 
 async fn bind(address: Option<SocketAddr>) -> Result<Option<(TcpListener, SocketAddr)>, ServeError> {

@@ -22,8 +22,8 @@ const MAX_NAME: usize = 50;
 const MAX_TARGET: u32 = 10_000;
 /// Least memory with which a distribution's kernel unpacks itself and its initrd.
 const MIN_MEMORY_MIB: u64 = 64;
-/// 16 TiB: more than any machine of today, and far from overflow when summed up.
-const MAX_MEMORY_MIB: u64 = 16 << 20;
+/// 1 TiB, which is also the most that a node agent takes.
+const MAX_MEMORY_MIB: u64 = 1 << 20;
 
 /// `GET /v1/tiers`.
 pub async fn list(State(control): Shared) -> Result<Json<Vec<TierView>>, Refusal> {
@@ -81,7 +81,7 @@ async fn keep(control: &Arc<Control>, spec: TierSpec, replace: bool) -> Result<T
         .change(move |change| {
             let before = change.one(&TIERS, &spec.name)?;
             if before.is_some() && !replace {
-                let message = format!("tier {} exists already; PUT replaces it", spec.name);
+                let message = format!("tier {} exists already; `bedplate apply` changes it", spec.name);
                 return Err(Refusal::new(ErrorKind::Conflict, message));
             }
             let tier = TierRecord { spec, digest };
@@ -125,7 +125,7 @@ async fn view(control: &Arc<Control>, name: &str) -> Result<TierView, Refusal> {
 }
 
 fn no_tier(name: &str) -> Refusal {
-    Refusal::new(ErrorKind::NotFound, format!("there is no tier {name:?}; see GET /v1/tiers"))
+    Refusal::new(ErrorKind::NotFound, format!("there is no tier {name:?}; see `bedplate tier ls`"))
 }
 
 fn check(spec: &TierSpec) -> Result<(), Refusal> {
@@ -184,6 +184,7 @@ mod tests {
             (TierSpec { cpus: 0, ..spec("web") }, "1 to 8"),
             (TierSpec { cpus: 9, ..spec("web") }, "1 to 8"),
             (TierSpec { memory_mib: 63, ..spec("web") }, "64 to"),
+            (TierSpec { memory_mib: (1 << 20) + 1, ..spec("web") }, "64 to 1048576"),
             (TierSpec { memory_mib: u64::MAX, ..spec("web") }, "64 to"),
             (TierSpec { target: 10_001, ..spec("web") }, "10000"),
         ];

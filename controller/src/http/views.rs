@@ -88,7 +88,9 @@ fn pool_of(world: &World, node: &Node) -> Vec<PoolEntry> {
 }
 
 fn reports(world: &World) -> BTreeMap<VmId, &VmStatus> {
-    world.nodes.iter().flat_map(|n| n.report.iter().flat_map(|r| &r.vms)).map(|vm| (vm.id, vm)).collect()
+    // What a node said before it was lost is no longer so.
+    let ready = world.nodes.iter().filter(|n| n.record.state == NodeState::Ready);
+    ready.flat_map(|n| n.report.iter().flat_map(|r| &r.vms)).map(|vm| (vm.id, vm)).collect()
 }
 
 fn tiers(world: &World) -> Vec<TierView> {
@@ -117,13 +119,13 @@ fn vms(world: &World) -> Vec<VmView> {
         .iter()
         // Of one that is leaving a lost node, nobody knows anything, and another one may bear its name by now.
         .filter(|a| a.wanted() || ready(a))
-        .map(|a| vm_view(a, reports.get(&a.vm.id).copied()))
+        .map(|a| vm_view(a, ready(a), reports.get(&a.vm.id).copied()))
         .collect();
     views.sort_by_cached_key(|vm| (vm.tier.clone(), vm.name.len(), vm.name.clone()));
     views
 }
 
-fn vm_view(assignment: &Assignment, report: Option<&VmStatus>) -> VmView {
+fn vm_view(assignment: &Assignment, ready: bool, report: Option<&VmStatus>) -> VmView {
     let phase = report.map_or(VmPhase::Pending, |r| r.phase);
     VmView {
         id: assignment.vm.id,
@@ -132,7 +134,11 @@ fn vm_view(assignment: &Assignment, report: Option<&VmStatus>) -> VmView {
         node: assignment.node.to_string(),
         slot: assignment.slot,
         phase: if assignment.wanted() { phase } else { VmPhase::Stopping },
-        detail: report.and_then(|r| r.detail.clone()),
+        detail: if ready {
+            report.and_then(|r| r.detail.clone())
+        } else {
+            Some(format!("keeps its disk on {}, which is lost", assignment.node))
+        },
         address: report.filter(|r| r.address_taken).and_then(|r| r.address),
         restarts: report.map_or(0, |r| r.restarts),
         copy: report.and_then(|r| r.copy),

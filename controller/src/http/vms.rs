@@ -77,7 +77,7 @@ async fn find(control: &Arc<Control>, name: String) -> Result<(Client, VmId), Re
         })
         .await?;
     let Some((id, endpoint)) = found else {
-        return Err(Refusal::new(ErrorKind::NotFound, format!("no VM is called {name:?}; see GET /v1/vms")));
+        return Err(Refusal::new(ErrorKind::NotFound, format!("no VM is called {name:?}; see `bedplate vm ls`")));
     };
     let Some(endpoint) = endpoint else {
         return Err(Refusal::new(ErrorKind::Unavailable, format!("the node of {name} has no agent at the moment")));

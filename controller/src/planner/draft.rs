@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bedplate_api::VmId;
 use bedplate_api::control::NodeState;
-use bedplate_api::node::{Power, VmPhase, VmStatus};
+use bedplate_api::node::{DiskMode, Power, VmPhase, VmStatus};
 
 use super::{Action, Plan, World};
 use crate::records::{Assignment, Failure, NodeNumber, TierRecord};
@@ -44,6 +44,11 @@ impl Held<'_> {
     /// Its id; one that was placed just now has none yet.
     pub fn id(&self) -> Option<VmId> {
         self.assignment.map(|a| a.vm.id)
+    }
+
+    /// Its disk is to be kept.
+    pub fn keeps_disk(&self) -> bool {
+        self.assignment.is_some_and(|a| a.vm.disk == DiskMode::Persistent)
     }
 }
 
@@ -104,9 +109,12 @@ impl<'w> Draft<'w> {
         self.reports.get(&vm).copied()
     }
 
-    /// The VM runs, by its last report.
+    /// The VM runs, by the last report of a node that is up.
     pub fn running(&self, held: &Held<'_>) -> bool {
-        held.id().and_then(|id| self.report(id)).is_some_and(|vm| vm.phase == VmPhase::Running)
+        held.id()
+            .filter(|_| self.ready(held.node))
+            .and_then(|id| self.report(id))
+            .is_some_and(|vm| vm.phase == VmPhase::Running)
     }
 
     /// Tiers by name.

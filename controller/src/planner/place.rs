@@ -7,11 +7,11 @@ use super::Node;
 use super::draft::Draft;
 use crate::records::{NodeNumber, TierRecord};
 
-/// What one VM takes beside its guest's RAM: the VMM's own pages, its queues, its page tables. Measured peers need about
-/// 5 MiB and the page tables 1/512 of the RAM; the rest is air.
-pub const VM_OVERHEAD_MIB: u64 = 24;
+/// What one VM takes beside its guest's RAM: the VMM's own pages, its queues, its page tables. The node agent counts the
+/// same (`VMM_MIB` in its `host.rs`), and both must agree: it refuses what does not fit by its own count.
+pub const VM_OVERHEAD_MIB: u64 = 32;
 
-/// What a node keeps for its kernel, its agent and its page cache.
+/// What a node keeps for its kernel, its agent and its page cache; the agent's `RESERVED_MIB`, likewise.
 pub const NODE_RESERVE_MIB: u64 = 256;
 
 /// What a node still has for VMs, as drafted.

@@ -44,7 +44,8 @@ pub(super) fn nodes(draft: &mut Draft<'_>) {
     }
     for index in 0..draft.held.len() {
         let (node, wanted) = (draft.held[index].node, draft.held[index].wanted);
-        if wanted && !draft.ready(node) {
+        // A disk that is to be kept is where its VM is: it waits for its node, and leaves only when people ask for it.
+        if wanted && !draft.ready(node) && !draft.held[index].keeps_disk() {
             draft.leave(index, format!("{node} is lost"));
         }
     }
@@ -65,7 +66,8 @@ pub(super) fn release(draft: &mut Draft<'_>) {
 pub(super) fn failures(draft: &mut Draft<'_>) {
     for index in 0..draft.held.len() {
         let held = &draft.held[index];
-        let Some(report) = held.id().filter(|_| held.wanted).and_then(|id| draft.report(id)) else { continue };
+        let current = held.wanted && draft.ready(held.node);
+        let Some(report) = held.id().filter(|_| current).and_then(|id| draft.report(id)) else { continue };
         if report.phase == VmPhase::Failed {
             let why = report.detail.clone().unwrap_or_else(|| "it gave no reason".into());
             let reason = format!("{} cannot run it: {why}", held.node);
@@ -135,6 +137,7 @@ pub(super) fn fill(draft: &mut Draft<'_>) {
             .collect();
         let names = (1..=tier.spec.target).map(|n| format!("{}-{n}", tier.spec.name));
         fill_tier(draft, tier, names.filter(|name| !borne.contains(name)));
+        out_of_reach(draft, tier);
     }
 }
 
@@ -162,6 +165,18 @@ fn fill_tier(draft: &mut Draft<'_>, tier: &TierRecord, mut names: impl Iterator<
         let more = if missing > 1 { format!(" (and {} more)", missing - 1) } else { String::new() };
         draft.plan.shortfalls.insert(tier.spec.name.clone(), format!("{first}{more}"));
     }
+}
+
+/// VMs that nothing can stand in for while their node is not there: people are told where they are.
+fn out_of_reach(draft: &mut Draft<'_>, tier: &TierRecord) {
+    let waits = |held: &&Held<'_>| held.tier == tier.spec.name && held.wanted && !draft.ready(held.node);
+    let mut waiting = draft.held.iter().filter(waits);
+    let Some(first) = waiting.next() else { return };
+    let others = waiting.count();
+    let more = if others > 0 { format!(" (and {others} more)") } else { String::new() };
+    let detail = format!("{} keeps its disk on {}, which is lost{more}", first.name, first.node);
+    let shortfall = draft.plan.shortfalls.entry(tier.spec.name.clone());
+    shortfall.and_modify(|other| *other = format!("{detail}; {other}")).or_insert(detail);
 }
 
 /// Why a VM called `name` is not tried now.
@@ -192,7 +207,9 @@ pub(super) fn roll(draft: &mut Draft<'_>) {
         if busy {
             continue;
         }
-        let stale = draft.held.iter().enumerate().filter(|(_, h)| h.tier == *name && h.wanted && !fresh(h));
+        // One on a node that is lost is left alone: it could not be told to go.
+        let stale = draft.held.iter().enumerate();
+        let stale = stale.filter(|(_, h)| h.tier == *name && h.wanted && !fresh(h) && draft.ready(h.node));
         // One that does not run serves nobody: it goes first.
         let Some((index, held)) = stale.min_by_key(|(_, h)| (draft.running(h), ordinal(h))) else { continue };
         match place::choose(draft, tier, &held.name, Some(index)) {

@@ -113,7 +113,7 @@ fn slots_and_memory_are_never_overdrawn_and_the_reason_says_which() {
     let world = world(vec![node(1, 8, memory), node(2, 1, 1 << 20)], vec![tier("web", 9)]);
     assert_eq!(actions(&world).len(), 3);
     let shortfall = &plan(&world).shortfalls["web"];
-    assert_eq!(shortfall, "web-4 has no slot: node-1 has 0 of 536 MiB free, node-2 has no free slot (and 5 more)");
+    assert_eq!(shortfall, "web-4 has no slot: node-1 has 0 of 544 MiB free, node-2 has no free slot (and 5 more)");
 }
 
 #[test]
@@ -134,6 +134,41 @@ fn a_silent_node_is_lost_and_its_vms_go_elsewhere_at_once() {
     world.nodes[0].silent = 16;
     let wanted = [Action::Lose(NodeNumber(1)), leave(id, "web-1"), place("web", "web-1", 2, 0)];
     assert_eq!(actions(&world), wanted);
+}
+
+#[test]
+fn a_vm_whose_disk_is_kept_waits_for_its_node_until_people_give_it_up() {
+    let mut web = tier("web", 1);
+    web.spec.disk = DiskMode::Persistent;
+    let mut world = world(vec![node(1, 8, 4096), node(2, 8, 4096)], vec![web.clone()]);
+    let id = assigned(&mut world, &web, 1, (2, 3), VmPhase::Running);
+    world.nodes[1].silent = 16;
+    assert_eq!(actions(&world), [Action::Lose(NodeNumber(2))]);
+    world.nodes[1].record.state = NodeState::Lost;
+    // Whatever it said last.
+    for phase in [VmPhase::Running, VmPhase::Failed] {
+        world.nodes[1].report.as_mut().unwrap().vms[0].phase = phase;
+        assert_eq!(actions(&world), []);
+        assert_eq!(plan(&world).shortfalls["web"], "web-1 keeps its disk on node-2, which is lost");
+    }
+    // Others of the tier go on, and a new image does not make it leave.
+    world.tiers[0].spec.target = 2;
+    assert_eq!(actions(&world), [place("web", "web-2", 1, 0)]);
+    world.tiers[0].spec.target = 1;
+    world.tiers[0].digest = Digest::from_bytes([2; 32]);
+    assert_eq!(actions(&world), []);
+    // The way out: asking for fewer.
+    world.tiers[0].spec.target = 0;
+    assert_eq!(actions(&world), [leave(id, "web-1")]);
+    world.tiers.clear();
+    assert_eq!(actions(&world), [leave(id, "web-1")]);
+    // It comes back: all is as it was.
+    world.tiers = vec![web];
+    world.nodes[1].record.state = NodeState::Ready;
+    world.nodes[1].silent = 0;
+    world.nodes[1].report.as_mut().unwrap().vms[0].phase = VmPhase::Running;
+    assert_eq!(actions(&world), []);
+    assert!(plan(&world).shortfalls.is_empty());
 }
 
 #[test]
@@ -317,7 +352,7 @@ fn every_action_says_why_in_a_sentence() {
             "node-1: counts as lost: no word for 20 s, the limit is 15 s",
             "web-1: is to be removed: node-1 is lost",
             "web-1: gets slot node-2/0: tier web asks for 2 VMs; node-2 has 8 free slots, 3840 MiB free and 0 VMs of this tier",
-            "web-2: gets slot node-2/1: tier web asks for 2 VMs; node-2 has 7 free slots, 3304 MiB free and 1 VMs of this tier",
+            "web-2: gets slot node-2/1: tier web asks for 2 VMs; node-2 has 7 free slots, 3296 MiB free and 1 VMs of this tier",
         ]
     );
 }

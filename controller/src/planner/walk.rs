@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bedplate_api::control::NodeState;
-use bedplate_api::node::{NodeStatus, VmPhase};
+use bedplate_api::node::{DiskMode, NodeStatus, VmPhase};
 use bedplate_api::{Digest, VmId};
 use proptest::prelude::*;
 
@@ -65,6 +65,7 @@ impl Cluster {
                 let mut asked = tier(["web", "db"][n], target);
                 asked.spec.memory_mib = memory;
                 asked.spec.active = active;
+                asked.spec.disk = [DiskMode::NonPersistent, DiskMode::Persistent][n];
                 asked.digest = Digest::from_bytes([image; 32]);
                 world.failures.retain(|(f, _)| f.tier != asked.spec.name);
                 world.tiers.retain(|t| t.spec.name != asked.spec.name);
@@ -213,7 +214,8 @@ proptest! {
             let have = cluster.world.assignments.iter().filter(|a| a.tier == tier.spec.name && a.wanted());
             let current = have.clone().filter(|a| tier.matches(&a.vm)).count();
             let wanted = if tier.spec.active { tier.spec.target as usize } else { 0 };
-            prop_assert!(current == wanted || last.shortfalls.contains_key(&tier.spec.name), "{:?}", tier.spec);
+            let kept = !tier.spec.active && tier.keeps_disks() && have.count() <= tier.spec.target as usize;
+            prop_assert!(kept || current == wanted || last.shortfalls.contains_key(&tier.spec.name), "{:?}", tier.spec);
         }
         for assignment in &cluster.world.assignments {
             prop_assert!(cluster.world.tiers.iter().any(|t| t.spec.name == assignment.tier), "{assignment:?}");
