@@ -188,9 +188,10 @@ async fn listen(
     let Some(address) = args.listen else { return Ok(None) };
     let token = token.ok_or(ServiceError::NoToken)?;
     let tcp = server::bind_tcp(address).await?;
+    let network = node.agent.network();
     let bound = tcp.local_addr().map_err(|source| ListenError::Tcp { address, source })?;
     tracing::info!("serves on {bound}");
-    tokio::spawn(server::serve_tcp(tcp, server::router(node, Some(token))));
+    tokio::spawn(server::serve_tcp(tcp, server::router(node, Some(token)), network));
     Ok(Some(bound))
 }
 

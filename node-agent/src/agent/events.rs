@@ -30,11 +30,13 @@ impl Agent {
             }
             Event::Network(network, peer) => {
                 self.network_wanted = Some((network, peer));
+                self.network_named.send_replace(Some(network));
                 self.set_up_network().await;
             }
             Event::NetworkAgain => self.set_up_network().await,
             Event::AddressTaken(mac) => self.take_address(mac),
             Event::Image(digest, number, result) => self.take_image(digest, number, result),
+            Event::Swept => self.take_swept(),
             Event::Progress => self.take_progress(),
             Event::Started(id, result) => self.take_started(id, result),
             Event::Ended(id, process, end) => self.take_end(id, process, &end),
@@ -160,6 +162,20 @@ impl Agent {
             }
         };
         self.states.insert(digest, state);
+    }
+
+    /// What was removed is no longer ready; who asks for it again gets it copied again.
+    fn take_swept(&mut self) {
+        match self.images.complete() {
+            Ok(complete) => self.complete = complete,
+            Err(e) => return tracing::warn!("{e}"),
+        }
+        if !self.images.has_source() {
+            return;
+        }
+        let complete = &self.complete;
+        self.states.retain(|digest, state| *state != ImageState::Ready || complete.binary_search(digest).is_ok());
+        self.bootable.retain(|digest, _| complete.binary_search(digest).is_ok());
     }
 
     fn take_progress(&mut self) {

@@ -74,6 +74,8 @@ pub enum Event {
     Image(Digest, u64, Result<Bootable, String>),
     /// The copy of an image has moved on, or is held up.
     Progress,
+    /// Images may have been removed to make room.
+    Swept,
     /// A VM's vCPUs run, or it was not started.
     Started(VmId, Result<Watched, StartError>),
     /// A VM's process has ended.
@@ -89,6 +91,7 @@ pub enum Event {
 pub struct AgentHandle {
     events: mpsc::Sender<Event>,
     status: watch::Receiver<Arc<NodeStatus>>,
+    network: watch::Receiver<Option<Ipv4Net>>,
     journal: Journal,
 }
 
@@ -107,6 +110,11 @@ impl AgentHandle {
     /// Follows the node's status.
     pub fn watch(&self) -> watch::Receiver<Arc<NodeStatus>> {
         self.status.clone()
+    }
+
+    /// Follows the network of VMs that was named last.
+    pub fn network(&self) -> watch::Receiver<Option<Ipv4Net>> {
+        self.network.clone()
     }
 
     /// The directory of VM `id`.
@@ -153,6 +161,8 @@ pub struct Agent {
     events: mpsc::Sender<Event>,
     inbox: mpsc::Receiver<Event>,
     status: watch::Sender<Arc<NodeStatus>>,
+    /// Who serves must know guests from others.
+    network_named: watch::Sender<Option<Ipv4Net>>,
     /// The state directory is locked while this lives.
     _lock: std::fs::File,
 }

@@ -11,7 +11,7 @@ use super::{Agent, Copy, Event};
 use crate::clock::Millis;
 use crate::files;
 use crate::host;
-use crate::image::{ImageError, Images};
+use crate::image::{ImageError, Images, Sweep};
 use crate::net::addresses;
 use crate::vm::start::Start;
 use crate::vm::{api, process};
@@ -30,6 +30,11 @@ impl Agent {
             Action::Drop(digest) => {
                 self.copies.remove(&digest);
                 self.states.remove(&digest);
+                let wanted = self.desired.vms.iter().any(|spec| spec.image == digest);
+                // The next attempt at one that is wanted goes on from what has landed; so does one that waits.
+                if !wanted && self.copies.is_empty() {
+                    self.make_room(Sweep::Leftovers);
+                }
             }
             Action::Start(id) => self.start(id),
             Action::Stop(id, asked) => self.stop(id, asked),
@@ -88,15 +93,32 @@ impl Agent {
         let (progress, progressed) = watch::channel(None);
         let (trouble, troubled) = watch::channel(None);
         let (images, events) = (self.images.clone(), self.events.clone());
+        let keep = self.images_to_keep();
         self.copies_begun += 1;
         let number = self.copies_begun;
         let task = tokio::spawn(async move {
             let result = ensure(&images, digest, &progress, &trouble, &events).await;
+            if result.as_ref().is_err_and(ImageError::is_no_space) {
+                make_room(&images, keep, Sweep::Unused, &events).await;
+            }
             let _ended = events.send(Event::Image(digest, number, result.map_err(|e| e.to_string()))).await;
         });
         self.states.insert(digest, ImageState::Copying { progress: None, trouble: None });
         let task = AbortOnDropHandle::new(task);
         self.copies.insert(digest, Copy { number, progress: progressed, trouble: troubled, _task: task });
+    }
+
+    /// Images that are ready and that VMs ask for.
+    fn images_to_keep(&self) -> Vec<Digest> {
+        let wanted = self.desired.vms.iter().map(|spec| spec.image);
+        let mut keep: Vec<_> = wanted.filter(|d| self.states.get(d) == Some(&ImageState::Ready)).collect();
+        keep.dedup();
+        keep
+    }
+
+    fn make_room(&self, sweep: Sweep) {
+        let (images, events, keep) = (self.images.clone(), self.events.clone(), self.images_to_keep());
+        tokio::spawn(async move { make_room(&images, keep, sweep, &events).await });
     }
 
     fn start(&mut self, id: VmId) {
@@ -228,6 +250,14 @@ impl Agent {
         });
         self.watchers.insert(id, super::Watcher { watched, _task: AbortOnDropHandle::new(task) });
     }
+}
+
+/// Removes what is not needed, so that the next copy finds room.
+async fn make_room(images: &Images, keep: Vec<Digest>, sweep: Sweep, events: &tokio::sync::mpsc::Sender<Event>) {
+    if let Err(e) = images.make_room(keep, sweep).await {
+        tracing::warn!("no room could be made for images: {e}");
+    }
+    let _ended = events.send(Event::Swept).await;
 }
 
 /// Tries until the image is ready or cannot be had. What holds it up is told meanwhile.

@@ -91,13 +91,14 @@ impl Agent {
             events: events.clone(),
             inbox,
             status: watch::Sender::new(Arc::new(nothing())),
+            network_named: watch::Sender::new(None),
             _lock: lock,
         };
         agent.look_at_host();
         agent.find_vms()?;
         agent.status.send_replace(Arc::new(agent.node_status()));
-        let status = agent.status.subscribe();
-        Ok((agent, AgentHandle { events, status, journal }))
+        let (status, network) = (agent.status.subscribe(), agent.network_named.subscribe());
+        Ok((agent, AgentHandle { events, status, network, journal }))
     }
 
     /// Takes up every VM of the journal where it stands.

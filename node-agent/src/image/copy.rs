@@ -103,6 +103,8 @@ async fn fetch_chunks(
 ) -> Result<(), ImageError> {
     let length = |digest: &Digest| inventory.lengths.get(digest).copied().unwrap_or(0);
     let lacking: u64 = inventory.missing.iter().map(length).sum();
+    // As much as they can take at most: compressed they take less, but nobody knows how much before they are here.
+    store.need_space("copying the image", lacking.saturating_add(KEEP_FREE))?;
     let done = AtomicU64::new(inventory.total - lacking);
     let report = |more: u64| {
         let done = done.fetch_add(more, Ordering::Relaxed) + more;

@@ -4,6 +4,7 @@
 //! when it lands and again when it is read.
 
 mod copy;
+mod room;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,8 @@ use bedplate_images::{Store, StoreError};
 use tokio::sync::watch;
 
 use crate::files;
+
+pub use room::Sweep;
 
 /// Name of the address space that is a disk image's disk.
 const DISK_PART: &str = "disk";
@@ -70,6 +73,9 @@ pub enum ImageError {
     /// The boot files could not be written.
     #[error(transparent)]
     File(#[from] files::FileError),
+    /// A VM's disk does not say which image it needs.
+    #[error(transparent)]
+    Disk(#[from] bedplate_images::disk::DiskError),
     /// A task of ours was lost.
     #[error("a step of the copy was aborted")]
     Aborted,
@@ -84,7 +90,21 @@ impl ImageError {
             }
             Self::Store(e) => e.is_full() || matches!(e, StoreError::Manifest { .. } | StoreError::Index { .. }),
             Self::File(e) => e.is_no_space(),
-            Self::NotSent { .. } | Self::NotAsked(_) | Self::Frames(_) | Self::Client(_) | Self::Aborted => false,
+            Self::NotSent { .. }
+            | Self::NotAsked(_)
+            | Self::Frames(_)
+            | Self::Client(_)
+            | Self::Disk(_)
+            | Self::Aborted => false,
+        }
+    }
+
+    /// Whether there was too little room for it.
+    pub fn is_no_space(&self) -> bool {
+        match self {
+            Self::Store(e) => e.is_full(),
+            Self::File(e) => e.is_no_space(),
+            _ => false,
         }
     }
 }
@@ -110,13 +130,20 @@ pub struct Images {
     store: Store,
     /// `DIR/boot`: kernels and initial RAM disks as files, per image.
     boot: PathBuf,
+    /// The state directory.
+    state: PathBuf,
     source: Option<Client>,
 }
 
 impl Images {
     /// The images in `store`, completed from `source`, with boot files under the state directory `state`.
     pub fn new(store: Store, state: &Path, source: Option<Client>) -> Self {
-        Self { store, boot: state.join("boot"), source }
+        Self { store, boot: state.join("boot"), state: state.to_owned(), source }
+    }
+
+    /// Whether what is missing can be copied from somewhere, and copied images have names therefore.
+    pub const fn has_source(&self) -> bool {
+        self.source.is_some()
     }
 
     /// The store.
