@@ -13,6 +13,8 @@ use crate::packages::{PINS, section};
 use crate::{Kernel, Result, Workshop};
 
 const INIT: &str = include_str!("../files/tiny/init");
+/// Its name in the directory of an image that has it.
+const BUSYBOX: &str = "busybox";
 const UDHCPC: &str = include_str!("../files/tiny/udhcpc");
 
 /// Loaded by init in this order.
@@ -28,6 +30,8 @@ pub struct TinyImage {
     pub kernel_elf: PathBuf,
     /// The initramfs.
     pub initrd: PathBuf,
+    /// Static busybox, for tests that need a tool beside the VM.
+    pub busybox: PathBuf,
     /// A disk (ext4, 96 MiB) with both in `/boot`, importable as any disk image.
     pub disk: PathBuf,
 }
@@ -53,16 +57,18 @@ impl Workshop<'_> {
             fs::write(&initrd, archive.zstd(9)?).map_err(at("write", &initrd))?;
             make_disk(dir, &kernel, &initrd)
         })?;
-        let [initrd, disk] = ["initrd", "disk.raw"].map(|name| dir.join(name));
-        Ok(TinyImage { kernel: kernel.vmlinuz, kernel_elf: kernel.vmlinux, initrd, disk })
+        let [initrd, disk, busybox] = ["initrd", "disk.raw", BUSYBOX].map(|name| dir.join(name));
+        Ok(TinyImage { kernel: kernel.vmlinuz, kernel_elf: kernel.vmlinux, initrd, busybox, disk })
     }
 
     /// An archive with static busybox as every command, and the directories that an init mounts.
     pub(crate) fn busybox_archive(&self, dir: &Path) -> Result<Archive> {
-        let root = dir.join("busybox");
+        let root = dir.join("unpacked");
         self.unpack(&section(PINS, "tiny")?, dir, &root)?;
         let mut archive = Archive::new();
-        archive.copy("/bin/busybox", 0o755, &root.join("bin/busybox"))?;
+        let busybox = dir.join(BUSYBOX);
+        fs::rename(root.join("bin/busybox"), &busybox).map_err(at("rename", &busybox))?;
+        archive.copy("/bin/busybox", 0o755, &busybox)?;
         for directory in ["/proc", "/sys", "/dev", "/run", "/tmp", "/mnt"] {
             archive.dir(directory);
         }

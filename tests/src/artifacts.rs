@@ -23,6 +23,8 @@ pub struct Artifacts {
     pub tiny_kernel_elf: PathBuf,
     /// Initramfs of the tiny image.
     pub tiny_initrd: PathBuf,
+    /// Static busybox.
+    pub busybox: PathBuf,
     /// Disk of the tiny image.
     pub tiny_disk: PathBuf,
     /// Where serial logs go; they stay where a test failed.
@@ -41,6 +43,7 @@ impl Artifacts {
             web_disk: path("WEB_DISK")?,
             tiny_kernel_elf: path("TINY_KERNEL_ELF")?,
             tiny_initrd: path("TINY_INITRD")?,
+            busybox: path("BUSYBOX")?,
             tiny_disk: path("TINY_DISK")?,
             logs: path("LOGS")?,
         })
@@ -67,6 +70,7 @@ impl Artifacts {
         set("WEB_DISK", &self.web_disk);
         set("TINY_KERNEL_ELF", &self.tiny_kernel_elf);
         set("TINY_INITRD", &self.tiny_initrd);
+        set("BUSYBOX", &self.busybox);
         set("TINY_DISK", &self.tiny_disk);
         set("LOGS", &self.logs);
     }

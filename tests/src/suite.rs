@@ -116,8 +116,9 @@ fn boot(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenario]
         (inside::ELF, &artifacts.tiny_kernel_elf),
         (inside::INITRD, &artifacts.tiny_initrd),
         (inside::DISK, &artifacts.tiny_disk),
+        ("/bin/busybox", &artifacts.busybox),
     ] {
-        archive.copy(to, 0o644, from)?;
+        archive.copy(to, 0o755, from)?;
     }
     let initrd = dir.path().join("initrd");
     std::fs::write(&initrd, archive.bytes())?;

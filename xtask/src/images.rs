@@ -21,6 +21,7 @@ pub fn make(say: &dyn Fn(&str)) -> Result<Artifacts> {
         web_disk: workshop.web()?,
         tiny_kernel_elf: tiny.kernel_elf,
         tiny_initrd: tiny.initrd,
+        busybox: tiny.busybox,
         tiny_disk: tiny.disk,
         logs: build::target().join("lab-logs"),
     })

@@ -21,6 +21,7 @@ const COMMAND: Duration = Duration::from_secs(60);
 pub struct GuestSpec {
     name: String,
     config: Value,
+    text: Option<String>,
     options: Vec<String>,
 }
 
@@ -32,7 +33,7 @@ impl GuestSpec {
             "machine-config": {"vcpu_count": 1, "mem_size_mib": 256},
             "drives": [], "network-interfaces": []
         });
-        Self { name: name.to_owned(), config, options: Vec::new() }
+        Self { name: name.to_owned(), config, text: None, options: Vec::new() }
     }
 
     /// Boots this kernel.
@@ -85,13 +86,32 @@ impl GuestSpec {
         self
     }
 
+    /// Replaces the whole `config.json`, well-formed or not.
+    pub fn config(mut self, text: &str) -> Self {
+        self.text = Some(text.to_owned());
+        self
+    }
+
+    /// Starts the VMM, which must refuse: what it said on standard error.
+    pub fn refused(self) -> Result<String> {
+        let mut guest = self.start()?;
+        let (status, reason) = guest.ended()?;
+        let said = fs::read_to_string(guest.file("stderr"))?;
+        ensure!(
+            status.code() == Some(1) && reason == "host_fault",
+            "ended with {status}, {reason:?}, and said {said:?}"
+        );
+        ensure!(said.trim().lines().count() == 1, "more than one line: {said:?}");
+        Ok(said)
+    }
+
     /// Starts the VMM, without waiting for the guest.
     pub fn start(self) -> Result<Guest> {
         let dir = PathBuf::from("/run/guests").join(&self.name);
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir)?;
         let config = dir.join("config.json");
-        fs::write(&config, self.config.to_string())?;
+        fs::write(&config, self.text.unwrap_or_else(|| self.config.to_string()))?;
         let mut command = Command::new("/bin/bedplate-vmm");
         command.arg("--config-file").arg(&config).arg("--api-sock").arg(dir.join("api.sock"));
         command.arg("--exit-file").arg(dir.join("exit.json")).args(&self.options);

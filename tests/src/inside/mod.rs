@@ -1,6 +1,7 @@
 //! The life of a suite inside its node: process 1 of an emulated machine with working KVM.
 
 pub mod guest;
+pub mod tools;
 pub mod unix_http;
 
 use std::fs;

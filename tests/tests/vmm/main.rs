@@ -1,0 +1,49 @@
+//! `bedplate-vmm` with real guests, in an emulated node. Each scenario is both halves: what the node does, and what is
+//! typed in the guest.
+
+mod api;
+mod block;
+mod boot;
+mod ends;
+mod network;
+mod refusals;
+mod serial;
+mod vsock;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use bedplate_tests::inside::{BZIMAGE, ELF};
+use bedplate_tests::suite::{self, NodeSpec, Scenario};
+
+fn main() -> ExitCode {
+    let node = NodeSpec { memory_mib: 4096, programs: &["bedplate-vmm"], patience: Duration::from_secs(400) };
+    let scenarios = [
+        Scenario { name: "boots_the_bzimage_as_shipped", run: || boot::boots(BZIMAGE) },
+        Scenario { name: "boots_the_elf_kernel", run: || boot::boots(ELF) },
+        Scenario { name: "runs_2_vcpus", run: || boot::vcpus(2) },
+        Scenario { name: "runs_8_vcpus", run: || boot::vcpus(8) },
+        Scenario { name: "gives_entropy", run: boot::entropy },
+        Scenario { name: "a_reboot_ends_it", run: ends::reboot },
+        Scenario { name: "the_power_button_ends_it", run: ends::power_button },
+        Scenario { name: "sigterm_is_the_power_button", run: ends::sigterm },
+        Scenario { name: "pauses_and_resumes", run: ends::pause_and_resume },
+        Scenario { name: "stop_ends_it_at_once", run: ends::stop },
+        Scenario { name: "a_kernel_panic_ends_it", run: ends::panic },
+        Scenario { name: "a_raw_disk_is_read_and_written", run: block::raw },
+        Scenario { name: "a_read_only_disk_refuses_writes", run: block::read_only },
+        Scenario { name: "a_copy_on_write_disk_leaves_its_image_alone", run: block::copy_on_write },
+        Scenario { name: "synced_data_survives_kill_9", run: block::survives_kill },
+        Scenario { name: "network_both_ways_in_bulk", run: network::host_and_guest },
+        Scenario { name: "guests_reach_each_other", run: network::guest_and_guest },
+        Scenario { name: "vsock_both_ways", run: vsock::both_ways },
+        Scenario { name: "the_serial_socket_has_a_backlog_and_many_clients", run: serial::socket },
+        Scenario { name: "the_serial_log_is_written", run: serial::log },
+        Scenario { name: "is_configured_and_started_through_the_api", run: api::configured_by_api },
+        Scenario { name: "the_api_refuses_bad_requests", run: api::bad_requests },
+        Scenario { name: "bad_kernels_are_refused", run: refusals::kernels },
+        Scenario { name: "bad_configurations_are_refused", run: refusals::configurations },
+        Scenario { name: "missing_host_things_are_named", run: refusals::host_things },
+    ];
+    suite::main("vmm", &node, &scenarios)
+}
