@@ -33,6 +33,11 @@ impl Cgroups {
     pub fn open() -> Result<Self, String> {
         let mount = MOUNTS.iter().map(Path::new).find(|m| is_cgroup2(m));
         let mount = mount.ok_or("no cgroup2 file system is mounted at /sys/fs/cgroup")?;
+        let offered = fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default();
+        let has = |name: &str| offered.split_ascii_whitespace().any(|controller| controller == name);
+        if !has("memory") || !has("pids") {
+            return Err(format!("the cgroup2 at {} has no controllers for memory and pids", mount.display()));
+        }
         let root = mount.join("bedplate");
         match fs::create_dir(&root) {
             Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(format!("{}: {e}", root.display())),
