@@ -13,7 +13,7 @@ use crate::error::at;
 use crate::{Result, Workshop};
 
 /// Loaded by init in this order, with what they need; one that the machine has no use for (the other maker's KVM) may fail.
-const MODULES: [&str; 16] = [
+const MODULES: [&str; 17] = [
     "virtio_pci",
     "virtio_net",
     "virtio_blk",
@@ -23,6 +23,7 @@ const MODULES: [&str; 16] = [
     "tun",
     "bridge",
     "button",
+    "evdev",
     "vsock",
     "vhost_net",
     "vhost_vsock",
