@@ -44,6 +44,18 @@ impl Accel {
         }
     }
 
+    /// What the kernel of a machine that runs VMs must be told, for its command line.
+    ///
+    /// QEMU's emulation of nested page tables loses a guest now and then, the more often the more vCPUs: straight after
+    /// a `#VMEXIT` the host's own next instruction is looked up through the guest's nested tables once more, and KVM then
+    /// takes the host's registers for the guest's. With shadow page tables that walk does not exist.
+    pub const fn kernel_words(self) -> &'static str {
+        match self {
+            Self::Kvm => "",
+            Self::Tcg => "kvm_amd.npt=0",
+        }
+    }
+
     /// In words.
     pub const fn describe(self) -> &'static str {
         match self {

@@ -164,7 +164,8 @@ impl MachineSpec {
         let mut command = Command::new("qemu-system-x86_64");
         // Without graphics SeaBIOS and iPXE talk on the serial console too.
         command.args(["-M", "q35,graphics=off", "-nodefaults", "-display", "none", "-name", &self.name]);
-        command.args(self.accel.unwrap_or_else(Accel::best).args());
+        let accel = self.accel.unwrap_or_else(Accel::best);
+        command.args(accel.args());
         command.args(["-smp", &self.cpus.to_string(), "-m", &self.memory_mib.to_string()]);
         command.args(["-device", "virtio-rng-pci"]);
         if !self.reboots {
@@ -179,7 +180,8 @@ impl MachineSpec {
         }
         match &self.kernel {
             Some((kernel, initrd, cmdline)) => {
-                command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd).args(["-append", cmdline]);
+                let cmdline = format!("{cmdline} {}", accel.kernel_words());
+                command.arg("-kernel").arg(kernel).arg("-initrd").arg(initrd).args(["-append", cmdline.trim_end()]);
             }
             None => {
                 command.args(["-boot", "n"]);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use bedplate_lab::network::BRIDGE;
-use bedplate_lab::{Console, Network, Process};
+use bedplate_lab::{Accel, Console, Network, Process};
 use serde_json::Value;
 
 use crate::Artifacts;
@@ -38,6 +38,7 @@ impl ControlNode {
         command.arg("--state").arg(dir.join("control")).arg("--socket").arg(dir.join("control.sock"));
         command.args(["--node-listen", &format!("{}:{}", Self::ADDRESS, Self::NODE_PORT)]);
         command.args(["--netboot", BRIDGE, "--page", Self::PAGE]).args(options);
+        command.arg(format!("--node-cmdline={}", Accel::best().kernel_words()));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         network.enter(&mut command);
         // Ctrl-C on a terminal is for whoever owns this, who then stops it in order.

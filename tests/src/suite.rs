@@ -109,7 +109,8 @@ fn boot(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenario]
     archive.character_device("/dev/console", 5, 1);
     let modules = Modules::open(&artifacts.modules)?;
     for (number, path) in modules.closure(&MODULES)?.iter().enumerate() {
-        archive.copy(&format!("/modules/{number:02}"), 0o644, &artifacts.modules.join(path))?;
+        let file = path.rsplit('/').next().unwrap_or(path);
+        archive.copy(&format!("/modules/{number:02}-{file}"), 0o644, &artifacts.modules.join(path))?;
     }
     for (to, from) in [
         (inside::BZIMAGE, &artifacts.vmm_kernel),

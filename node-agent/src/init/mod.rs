@@ -40,7 +40,7 @@ pub fn main() -> ! {
     for word in unknown {
         say(&format!("{word} on the kernel's command line is not understood and is ignored"));
     }
-    modules::load_all();
+    modules::load_all(&text);
     if let Err(e) = rustix::system::sethostname(b"bedplate-node") {
         say(&format!("the host name could not be set: {e}"));
     }

@@ -1,6 +1,9 @@
 //! Kernel modules: those named in `/etc/bedplate/modules`, the KVM of this machine's processor, and what they need.
+//!
+//! `module.parameter=value` on the kernel's command line goes to that module, as modprobe(8) does it.
 
 use std::collections::{HashMap, HashSet};
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -17,8 +20,8 @@ struct Index {
     builtin: HashSet<String>,
 }
 
-/// Loads everything that is asked for. What fails is named, and the rest is loaded all the same.
-pub(super) fn load_all() {
+/// Loads everything that is asked for, with the parameters on the kernel's command line. What fails is named, and the rest is loaded all the same.
+pub(super) fn load_all(cmdline: &str) {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let dir = Path::new("/lib/modules").join(release);
     let read = |name: &str| fs::read_to_string(dir.join(name)).unwrap_or_default();
@@ -30,7 +33,7 @@ pub(super) fn load_all() {
     for name in &names {
         for file in index.closure(name) {
             if loaded.insert(file.clone())
-                && let Err(why) = load(&dir.join(&file))
+                && let Err(why) = load(&dir.join(&file), &parameters(&name_of(&file), cmdline))
             {
                 say(&format!("module {file} could not be loaded: {why}"));
             }
@@ -95,14 +98,25 @@ impl Index {
     }
 }
 
-fn load(path: &PathBuf) -> Result<(), String> {
+/// The words of the command line that are for this module, without its name.
+fn parameters(module: &str, cmdline: &str) -> CString {
+    let words = cmdline.split_ascii_whitespace().filter_map(|word| {
+        let (name, parameter) = word.split_once('.')?;
+        // The value may have points of its own, the name may not.
+        (!name.contains('=') && normal(name) == module).then_some(parameter)
+    });
+    // The kernel's command line has no zero byte inside.
+    CString::new(words.collect::<Vec<_>>().join(" ")).unwrap_or_default()
+}
+
+fn load(path: &PathBuf, parameters: &CString) -> Result<(), String> {
     if path.extension().is_some_and(|e| e != "ko") {
         return Err(
             "it is compressed, which this init does not read; put it into the image as a plain .ko file".to_owned()
         );
     }
     let file = File::open(path).map_err(|e| e.to_string())?;
-    match rustix::system::finit_module(&file, c"", 0) {
+    match rustix::system::finit_module(&file, parameters, 0) {
         Ok(()) | Err(rustix::io::Errno::EXIST) => Ok(()),
         Err(e) => Err(match e {
             rustix::io::Errno::NODEV => "this machine has no device for it".to_owned(),
@@ -127,7 +141,14 @@ mod tests {
         assert_eq!(order, ["irqbypass", "kvm", "ccp", "kvm_amd"]);
         assert!(index.has("ext4") && index.closure("ext4").is_empty());
         assert!(index.has("tun") && !index.has("nope"));
-        assert!(load(&"/x/tun.ko.xz".into()).unwrap_err().contains("compressed"));
+        assert!(load(&"/x/tun.ko.xz".into(), &CString::default()).unwrap_err().contains("compressed"));
+    }
+
+    #[test]
+    fn a_module_gets_its_parameters_from_the_command_line() {
+        let cmdline = "quiet kvm-amd.npt=0 root=kvm_amd.x kvm_amd.vgif=0 kvm.mitigations=off\n";
+        assert_eq!(parameters("kvm_amd", cmdline).as_c_str(), c"npt=0 vgif=0");
+        assert_eq!(parameters("tun", cmdline).as_c_str(), c"");
     }
 
     #[test]

@@ -4,6 +4,7 @@ pub mod guest;
 pub mod tools;
 pub mod unix_http;
 
+use std::ffi::CString;
 use std::fs;
 use std::io::Write;
 use std::path::Path;
@@ -63,15 +64,20 @@ fn prepare() -> Result<Vec<String>> {
     }
     fs::create_dir_all("/sys/fs/cgroup")?;
     mount("cgroup2", "/sys/fs/cgroup", "cgroup2", MountFlags::empty(), None).context("mount cgroup2")?;
+    let cmdline = fs::read_to_string("/proc/cmdline")?;
     let mut modules: Vec<_> = fs::read_dir("/modules")?.flatten().map(|entry| entry.path()).collect();
     modules.sort();
     for module in modules {
         let file = fs::File::open(&module)?;
+        // `kvm_amd.npt=0` on the command line is for the file `NN-kvm-amd.ko`.
+        let name = module.file_stem().unwrap_or_default().to_string_lossy()[3..].replace('-', "_");
+        let own = |word: &str| word.strip_prefix(&name)?.strip_prefix('.').map(str::to_owned);
+        let parameters: Vec<String> = cmdline.split_whitespace().filter_map(own).collect();
+        let parameters = CString::new(parameters.join(" "))?;
         // The other maker's KVM does not load; whether ours did shows at once.
-        let _ = finit_module(&file, c"", 0);
+        let _ = finit_module(&file, &parameters, 0);
     }
     anyhow::ensure!(Path::new("/dev/kvm").exists(), "the node has no /dev/kvm");
-    let cmdline = fs::read_to_string("/proc/cmdline")?;
     let chosen = cmdline.split_whitespace().find_map(|word| word.strip_prefix(CHOICE)).unwrap_or_default();
     Ok(chosen.split(',').map(str::to_owned).collect())
 }
