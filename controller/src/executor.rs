@@ -7,7 +7,7 @@ mod tests;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bedplate_api::VmId;
 use bedplate_api::control::NodeState;
@@ -39,6 +39,13 @@ pub async fn run(control: Arc<Control>, stop: CancellationToken) {
 
 /// Makes one plan and carries it out; how many actions that were.
 pub async fn step(control: &Arc<Control>) -> Result<usize, StoreError> {
+    // A quarter of the limit: with a report of each node in every fifth of it, none comes near the limit unnoticed.
+    let late = TICK + Duration::from_secs(control.options.lost_after) / 4;
+    if control.observed.stalled(Instant::now(), late) {
+        let words = "this control node did not run for a while: nothing is concluded from the nodes' silence meanwhile";
+        control.event("control", words).await;
+        return Ok(0);
+    }
     let shared = Arc::clone(control);
     let idle = control.read(move |snapshot| Ok(plan(&shared.world(snapshot)?).actions.is_empty())).await?;
     if idle {
@@ -48,6 +55,10 @@ pub async fn step(control: &Arc<Control>) -> Result<usize, StoreError> {
     // Planned again inside the transaction: between the look above and here the world may have moved.
     let done = control
         .change(move |change| {
+            // The process may have been stopped since the look above.
+            if shared.observed.stalled(Instant::now(), late) {
+                return Ok(0);
+            }
             let plan = plan(&shared.world(change)?);
             let mut deeds = Deeds { change, now: now(), nodes: BTreeMap::new() };
             for (action, reason) in &plan.actions {

@@ -11,7 +11,9 @@ use crate::records::NodeNumber;
 /// Last words of every machine.
 #[derive(Debug)]
 pub struct Observed {
-    since: Instant,
+    since: Mutex<Instant>,
+    /// When the executor last looked at the clocks.
+    looked: Mutex<Instant>,
     nodes: Mutex<BTreeMap<NodeNumber, Seen>>,
 }
 
@@ -23,7 +25,8 @@ struct Seen {
 
 impl Default for Observed {
     fn default() -> Self {
-        Self { since: Instant::now(), nodes: Mutex::default() }
+        let now = Instant::now();
+        Self { since: Mutex::new(now), looked: Mutex::new(now), nodes: Mutex::default() }
     }
 }
 
@@ -36,6 +39,18 @@ impl Observed {
     /// Keeps a report; returns the one before.
     pub fn reported(&self, node: NodeNumber, report: NodeStatus) -> Option<NodeStatus> {
         self.nodes().insert(node, Seen { at: Instant::now(), report: Some(report) })?.report
+    }
+
+    /// To be called regularly. Where the last time is longer ago than `late`, this process did not run, and nobody's
+    /// silence in the meantime says anything: all clocks start anew, and the answer is true.
+    pub fn stalled(&self, now: Instant, late: Duration) -> bool {
+        let before = std::mem::replace(&mut *lock(&self.looked), now);
+        let stalled = now.saturating_duration_since(before) > late;
+        if stalled {
+            *lock(&self.since) = now;
+            self.nodes().values_mut().for_each(|seen| seen.at = now);
+        }
+        stalled
     }
 
     /// A machine that has no agent yet gave a sign of life.
@@ -51,6 +66,33 @@ impl Observed {
 
     /// How long ago its last word was; counted from the start of this process where there was none.
     pub fn silent(&self, node: NodeNumber) -> Duration {
-        self.nodes().get(&node).map_or(self.since, |seen| seen.at).elapsed()
+        self.nodes().get(&node).map_or_else(|| *lock(&self.since), |seen| seen.at).elapsed()
+    }
+}
+
+fn lock(instant: &Mutex<Instant>) -> MutexGuard<'_, Instant> {
+    instant.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn silence_while_this_process_did_not_run_does_not_count() {
+        let observed = Observed::default();
+        let (heard, unheard) = (NodeNumber(1), NodeNumber(2));
+        observed.heard(heard);
+        let (start, minute) = (Instant::now(), Duration::from_secs(60));
+        assert!(!observed.stalled(start, minute));
+        let later = start + minute;
+        assert!(!observed.stalled(later, minute));
+        let at = |observed: &Observed| observed.nodes()[&heard].at;
+        assert!(at(&observed) <= start, "in time: the clocks go on");
+        let resumed = later + minute * 2;
+        assert!(observed.stalled(resumed, minute));
+        assert_eq!((at(&observed), *lock(&observed.since)), (resumed, resumed));
+        assert_eq!((observed.silent(heard), observed.silent(unheard)), (Duration::ZERO, Duration::ZERO));
+        assert!(!observed.stalled(resumed, minute));
     }
 }

@@ -13,6 +13,7 @@ use bedplate_api::control::VmView;
 use bedplate_api::error::ErrorKind;
 use bedplate_api::node::CONSOLE_PROTOCOL;
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::Shared;
 use super::answer::Refusal;
@@ -43,19 +44,29 @@ pub async fn console(
         return Err(Refusal::new(ErrorKind::BadRequest, message));
     }
     let (client, id) = find(&control, name).await?;
-    let mut node = client.node_vm_console(id).await?;
+    let node = client.node_vm_console(id).await?;
     let person = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         match person.await {
             Ok(person) => {
-                // Either side closing is the normal end of a console.
-                let _ = tokio::io::copy_bidirectional(&mut TokioIo::new(person), &mut node).await;
+                pass_on(TokioIo::new(person), node).await;
             }
             Err(error) => tracing::debug!("a console was not taken up: {error}"),
         }
     });
     let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, CONSOLE_PROTOCOL)];
     Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+}
+
+/// Passes bytes on until either side has no more: a person who has left must not be kept until the guest next prints.
+async fn pass_on(person: impl AsyncRead + AsyncWrite, node: impl AsyncRead + AsyncWrite) {
+    let (mut from_person, mut to_person) = tokio::io::split(person);
+    let (mut from_node, mut to_node) = tokio::io::split(node);
+    // Either side closing is the normal end of a console.
+    tokio::select! {
+        _ = tokio::io::copy(&mut from_person, &mut to_node) => {}
+        _ = tokio::io::copy(&mut from_node, &mut to_person) => {}
+    }
 }
 
 fn asks_for_console(headers: &HeaderMap) -> bool {
@@ -83,4 +94,20 @@ async fn find(control: &Arc<Control>, name: String) -> Result<(Client, VmId), Re
         return Err(Refusal::new(ErrorKind::Unavailable, format!("the node of {name} has no agent at the moment")));
     };
     Ok((Client::new(Endpoint::Http(endpoint.to_string()), Some(control.token.clone()))?, id))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_console_ends_when_the_person_has_left_and_the_guest_is_silent() {
+        let (mut person, near) = tokio::io::duplex(64);
+        let (far, _silent) = tokio::io::duplex(64);
+        person.shutdown().await.unwrap();
+        let ended = tokio::time::timeout(std::time::Duration::from_secs(60), pass_on(near, far));
+        ended.await.expect("it goes on without anybody");
+    }
 }

@@ -16,16 +16,12 @@ use std::time::Duration;
 use bedplate_tests::inside::{BZIMAGE, ELF};
 use bedplate_tests::suite::{self, NodeSpec, Scenario};
 
-/// The first ends in a triple fault under emulation, from a cause that is not known yet; the others have not been seen to
-/// pass or fail.
-const OPEN: [&str; 7] = [
-    "a_copy_on_write_disk_leaves_its_image_alone",
-    "the_serial_log_is_written",
-    "is_configured_and_started_through_the_api",
-    "the_api_refuses_bad_requests",
+/// Not seen to pass: the first stands still at one of its kernels, the others come after it or were changed since.
+const OPEN: [&str; 4] = [
     "bad_kernels_are_refused",
     "bad_configurations_are_refused",
     "missing_host_things_are_named",
+    "the_serial_log_is_written",
 ];
 
 fn main() -> ExitCode {
@@ -61,7 +57,7 @@ fn main() -> ExitCode {
     let named = std::process::id() == 1 || std::env::args().skip(1).any(|word| !word.starts_with('-'));
     let (held, chosen): (Vec<_>, Vec<_>) = scenarios.into_iter().partition(|s| !named && OPEN.contains(&s.name));
     for scenario in held {
-        println!("skipped: {}: an open question, see docs/lab.md; run it by its name", scenario.name);
+        println!("skipped: {}: not seen to pass yet; run it by its name", scenario.name);
     }
     suite::main("vmm", &node, &chosen)
 }

@@ -51,11 +51,10 @@ pub fn log() -> Result<()> {
     let _ = fs::remove_file(log);
     let mut guest = GuestSpec::new("log").options(&["--serial-log", log]).boot()?;
     guest.run("echo to be kept")?;
-    // More than the file may hold: it moves to one side and begins again.
-    guest.run("seq 1 250000 | head -c 1500000")?;
     guest.begin("poweroff -f")?;
     guest.ended_well("guest_power_off")?;
-    let (now, old) = (fs::metadata(log)?.len(), fs::metadata(format!("{log}.old"))?.len());
-    anyhow::ensure!(now <= 1 << 20 && old <= (1 << 20) + 4096, "{now} and {old} bytes of log");
+    // That it never outgrows its limit is tested where a byte costs no exit: vmm/src/console/tests.rs.
+    let text = fs::read_to_string(log)?;
+    anyhow::ensure!(text.contains("TINY ready") && text.contains("to be kept"), "the log has {text:?}");
     Ok(())
 }
