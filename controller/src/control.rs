@@ -9,6 +9,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use bedplate_api::node::Ipv4Net;
 use tokio::sync::Notify;
 
+use crate::netboot::files::Written;
 use crate::observed::Observed;
 use crate::planner::{Node, World};
 use crate::records::NodeRecord;
@@ -51,6 +52,8 @@ pub struct Control {
     pub token: String,
     /// Where machines that boot reach us, once netboot has found out.
     pub boot_address: OnceLock<SocketAddr>,
+    /// The image whose files machines fetch.
+    pub boot_files: Written,
     said: Mutex<BTreeMap<String, String>>,
     store: Store,
     plan: Notify,
@@ -75,6 +78,7 @@ impl Control {
             observed: Observed::default(),
             token,
             boot_address: OnceLock::new(),
+            boot_files: Written::default(),
             said: Mutex::default(),
             store,
             plan: Notify::new(),
@@ -89,7 +93,7 @@ impl Control {
         act: impl FnOnce(&Snapshot) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         let control = Arc::clone(self);
-        blocking(move || act(&control.store.snapshot()?)).await
+        blocking(move || control.store.read(act)).await
     }
 
     /// Changes in one transaction, on a thread that may block. Whatever reads the store is woken by the caller.

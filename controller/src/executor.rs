@@ -101,6 +101,7 @@ impl Deeds<'_> {
             }
             Action::Release { vm, .. } => drop(self.change.remove_vm(*vm)?),
             Action::Leave { vm, failed, .. } => self.leave(*vm, failed.as_deref())?,
+            Action::Settle { vm, .. } => self.settle(*vm)?,
             Action::SetPower { vm, power, .. } => self.set_power(*vm, *power)?,
             Action::Place { tier, name, node, slot } => self.place(tier, name, *node, *slot)?,
             Action::Forgive { name } => drop(self.change.remove(&FAILURES, name)?),
@@ -130,7 +131,7 @@ impl Deeds<'_> {
         let Some(record) = self.change.one(&TIERS, tier)? else { return Ok(()) };
         self.next_generation(node)?;
         let vm = record.vm(VmId::random(), name.to_owned());
-        self.change.put_vm(&Assignment { vm, tier: tier.to_owned(), node, slot, left_at: None })
+        self.change.put_vm(&Assignment { vm, tier: tier.to_owned(), node, slot, left_at: None, has_run: false })
     }
 
     fn leave(&mut self, vm: VmId, failed: Option<&str>) -> Result<(), StoreError> {
@@ -149,6 +150,12 @@ impl Deeds<'_> {
             };
             self.change.put(&FAILURES, &failure.name, &failure)?;
         }
+        self.change.put_vm(&assignment)
+    }
+
+    fn settle(&mut self, vm: VmId) -> Result<(), StoreError> {
+        let Some(mut assignment) = self.change.one(&VMS, &vm.to_string())? else { return Ok(()) };
+        assignment.has_run = true;
         self.change.put_vm(&assignment)
     }
 

@@ -18,6 +18,7 @@ pub mod views;
 mod vms;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Request, State};
@@ -27,9 +28,13 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use bedplate_api::error::ErrorKind;
 use subtle::ConstantTimeEq;
+use tower_http::timeout::RequestBodyTimeoutLayer;
 
 use crate::control::Control;
 use answer::Refusal;
+
+/// A body of which nothing arrives for this long is given up: who sent it has gone, or holds a place that others need.
+const SILENCE: Duration = Duration::from_secs(30);
 
 /// The handlers' state.
 pub type Shared = State<Arc<Control>>;
@@ -48,6 +53,7 @@ pub fn people(control: Arc<Control>) -> Router {
         .route("/v1/chunks/missing", post(images::missing_chunks))
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
+        .layer(RequestBodyTimeoutLayer::new(SILENCE))
         .with_state(control)
 }
 
@@ -69,6 +75,7 @@ pub fn nodes(control: Arc<Control>) -> Router {
         .merge(without)
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
+        .layer(RequestBodyTimeoutLayer::new(SILENCE))
         .layer(from_fn_with_state(Arc::clone(&control), peers::no_guest))
         .with_state(control)
 }

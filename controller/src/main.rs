@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
+use bedplate_api::error::with_causes;
 use bedplate_api::node::Ipv4Net;
 use bedplate_controller::control::Options;
 use bedplate_controller::serve::{Listen, Serving};
@@ -94,7 +95,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("bedplate-control: {error:#}");
+            eprintln!("bedplate-control: {}", with_causes(error.as_ref()));
             ExitCode::FAILURE
         }
     }

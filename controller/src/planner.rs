@@ -3,8 +3,8 @@
 //!
 //! The rules, in the order in which they are applied to one draft of the world, each seeing what those before it did:
 //!
-//! 1. [`rules::nodes`]: a node that is silent for too long is lost; its VMs are let go, but for those whose disk is
-//!    to be kept: they wait for it.
+//! 1. [`rules::nodes`]: a node that is silent for too long is lost; its VMs are let go, but for those that keep their
+//!    disk: a VM of a tier with persistent disks that has run. It stays where it is until people give its disk up.
 //! 2. [`rules::release`]: a slot is free when the node has reported that the VM is gone.
 //! 3. [`rules::failures`]: a VM that cannot run where it is leaves, and is counted.
 //! 4. [`rules::surplus`]: VMs that no tier asks for leave; those of an inactive tier that keeps disks are powered off.
@@ -99,6 +99,13 @@ pub enum Action {
         /// Where and why it cannot run, where that is the reason.
         failed: Option<String>,
     },
+    /// A VM has run, so its disk is where it is from now on.
+    Settle {
+        /// The VM.
+        vm: VmId,
+        /// Its name, for people.
+        name: String,
+    },
     /// A VM is powered on or off where it is.
     SetPower {
         /// The VM.
@@ -133,6 +140,7 @@ impl Action {
             Self::Lose(node) | Self::GiveUpBoot(node) | Self::Renumber { node, .. } => node.to_string(),
             Self::Release { name, .. }
             | Self::Leave { name, .. }
+            | Self::Settle { name, .. }
             | Self::SetPower { name, .. }
             | Self::Place { name, .. }
             | Self::Forgive { name } => name.clone(),
@@ -148,6 +156,7 @@ impl fmt::Display for Action {
             Self::Renumber { reported, .. } => write!(f, "generations go on from {reported}"),
             Self::Release { .. } => f.write_str("its slot is free"),
             Self::Leave { .. } => f.write_str("is to be removed"),
+            Self::Settle { .. } => f.write_str("its disk is kept from now on"),
             Self::SetPower { power: Power::Running, .. } => f.write_str("is to be powered on"),
             Self::SetPower { power: Power::Stopped, .. } => f.write_str("is to be powered off"),
             Self::Place { node, slot, .. } => write!(f, "gets slot {node}/{slot}"),
@@ -159,6 +168,7 @@ impl fmt::Display for Action {
 /// Decides.
 pub fn plan(world: &World) -> Plan {
     let mut draft = draft::Draft::new(world);
+    rules::settle(&mut draft);
     rules::nodes(&mut draft);
     rules::release(&mut draft);
     rules::failures(&mut draft);

@@ -120,6 +120,9 @@ pub struct Assignment {
     /// Set when the VM is no longer wanted: from this generation on, the node's desired set lacks it. The slot stays
     /// taken until the node has reported that the VM is gone.
     pub left_at: Option<u64>,
+    /// It has run there, so a persistent disk has something on it that is nowhere else.
+    #[serde(default)]
+    pub has_run: bool,
 }
 
 impl Assignment {

@@ -2,8 +2,6 @@
 
 mod changes;
 mod register;
-#[cfg(test)]
-mod tests;
 
 use std::sync::Arc;
 

@@ -11,6 +11,7 @@ use std::fs::OpenOptions;
 use std::marker::PhantomData;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock};
 
 use bedplate_api::control::Event;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
@@ -94,23 +95,19 @@ impl<V> Table<V> {
 }
 
 /// The open store. One process at a time has it.
-pub struct Store(Database);
+///
+/// After a failed write redb refuses everything until the file is opened again, which takes it back to the last whole
+/// transaction. That happens here, so that a disk that was full for a while is no reason to start the process again.
+pub struct Store {
+    path: PathBuf,
+    /// Absent after a failed write. Held for reading during each transaction, so that none is open when it is closed.
+    database: RwLock<Option<Database>>,
+}
 
 impl Store {
     /// Opens `path`, or makes it, readable by its owner only.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let failed = |source: redb::Error| StoreError::Open { path: path.into(), source: Box::new(source) };
-        // The store holds the nodes' token.
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(path)
-            .map_err(|e| failed(redb::Error::Io(e)))?;
-        let database = Database::builder().create_file(file).map_err(|e| failed(e.into()))?;
-        let store = Self(database);
+        let store = Self { path: path.into(), database: RwLock::new(Some(open(path)?)) };
         store.change(|change| {
             change.make_tables()?;
             match change.setting("schema")? {
@@ -122,19 +119,68 @@ impl Store {
         Ok(store)
     }
 
-    /// A consistent view of everything.
-    pub fn snapshot(&self) -> Result<Snapshot, StoreError> {
-        Ok(Snapshot(self.0.begin_read()?))
+    /// Runs `act` over a consistent view of everything.
+    pub fn read<T>(&self, act: impl FnOnce(&Snapshot) -> Result<T, StoreError>) -> Result<T, StoreError> {
+        self.with(|database| act(&Snapshot(database.begin_read()?)))
     }
 
     /// Runs `act` in one transaction: kept when it returns `Ok`, forgotten otherwise.
     pub fn change<T, E: From<StoreError>>(&self, act: impl FnOnce(&Change) -> Result<T, E>) -> Result<T, E> {
-        let change = Change(self.0.begin_write().map_err(StoreError::from)?);
-        // On an error the transaction is dropped, which aborts it.
-        let answer = act(&change)?;
-        change.0.commit().map_err(StoreError::from)?;
-        Ok(answer)
+        self.with(|database| {
+            let change = Change(database.begin_write().map_err(StoreError::from)?);
+            // On an error the transaction is dropped, which aborts it.
+            let answer = act(&change)?;
+            change.0.commit().map_err(StoreError::from)?;
+            Ok(answer)
+        })
     }
+
+    fn with<T, E: From<StoreError>>(&self, act: impl FnOnce(&Database) -> Result<T, E>) -> Result<T, E> {
+        let mut held = self.database.read().unwrap_or_else(PoisonError::into_inner);
+        if held.is_none() {
+            drop(held);
+            self.reopen()?;
+            held = self.database.read().unwrap_or_else(PoisonError::into_inner);
+        }
+        // Another thread may have closed it just now.
+        let database = held.as_ref().ok_or_else(|| StoreError::from(redb::Error::PreviousIo))?;
+        let outcome = act(database);
+        drop(held);
+        if outcome.is_err() {
+            self.close_if_broken();
+        }
+        outcome
+    }
+
+    fn reopen(&self) -> Result<(), StoreError> {
+        let mut held = self.database.write().unwrap_or_else(PoisonError::into_inner);
+        if held.is_none() {
+            *held = Some(open(&self.path)?);
+            tracing::info!("the store {} is open again", self.path.display());
+        }
+        Ok(())
+    }
+
+    fn close_if_broken(&self) {
+        let mut held = self.database.write().unwrap_or_else(PoisonError::into_inner);
+        let broken = |database: &Database| database.begin_write().is_err_and(|error| is_broken(&error.into()));
+        if held.as_ref().is_some_and(broken) {
+            *held = None;
+        }
+    }
+}
+
+const fn is_broken(error: &redb::Error) -> bool {
+    matches!(error, redb::Error::Io(_) | redb::Error::PreviousIo)
+}
+
+fn open(path: &Path) -> Result<Database, StoreError> {
+    let failed = |source: redb::Error| StoreError::Open { path: path.into(), source: Box::new(source) };
+    let mut options = OpenOptions::new();
+    // The store holds the nodes' token.
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    let file = options.open(path).map_err(|e| failed(redb::Error::Io(e)))?;
+    Database::builder().create_file(file).map_err(|e| failed(e.into()))
 }
 
 /// Reading, the same within a [`Snapshot`] and a [`Change`].

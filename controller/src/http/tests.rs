@@ -32,6 +32,26 @@ fn error(answer: &str) -> (u16, ApiError) {
     (status, serde_json::from_str(body).unwrap_or_else(|e| panic!("{e}: {answer}")))
 }
 
+/// Who says that a body comes and sends none of it is told so, and does not hold a connection for ever.
+#[tokio::test]
+async fn a_body_that_stalls_is_given_up() {
+    let bench = Bench::start().await;
+    let stall = async |path: &str| {
+        let mut stream = UnixStream::connect(bench.dir.path().join("control.sock")).await.unwrap();
+        let head =
+            format!("POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: 64\r\n\r\n{{");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        error(&answer)
+    };
+    // Both at once: each takes as long as the limit is.
+    for (status, error) in <[_; 2]>::from(tokio::join!(stall("/v1/tiers"), stall("/v1/chunks"))) {
+        assert_eq!(status, 400);
+        assert!(error.message.contains("timeout"), "{error}");
+    }
+}
+
 #[tokio::test]
 async fn every_wrong_request_gets_an_error_body_that_says_what_is_wrong() {
     let bench = Bench::start().await;

@@ -7,12 +7,13 @@ use std::sync::{Mutex, PoisonError};
 
 use bedplate_api::Digest;
 use bedplate_api::image::ImageKind;
-use bedplate_images::{Store, StoreError};
+use bedplate_images::StoreError;
 
 use crate::control::Control;
 
-/// Two machines that ask at the same time must not write the same file twice.
-static WRITING: Mutex<()> = Mutex::new(());
+/// The image that this process has written out. Held while it does: two machines that ask at the same time must not write
+/// the same file twice.
+pub type Written = Mutex<Option<Digest>>;
 
 /// Why there is nothing to boot.
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +53,8 @@ pub fn dir(control: &Control, image: &Digest) -> PathBuf {
     control.options.state.join("boot").join(image.hex())
 }
 
-/// Writes out the image that blank machines boot, unless that was done before. Blocking.
+/// Writes out the image that blank machines boot, unless this process has done that. What an earlier one wrote was verified
+/// then, and may have been damaged since. Blocking.
 pub fn prepare(control: &Control) -> Result<Ready, FilesError> {
     let (images, tag) = (&control.images, &control.options.vmm_image);
     let image = match images.resolve(tag) {
@@ -68,20 +70,18 @@ pub fn prepare(control: &Control) -> Result<Ready, FilesError> {
         _ => return Err(FilesError::NotBootable(tag.clone())),
     };
     let dir = dir(control, &image);
-    let one = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
-    fs::create_dir_all(&dir).map_err(|source| FilesError::Io { path: dir.clone(), source })?;
-    write_out(images, &image, &boot.kernel, &dir.join("kernel"))?;
-    if let Some(initrd) = &boot.initrd {
-        write_out(images, &image, initrd, &dir.join("initrd"))?;
+    let mut written = control.boot_files.lock().unwrap_or_else(PoisonError::into_inner);
+    if *written != Some(image) || !dir.join("kernel").exists() {
+        fs::create_dir_all(&dir).map_err(|source| FilesError::Io { path: dir.clone(), source })?;
+        images.materialise(&image, &boot.kernel, &dir.join("kernel"))?;
+        if let Some(initrd) = &boot.initrd {
+            images.materialise(&image, initrd, &dir.join("initrd"))?;
+        }
+        remove_others(&dir);
+        *written = Some(image);
     }
-    remove_others(&dir);
-    drop(one);
+    drop(written);
     Ok(Ready { image, initrd: boot.initrd.is_some(), cmdline: boot.cmdline })
-}
-
-fn write_out(images: &Store, image: &Digest, part: &str, path: &Path) -> Result<(), StoreError> {
-    // It appears whole or not at all, so one that is there is whole.
-    if path.exists() { Ok(()) } else { images.materialise(image, part, path) }
 }
 
 /// Earlier images. A machine that is in the middle of one goes on reading an open file, or fails its next request and

@@ -36,6 +36,8 @@ pub(super) struct Held<'w> {
     pub slot: u32,
     pub memory_mib: u64,
     pub wanted: bool,
+    /// Its disk is persistent and has something on it.
+    pub keeps_disk: bool,
     /// None for one that this very plan has placed.
     pub assignment: Option<&'w Assignment>,
 }
@@ -44,11 +46,6 @@ impl Held<'_> {
     /// Its id; one that was placed just now has none yet.
     pub fn id(&self) -> Option<VmId> {
         self.assignment.map(|a| a.vm.id)
-    }
-
-    /// Its disk is to be kept.
-    pub fn keeps_disk(&self) -> bool {
-        self.assignment.is_some_and(|a| a.vm.disk == DiskMode::Persistent)
     }
 }
 
@@ -61,6 +58,7 @@ impl<'w> Draft<'w> {
             slot: a.slot,
             memory_mib: a.vm.memory_mib,
             wanted: a.wanted(),
+            keeps_disk: a.has_run && a.vm.disk == DiskMode::Persistent,
             assignment: Some(a),
         });
         let reports = world.nodes.iter().flat_map(|n| n.report.iter().flat_map(|r| &r.vms));
@@ -135,6 +133,16 @@ impl<'w> Draft<'w> {
         self.act(Action::Renumber { node, reported }, reason);
     }
 
+    /// The VM at `index` of `held` has run where it is, and keeps its disk.
+    pub fn settle(&mut self, index: usize, reason: String) {
+        let held = &mut self.held[index];
+        held.keeps_disk = true;
+        let name = held.name.clone();
+        if let Some(vm) = held.id() {
+            self.act(Action::Settle { vm, name }, reason);
+        }
+    }
+
     /// The VM at `index` of `held` is no longer wanted; it goes on holding its slot.
     pub fn leave(&mut self, index: usize, reason: String) {
         self.drop_wanted(index, None, reason);
@@ -196,6 +204,7 @@ impl<'w> Draft<'w> {
             slot,
             memory_mib: tier.spec.memory_mib,
             wanted: true,
+            keeps_disk: false,
             assignment: None,
         });
         self.act(Action::Place { tier: tier.spec.name.clone(), name, node, slot }, reason);

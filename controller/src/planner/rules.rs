@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bedplate_api::control::NodeState;
-use bedplate_api::node::{Power, VmPhase};
+use bedplate_api::node::{DiskMode, Power, VmPhase};
 
 use super::draft::{Draft, Held};
 use super::place;
@@ -18,6 +18,18 @@ const FORGIVEN_AFTER: u64 = 300;
 /// Seconds to wait after the `count`th failure in a row.
 pub fn retry_after(count: u32) -> u64 {
     5u64 << count.saturating_sub(1).min(6)
+}
+
+/// VMs with persistent disks that run for the first time.
+pub(super) fn settle(draft: &mut Draft<'_>) {
+    for index in 0..draft.held.len() {
+        let held = &draft.held[index];
+        let persistent = held.assignment.is_some_and(|a| a.vm.disk == DiskMode::Persistent && !a.has_run);
+        if held.wanted && persistent && draft.running(held) {
+            let reason = format!("it runs on {}", held.node);
+            draft.settle(index, reason);
+        }
+    }
 }
 
 /// Nodes that went silent, machines that never came, numbers that are behind.
@@ -44,8 +56,7 @@ pub(super) fn nodes(draft: &mut Draft<'_>) {
     }
     for index in 0..draft.held.len() {
         let (node, wanted) = (draft.held[index].node, draft.held[index].wanted);
-        // A disk that is to be kept is where its VM is: it waits for its node, and leaves only when people ask for it.
-        if wanted && !draft.ready(node) && !draft.held[index].keeps_disk() {
+        if wanted && !draft.ready(node) && !draft.held[index].keeps_disk {
             draft.leave(index, format!("{node} is lost"));
         }
     }
@@ -66,7 +77,8 @@ pub(super) fn release(draft: &mut Draft<'_>) {
 pub(super) fn failures(draft: &mut Draft<'_>) {
     for index in 0..draft.held.len() {
         let held = &draft.held[index];
-        let current = held.wanted && draft.ready(held.node);
+        // Elsewhere it would be another VM, with an empty disk.
+        let current = held.wanted && draft.ready(held.node) && !held.keeps_disk;
         let Some(report) = held.id().filter(|_| current).and_then(|id| draft.report(id)) else { continue };
         if report.phase == VmPhase::Failed {
             let why = report.detail.clone().unwrap_or_else(|| "it gave no reason".into());
@@ -110,7 +122,7 @@ fn against_tier(draft: &mut Draft<'_>, index: usize, tier: &TierRecord) {
         return draft.leave(index, format!("tier {name} is not active"));
     }
     let slots = draft.world.nodes.iter().find(|n| n.record.number == node).and_then(|n| n.report.as_ref());
-    if let Some(slots) = slots.map(|r| r.capacity.slots).filter(|slots| held.slot >= *slots) {
+    if let Some(slots) = slots.map(|r| r.capacity.slots).filter(|slots| held.slot >= *slots && !held.keeps_disk) {
         return draft.leave(index, format!("{node} has {slots} slots now"));
     }
     let power = if tier.spec.active { Power::Running } else { Power::Stopped };
@@ -137,7 +149,7 @@ pub(super) fn fill(draft: &mut Draft<'_>) {
             .collect();
         let names = (1..=tier.spec.target).map(|n| format!("{}-{n}", tier.spec.name));
         fill_tier(draft, tier, names.filter(|name| !borne.contains(name)));
-        out_of_reach(draft, tier);
+        bound(draft, tier);
     }
 }
 
@@ -167,14 +179,23 @@ fn fill_tier(draft: &mut Draft<'_>, tier: &TierRecord, mut names: impl Iterator<
     }
 }
 
-/// VMs that nothing can stand in for while their node is not there: people are told where they are.
-fn out_of_reach(draft: &mut Draft<'_>, tier: &TierRecord) {
-    let waits = |held: &&Held<'_>| held.tier == tier.spec.name && held.wanted && !draft.ready(held.node);
-    let mut waiting = draft.held.iter().filter(waits);
-    let Some(first) = waiting.next() else { return };
-    let others = waiting.count();
+/// VMs that nothing can stand in for, because they keep their disk: people are told where they are and what is wrong.
+fn bound(draft: &mut Draft<'_>, tier: &TierRecord) {
+    let trouble = |held: &Held<'_>| {
+        let (name, node) = (&held.name, held.node);
+        if !draft.ready(node) {
+            return Some(format!("{name} keeps its disk on {node}, which is lost"));
+        }
+        let report = held.id().and_then(|id| draft.report(id)).filter(|vm| vm.phase == VmPhase::Failed)?;
+        let why = report.detail.as_deref().unwrap_or("it gave no reason");
+        Some(format!("{name} keeps its disk on {node}, which cannot run it: {why}; mend that, then deactivate and activate the tier"))
+    };
+    let bound = draft.held.iter().filter(|held| held.tier == tier.spec.name && held.wanted && held.keeps_disk);
+    let mut troubles = bound.filter_map(trouble);
+    let Some(first) = troubles.next() else { return };
+    let others = troubles.count();
     let more = if others > 0 { format!(" (and {others} more)") } else { String::new() };
-    let detail = format!("{} keeps its disk on {}, which is lost{more}", first.name, first.node);
+    let detail = format!("{first}{more}");
     let shortfall = draft.plan.shortfalls.entry(tier.spec.name.clone());
     shortfall.and_modify(|other| *other = format!("{detail}; {other}")).or_insert(detail);
 }
@@ -211,7 +232,18 @@ pub(super) fn roll(draft: &mut Draft<'_>) {
         let stale = draft.held.iter().enumerate();
         let stale = stale.filter(|(_, h)| h.tier == *name && h.wanted && !fresh(h) && draft.ready(h.node));
         // One that does not run serves nobody: it goes first.
-        let Some((index, held)) = stale.min_by_key(|(_, h)| (draft.running(h), ordinal(h))) else { continue };
+        let Some((index, held)) = stale.min_by_key(|(_, h)| (h.keeps_disk, draft.running(h), ordinal(h))) else {
+            continue;
+        };
+        if held.keeps_disk {
+            let detail = format!(
+                "{} keeps its disk, and its old image or size with it; to give the disk up, lower the target or delete \
+                 the tier",
+                held.name
+            );
+            draft.plan.shortfalls.entry(name.clone()).or_insert(detail);
+            continue;
+        }
         match place::choose(draft, tier, &held.name, Some(index)) {
             Ok(_) => {
                 draft.leave(index, format!("tier {name} has a new image or size; its VMs are replaced one by one"))

@@ -63,7 +63,14 @@ fn assigned(world: &mut World, tier: &TierRecord, n: u32, at: (u32, u32), phase:
     let (id, name) = (vm_id(n), format!("{}-{n}", tier.spec.name));
     let vm = tier.vm(id, name.clone());
     let (node, slot) = (NodeNumber(at.0), at.1);
-    world.assignments.push(Assignment { vm, tier: tier.spec.name.clone(), node, slot, left_at: None });
+    world.assignments.push(Assignment {
+        vm,
+        tier: tier.spec.name.clone(),
+        node,
+        slot,
+        left_at: None,
+        has_run: phase == VmPhase::Running,
+    });
     let node = world.nodes.iter_mut().find(|n| n.record.number == node).unwrap();
     node.report.as_mut().unwrap().vms.push(report(id, &name, phase));
     id
@@ -169,6 +176,33 @@ fn a_vm_whose_disk_is_kept_waits_for_its_node_until_people_give_it_up() {
     world.nodes[1].report.as_mut().unwrap().vms[0].phase = VmPhase::Running;
     assert_eq!(actions(&world), []);
     assert!(plan(&world).shortfalls.is_empty());
+}
+
+#[test]
+fn a_disk_that_was_written_is_given_up_by_people_only() {
+    let mut db = tier("db", 1);
+    db.spec.disk = DiskMode::Persistent;
+    let mut world = world(vec![node(1, 8, 4096), node(2, 8, 4096)], vec![db.clone()]);
+    let id = assigned(&mut world, &db, 1, (1, 3), VmPhase::Failed);
+    // It never ran: there is nothing to lose, and it may do better elsewhere.
+    assert!(matches!(&actions(&world)[..], [Action::Leave { vm, .. }] if *vm == id));
+    world.nodes[0].report.as_mut().unwrap().vms[0].phase = VmPhase::Running;
+    assert_eq!(actions(&world), [Action::Settle { vm: id, name: "db-1".into() }]);
+    world.assignments[0].has_run = true;
+    assert_eq!(actions(&world), []);
+
+    // It cannot run where it is; the node has fewer slots; the tier has a new image: it stays, and people are told.
+    world.nodes[0].report.as_mut().unwrap().vms[0].phase = VmPhase::Failed;
+    assert_eq!(actions(&world), []);
+    assert!(plan(&world).shortfalls["db"].starts_with("db-1 keeps its disk on node-1, which cannot run it: "));
+    world.nodes[0].report.as_mut().unwrap().vms[0].phase = VmPhase::Running;
+    world.nodes[0].report.as_mut().unwrap().capacity.slots = 2;
+    assert_eq!(actions(&world), []);
+    world.tiers[0].digest = Digest::from_bytes([2; 32]);
+    assert_eq!(actions(&world), []);
+    assert!(plan(&world).shortfalls["db"].starts_with("db-1 keeps its disk, and its old image or size with it"));
+    world.tiers[0].spec.target = 0;
+    assert_eq!(actions(&world), [leave(id, "db-1")]);
 }
 
 #[test]
@@ -297,7 +331,8 @@ fn a_new_image_replaces_one_vm_at_a_time_and_only_while_all_is_well() {
     let replacement = vm_id(11);
     status.vms.push(report(replacement, "web-1", VmPhase::Starting));
     let vm = new.vm(replacement, "web-1".into());
-    world.assignments.push(Assignment { vm, tier: "web".into(), node: NodeNumber(1), slot: 0, left_at: None });
+    let (tier, node) = ("web".into(), NodeNumber(1));
+    world.assignments.push(Assignment { vm, tier, node, slot: 0, left_at: None, has_run: false });
     assert_eq!(actions(&world), []);
     // It runs: the next one goes. One that does not run goes before one that does.
     world.nodes[0].report.as_mut().unwrap().vms[2].phase = VmPhase::Running;

@@ -140,6 +140,10 @@ impl Cluster {
                         world.failures.push((failure, 0));
                     }
                 }
+                Action::Settle { vm, .. } => {
+                    let index = find(world, *vm);
+                    world.assignments[index].has_run = true;
+                }
                 Action::SetPower { vm, power, .. } => {
                     let index = find(world, *vm);
                     world.assignments[index].vm.power = *power;
@@ -150,7 +154,7 @@ impl Cluster {
                     let vm = record.vm(vm_id(self.next_vm), name.clone());
                     self.next_vm += 1;
                     let (tier, node, slot) = (tier.clone(), *node, *slot);
-                    world.assignments.push(Assignment { vm, tier, node, slot, left_at: None });
+                    world.assignments.push(Assignment { vm, tier, node, slot, left_at: None, has_run: false });
                     touched.insert(node);
                 }
                 Action::Forgive { name } => world.failures.retain(|(f, _)| f.name != *name),
