@@ -1,5 +1,7 @@
 //! The body of every error answer of the control node and the node agent.
 
+use std::error::Error;
+
 use serde::{Deserialize, Serialize};
 
 /// What went wrong, in words that name the thing, the cause and what to do.
@@ -54,5 +56,40 @@ impl ApiError {
     /// An error of class `kind` that says `message`.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
         Self { kind, message: message.into() }
+    }
+}
+
+/// `error` and its causes as one line, for a program's last words. A cause that the line tells already is left out: our
+/// messages name their cause themselves, those of others mostly do not.
+pub fn with_causes(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    for cause in std::iter::successors(error.source(), |&cause| cause.source()) {
+        let cause = cause.to_string();
+        if !line.contains(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    enum Failure {
+        #[error("no kernel at k: {0}")]
+        Told(#[source] io::Error),
+        #[error("no kernel")]
+        Untold(#[source] io::Error),
+    }
+
+    #[test]
+    fn each_cause_is_told_once() {
+        let io = || io::Error::other("no such file");
+        assert_eq!(with_causes(&Failure::Told(io())), "no kernel at k: no such file");
+        assert_eq!(with_causes(&Failure::Untold(io())), "no kernel: no such file");
     }
 }

@@ -44,15 +44,28 @@ impl Accel {
         }
     }
 
+    /// How many processors a machine gets that asks for `asked`.
+    ///
+    /// One where they are emulated, on a thread of its own. QEMU before 8.1 does not lock a page of code while it translates
+    /// it, so that what another processor patches there meanwhile may be missed for good: a kernel that switches a static
+    /// branch, as KVM does with each first and last VM, then traps on the same stale breakpoint for ever.
+    pub(crate) const fn cpus(self, asked: u8) -> u8 {
+        match self {
+            Self::Kvm => asked,
+            Self::Tcg => 1,
+        }
+    }
+
     /// What the kernel of a machine that runs VMs must be told, for its command line.
     ///
-    /// QEMU's emulation of nested page tables loses a guest now and then, the more often the more vCPUs: straight after
-    /// a `#VMEXIT` the host's own next instruction is looked up through the guest's nested tables once more, and KVM then
-    /// takes the host's registers for the guest's. With shadow page tables that walk does not exist.
+    /// Both are ways around faults of QEMU's emulation, told in docs/lab.md. Nested page tables lose a guest now and then:
+    /// straight after a `#VMEXIT` the host's own next instruction is looked up through the guest's tables once more. With
+    /// shadow page tables that walk does not exist. And an interrupt that comes during a `VMRUN` or a `#VMEXIT` may be
+    /// forgotten until the next one comes: with a periodic tick that is soon, without one it may be never.
     pub const fn kernel_words(self) -> &'static str {
         match self {
             Self::Kvm => "",
-            Self::Tcg => "kvm_amd.npt=0",
+            Self::Tcg => "kvm_amd.npt=0 nohz=off highres=off",
         }
     }
 

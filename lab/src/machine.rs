@@ -57,7 +57,7 @@ impl MachineSpec {
         }
     }
 
-    /// Number of vCPUs.
+    /// Number of vCPUs; an emulated machine has one, whatever is asked for.
     pub const fn cpus(mut self, cpus: u8) -> Self {
         self.cpus = cpus;
         self
@@ -166,7 +166,7 @@ impl MachineSpec {
         command.args(["-M", "q35,graphics=off", "-nodefaults", "-display", "none", "-name", &self.name]);
         let accel = self.accel.unwrap_or_else(Accel::best);
         command.args(accel.args());
-        command.args(["-smp", &self.cpus.to_string(), "-m", &self.memory_mib.to_string()]);
+        command.args(["-smp", &accel.cpus(self.cpus).to_string(), "-m", &self.memory_mib.to_string()]);
         command.args(["-device", "virtio-rng-pci"]);
         if !self.reboots {
             command.arg("-no-reboot");

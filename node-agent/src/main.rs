@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use bedplate_api::error::with_causes;
 use bedplate_node::{init, service};
 use clap::Parser;
 
@@ -34,7 +35,7 @@ fn main() -> ExitCode {
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {
-    eprintln!("bedplate-node: {error:#}");
+    eprintln!("bedplate-node: {}", with_causes(error.as_ref()));
     ExitCode::FAILURE
 }
 

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
+use bedplate_api::error::with_causes;
 use bedplate_api::vmm::{Exit, ExitReason, VmConfig};
 use bedplate_vmm::console::{Console, Target};
 use bedplate_vmm::control::{self, Server, Session, Signals};
@@ -41,7 +42,8 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let exit = run(&args).unwrap_or_else(|error| Exit { reason: ExitReason::HostFault, detail: format!("{error:#}") });
+    let exit =
+        run(&args).unwrap_or_else(|error| Exit { reason: ExitReason::HostFault, detail: with_causes(error.as_ref()) });
     let mut code = exit.reason.code();
     // One line, for whoever reads logs; the exit file says the same.
     match exit.reason {

@@ -188,7 +188,9 @@ fn bound(draft: &mut Draft<'_>, tier: &TierRecord) {
         }
         let report = held.id().and_then(|id| draft.report(id)).filter(|vm| vm.phase == VmPhase::Failed)?;
         let why = report.detail.as_deref().unwrap_or("it gave no reason");
-        Some(format!("{name} keeps its disk on {node}, which cannot run it: {why}; mend that, then deactivate and activate the tier"))
+        Some(format!(
+            "{name} keeps its disk on {node}, which cannot run it: {why}; mend that, then deactivate and activate the tier"
+        ))
     };
     let bound = draft.held.iter().filter(|held| held.tier == tier.spec.name && held.wanted && held.keeps_disk);
     let mut troubles = bound.filter_map(trouble);

@@ -25,7 +25,7 @@ pub enum Sweep {
 
 impl Images {
     /// Removes what neither a disk of a VM nor one of the images `keep`, which must be complete, needs. Does nothing to a
-    /// store that is not this node's alone, nor while a copy is under way.
+    /// store that is not this node's alone, nor to one that nothing is copied into, nor while a copy is under way.
     ///
     /// # Errors
     /// It cannot be told what is needed, or the store fails.
@@ -35,7 +35,8 @@ impl Images {
     }
 
     fn sweep(&self, keep: &[Digest], sweep: Sweep) -> Result<(), ImageError> {
-        if self.store.dir() != self.state.join("images") {
+        // Without a source, somebody else put the images there and may not have named them: none can be copied again.
+        if self.store.dir() != self.state.join("images") || !self.has_source() {
             return Ok(());
         }
         let mut live = images_of_disks(&self.state)?;
@@ -81,9 +82,15 @@ fn images_of_disks(state: &Path) -> Result<BTreeSet<Digest>, ImageError> {
 
 #[cfg(test)]
 mod tests {
+    use bedplate_api::client::{Client, Endpoint};
     use bedplate_images::Store;
 
     use super::*;
+
+    /// Of a control node that is never asked.
+    fn source() -> Option<Client> {
+        Some(Client::new(Endpoint::Http("192.0.2.1:1".to_owned()), None).unwrap())
+    }
 
     #[test]
     fn leftovers_go_and_a_store_of_others_is_left_alone() {
@@ -92,9 +99,11 @@ mod tests {
         let others = Store::create(state.path().join("repository")).unwrap();
         let chunk = own.put_chunk(b"half an image").unwrap();
         others.put_chunk(b"half an image").unwrap();
-        Images::new(others.clone(), state.path(), None).sweep(&[], Sweep::Unused).unwrap();
+        Images::new(others.clone(), state.path(), source()).sweep(&[], Sweep::Unused).unwrap();
         assert!(others.has_chunk(&chunk));
-        let images = Images::new(own.clone(), state.path(), None);
+        Images::new(own.clone(), state.path(), None).sweep(&[], Sweep::Unused).unwrap();
+        assert!(own.has_chunk(&chunk), "nobody could copy it again");
+        let images = Images::new(own.clone(), state.path(), source());
         let lease = own.lease().unwrap();
         images.sweep(&[], Sweep::Leftovers).unwrap();
         assert!(own.has_chunk(&chunk), "a copy is under way");
@@ -111,7 +120,7 @@ mod tests {
         let disk = VmDir::new(state.path(), bedplate_api::VmId::random()).disk();
         fs::create_dir_all(&disk).unwrap();
         fs::write(disk.join("disk.json"), "{").unwrap();
-        let refused = Images::new(own.clone(), state.path(), None).sweep(&[], Sweep::Unused);
+        let refused = Images::new(own.clone(), state.path(), source()).sweep(&[], Sweep::Unused);
         assert!(matches!(refused, Err(ImageError::Disk(_))), "{refused:?}");
         assert!(own.has_chunk(&chunk));
     }

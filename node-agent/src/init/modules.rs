@@ -20,7 +20,8 @@ struct Index {
     builtin: HashSet<String>,
 }
 
-/// Loads everything that is asked for, with the parameters on the kernel's command line. What fails is named, and the rest is loaded all the same.
+/// Loads everything that is asked for, with the parameters on the kernel's command line. What fails is named, and the
+/// rest is loaded all the same.
 pub(super) fn load_all(cmdline: &str) {
     let release = rustix::system::uname().release().to_string_lossy().into_owned();
     let dir = Path::new("/lib/modules").join(release);

@@ -9,6 +9,8 @@ mod error;
 mod listen;
 mod log;
 
+use std::time::Duration;
+
 use axum::Router;
 use axum::body::Bytes;
 use axum::extract::{DefaultBodyLimit, Path, Request, State};
@@ -20,6 +22,7 @@ use bedplate_api::node::{Desired, NodeStatus};
 use bedplate_images::Store;
 use serde::de::DeserializeOwned;
 use tokio::sync::oneshot;
+use tower_http::timeout::RequestBodyTimeoutLayer;
 
 use crate::agent::{AgentHandle, Event};
 use error::{Refusal, bad_request, unavailable};
@@ -27,6 +30,8 @@ use error::{Refusal, bad_request, unavailable};
 pub use auth::Token;
 pub use listen::{ListenError, bind_tcp, bind_unix, serve_tcp, serve_unix};
 
+/// A body of which nothing arrives for this long is given up.
+const SILENCE: Duration = Duration::from_secs(30);
 /// Most bytes of a request's body.
 const MAX_BODY: usize = 1 << 20;
 
@@ -50,6 +55,7 @@ pub fn router(node: Node, token: Option<Token>) -> Router {
         .fallback(error::not_found)
         .method_not_allowed_fallback(error::method_not_allowed)
         .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(RequestBodyTimeoutLayer::new(SILENCE))
         .with_state(node);
     match token {
         Some(token) => routes.layer(middleware::from_fn_with_state(token, auth::require)),

@@ -27,7 +27,10 @@ pub fn read(dir: &VmDir, status: Option<WaitIdStatus>, cgroup: Option<&Cgroup>) 
             format!("the VMM was killed by signal {signal}{}", signal_name(signal))
         }
         Some(s) => format!("the VMM exited with code {} and left no reason", s.exit_status().unwrap_or_default()),
-        None => "the VMM ended and left no reason".to_owned(),
+        // Only a parent is told: this one was started by an earlier agent.
+        None => {
+            "the VMM ended and left no reason; how is not known, because an earlier agent had started it".to_owned()
+        }
     };
     if let Some(line) = last_line(dir) {
         detail.push_str(": ");

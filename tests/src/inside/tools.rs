@@ -13,12 +13,18 @@ pub fn busybox(words: &[&str]) -> Result<String> {
     Ok(output(Command::new("/bin/busybox").args(words))?)
 }
 
-/// A tap device, up, for whoever opens it; `address` such as `10.5.0.1/24`, or none.
-pub fn tap(name: &str, address: Option<&str>) -> Result<()> {
+/// The device through which taps are made.
+pub fn tun() -> Result<()> {
     busybox(&["mkdir", "-p", "/dev/net"])?;
     if !Path::new("/dev/net/tun").exists() {
         busybox(&["mknod", "/dev/net/tun", "c", "10", "200"])?;
     }
+    Ok(())
+}
+
+/// A tap device, up, for whoever opens it; `address` such as `10.5.0.1/24`, or none.
+pub fn tap(name: &str, address: Option<&str>) -> Result<()> {
+    tun()?;
     busybox(&["tunctl", "-t", name])?;
     if let Some(address) = address {
         busybox(&["ip", "addr", "add", address, "dev", name])?;

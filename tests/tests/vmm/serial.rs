@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use bedplate_tests::inside::guest::{BOOT, GuestSpec};
 use bedplate_tests::patience::until;
 
@@ -47,14 +47,18 @@ pub fn socket() -> Result<()> {
 }
 
 pub fn log() -> Result<()> {
-    let log = "/run/serial-of-guest.log";
-    let _ = fs::remove_file(log);
+    const LIMIT: usize = 1 << 20;
+    let (log, old) = ("/run/serial-of-guest.log", "/run/serial-of-guest.log.old");
+    let _ = fs::remove_file(old);
+    // What earlier guests said is kept, and counts: soon the file is full, is moved to one side and begins again.
+    fs::write(log, vec![b'.'; LIMIT - 256])?;
     let mut guest = GuestSpec::new("log").options(&["--serial-log", log]).boot()?;
-    guest.run("echo to be kept")?;
+    guest.run("seq 1 100")?;
     guest.begin("poweroff -f")?;
     guest.ended_well("guest_power_off")?;
-    // That it never outgrows its limit is tested where a byte costs no exit: vmm/src/console/tests.rs.
-    let text = fs::read_to_string(log)?;
-    anyhow::ensure!(text.contains("TINY ready") && text.contains("to be kept"), "the log has {text:?}");
+    let (before, after) = (fs::read_to_string(old)?, fs::read_to_string(log)?);
+    ensure!(before.len() <= LIMIT && after.len() <= LIMIT, "{} and {} bytes of log", before.len(), after.len());
+    let said = before.trim_start_matches('.').to_owned() + &after;
+    ensure!(said.contains("TINY ready") && said.contains("\n99\n100\n"), "the log has {said:?}");
     Ok(())
 }

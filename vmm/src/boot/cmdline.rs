@@ -23,7 +23,7 @@ pub enum CmdlineError {
     #[error("boot_args contain {0:?}: only printable ASCII can be passed to a kernel")]
     Character(char),
     /// Mostly: too long.
-    #[error("boot_args: {0}; at most {MAX_LEN} bytes can be passed to a kernel")]
+    #[error("boot_args make no kernel command line: {0}; it has at most {MAX_LEN} bytes")]
     Line(#[from] linux_loader::cmdline::Error),
 }
 

@@ -7,13 +7,14 @@ use bedplate_api::vmm::{
     ActionType, Exit, ExitCounts, ExitReason, InstanceInfo, LogLevel, Logger, MachineConfig, MachineConfigPatch,
     Metrics, RunState, SerialDevice, Status, TargetState, Version, VmConfig,
 };
+use bedplate_devices::virtio::block::SECTOR;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::commands::{Answer, Command};
 use super::fault::Fault;
 use super::log::{Log, append_to};
 use super::signals::Signal;
-use crate::config::{self, ConfigError};
+use crate::config::{self, ConfigError, DriveConfig};
 use crate::console::{Console, ConsoleError, Serving, Target};
 use crate::machine::{BuildError, Machine, builder};
 
@@ -112,10 +113,28 @@ impl Session {
                 return Err(error.into());
             }
         };
+        for drive in &config.drives {
+            self.warn_of_odd_length(drive);
+        }
         let console = console.serve(machine.serial(), &self.leave)?;
         self.vm = Some(Running { machine, paused: false, _console: console });
         self.log.write(LogLevel::Info, "the VM runs");
         Ok(())
+    }
+
+    /// A disk has whole sectors; Firecracker accepts such a file, too, and says so.
+    fn warn_of_odd_length(&mut self, drive: &DriveConfig) {
+        let len = std::fs::metadata(&drive.path).map_or(0, |file| if file.is_file() { file.len() } else { 0 });
+        if len % SECTOR != 0 {
+            let message = format!(
+                "drive {:?}: {} has {len} bytes, which is no multiple of {SECTOR}; the guest does not see the last {} \
+                 of them. Pad the file to whole sectors",
+                drive.id,
+                drive.path.display(),
+                len % SECTOR
+            );
+            self.log.write(LogLevel::Warning, &message);
+        }
     }
 
     pub(super) const fn leave(&self) -> &EventFd {
