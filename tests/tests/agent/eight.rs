@@ -28,7 +28,7 @@ pub fn life() -> Result<()> {
     let agent = Agent::start(Path::new(STATE))?;
     let mut vms: Vec<VmSpec> = (1..=COUNT).map(|n| spec(&format!("vm-{n}"), image)).collect();
     agent.put(1, &vms)?;
-    let first = agent.until_all("eight guests with an address", |vm| is_up(vm))?;
+    let first = agent.until_all("eight guests with an address", is_up)?;
     ensure!(first.vms.len() == COUNT, "{first:?}");
     everybody_answers(&first)?;
     guests_reach_each_other(&agent, &first)?;

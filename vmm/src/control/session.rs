@@ -125,7 +125,7 @@ impl Session {
     /// A disk has whole sectors; Firecracker accepts such a file, too, and says so.
     fn warn_of_odd_length(&mut self, drive: &DriveConfig) {
         let len = std::fs::metadata(&drive.path).map_or(0, |file| if file.is_file() { file.len() } else { 0 });
-        if len % SECTOR != 0 {
+        if !len.is_multiple_of(SECTOR) {
             let message = format!(
                 "drive {:?}: {} has {len} bytes, which is no multiple of {SECTOR}; the guest does not see the last {} \
                  of them. Pad the file to whole sectors",
