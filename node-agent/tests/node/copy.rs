@@ -1,5 +1,6 @@
 //! Images from a control node: a repository over a store, which answers as the control node's does, and can break off.
 
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -199,4 +200,66 @@ async fn a_control_node_that_forgot_the_node_gets_a_registration() {
     let wait = registered.wait_for(|n| *n == 2);
     tokio::time::timeout(DEADLINE, wait).await.expect("it registers again").unwrap();
     reported(&control, |s| s.capacity.slots == 8).await;
+}
+
+/// Bytes that nothing can compress, the same each time.
+fn noise(chunks: usize) -> Vec<u8> {
+    let mut state = 1u64;
+    let mut next = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 56) as u8
+    };
+    (0..chunks << 16).map(|_| next()).collect()
+}
+
+async fn a_full_disk() {
+    let (_dir, control) = repository();
+    let small = image_with(&control.store, &[SLEEP], &disk(3));
+    let big = image_with(&control.store, &[SLEEP], &noise(200));
+    let url = control.serve().await;
+    let listen = ["--listen", "0.0.0.0:0", "--token", "00ff", "--vm-network", "10.99.0.0/29"];
+    let mut node = Node::new(&[["--control", &url].as_slice(), &listen].concat());
+    // A copy leaves 64 MiB free.
+    let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "size=80m", "tmpfs"]).arg(node.state()).status();
+    assert!(mount.unwrap().success());
+    node.start().await;
+
+    let vms = [spec("small", small), spec("big", big)];
+    node.put(1, &vms[..1]).await;
+    reported(&control, |s| s.images.contains(&small)).await;
+    // While the line is down somebody else fills the disk.
+    control.breaks.store(1, Ordering::SeqCst);
+    node.put(2, &vms).await;
+    node.until_vm("the copy is held up", vms[1].id, |v| v.detail.is_some()).await;
+    let hog = node.state().join("hog");
+    std::fs::write(&hog, vec![1; 80 << 20]).unwrap_err();
+    let failed = node.until_phase(vms[1].id, VmPhase::Failed).await;
+    let why = failed.detail.unwrap();
+    assert!(why.contains("free some space") || why.contains("/dev/kvm"), "{why}");
+    // It took nothing from the others, and half an image is no image.
+    let status = node.client().node_status().await.unwrap();
+    assert_eq!(status.images, [small]);
+    node.store().verify(&small).unwrap();
+
+    std::fs::remove_file(&hog).unwrap();
+    node.put(3, &vms).await;
+    reported(&control, |s| s.images.contains(&big)).await;
+    node.store().verify(&big).unwrap();
+}
+
+#[test]
+fn a_disk_that_fills_up_during_a_copy_is_named_and_harms_nothing() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: mounting a small file system takes root");
+        return;
+    }
+    let alone = || {
+        use rustix::mount::{MountPropagationFlags, mount_change};
+        // SAFETY: only this thread's view of mounts and its working directory change; no descriptor or memory is shared anew.
+        unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNS) }.unwrap();
+        mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(a_full_disk());
+    };
+    std::thread::spawn(alone).join().unwrap();
 }
