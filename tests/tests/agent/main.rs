@@ -10,7 +10,8 @@ use std::time::Duration;
 use bedplate_tests::suite::{self, NodeSpec, Scenario};
 
 fn main() -> ExitCode {
+    // A node without disks keeps half of its RAM for images and disks.
     let programs = &["bedplate-node", "bedplate-vmm"];
-    let node = NodeSpec { memory_mib: 4096, programs, patience: Duration::from_secs(600) };
+    let node = NodeSpec { memory_mib: 5120, programs, patience: Duration::from_secs(600) };
     suite::main("agent", &node, &[Scenario { name: "eight_guests_outlive_their_agent", run: eight::life }])
 }
