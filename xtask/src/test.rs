@@ -28,10 +28,8 @@ struct Totals {
     failed: u64,
     /// One line each: what and why.
     skipped: BTreeSet<String>,
-    /// Names of tests.
+    /// One line each: program and test.
     failures: Vec<String>,
-    /// One line each, of what was run again.
-    retried: BTreeSet<String>,
 }
 
 /// Installs, builds, runs; an error when a test failed.
@@ -44,9 +42,9 @@ pub fn run(filter: Option<&str>) -> Result<()> {
     let imaged = start.elapsed();
     let mut totals = Totals::default();
     for suite in suites.iter().filter(|suite| filter.is_none_or(|wanted| suite.name.contains(wanted))) {
-        run_suite_again(suite, &artifacts, &mut totals)?;
+        run_suite(suite, &artifacts, &mut totals)?;
     }
-    for line in totals.skipped.iter().chain(&totals.retried) {
+    for line in totals.skipped.iter().chain(&totals.failures) {
         println!("{line}");
     }
     println!(
@@ -100,38 +98,11 @@ fn is_lab(suite: &Suite) -> bool {
     suite.name.starts_with("tests/")
 }
 
-/// Runs one program; what failed of one that starts emulated machines, up to two times more: the emulator itself loses a
-/// machine now and then (docs/lab.md). The totals say how often that was.
-fn run_suite_again(suite: &Suite, artifacts: &Artifacts, totals: &mut Totals) -> Result<()> {
-    let mut names = Vec::new();
-    for attempt in 0..3 {
-        let mut run = Totals::default();
-        run_suite(suite, artifacts, &names, &mut run)?;
-        totals.passed += run.passed;
-        totals.skipped.append(&mut run.skipped);
-        names = run.failures;
-        if run.failed == 0 {
-            break;
-        }
-        if attempt == 2 || !is_lab(suite) || names.is_empty() {
-            totals.failed += run.failed;
-            break;
-        }
-        totals.retried.insert(format!("retried: {}: {} (attempt {})", suite.name, names.join(" "), attempt + 2));
-    }
-    Ok(())
-}
-
 /// Runs one program; prints its tests, and of what they printed only why one was skipped or failed.
-fn run_suite(suite: &Suite, artifacts: &Artifacts, names: &[String], totals: &mut Totals) -> Result<()> {
+fn run_suite(suite: &Suite, artifacts: &Artifacts, totals: &mut Totals) -> Result<()> {
     println!("\n     {}", suite.name);
     let mut command = Command::new(&suite.program);
-    command
-        .args(names)
-        .arg("--show-output")
-        .current_dir(&suite.package_dir)
-        .stdout(Stdio::piped())
-        .stdin(Stdio::null());
+    command.arg("--show-output").current_dir(&suite.package_dir).stdout(Stdio::piped()).stdin(Stdio::null());
     if is_lab(suite) {
         command.arg("--test-threads=1");
         artifacts.tell(&mut command);
@@ -148,7 +119,7 @@ fn run_suite(suite: &Suite, artifacts: &Artifacts, names: &[String], totals: &mu
         }
         counted |= count(&line, totals);
         let failed = line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED"));
-        totals.failures.extend(failed.map(str::to_owned));
+        totals.failures.extend(failed.map(|test| format!("failed: {}: {test}", suite.name)));
         if let Some(why) = line.strip_prefix("skipped: ") {
             totals.skipped.insert(format!("skipped: {}: {why}", suite.name));
         } else if line.starts_with("test result:")

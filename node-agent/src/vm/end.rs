@@ -85,7 +85,8 @@ mod tests {
         let unknown = read(&dir, None, None);
         assert_eq!(unknown.reason, ExitReason::HostFault);
         fs::write(dir.stderr(), "starting\ncannot open /dev/kvm: permission denied\n\n").unwrap();
-        assert!(read(&dir, None, None).detail.ends_with("left no reason: cannot open /dev/kvm: permission denied"));
+        let detail = read(&dir, None, None).detail;
+        assert!(detail.contains("left no reason") && detail.ends_with(": cannot open /dev/kvm: permission denied"));
         let exit = Exit { reason: ExitReason::GuestPowerOff, detail: String::new() };
         files::write_json(&dir.exit(), &exit).unwrap();
         let end = read(&dir, None, None);
