@@ -151,6 +151,9 @@ pub struct CopyProgress {
     pub total: u64,
 }
 
+/// Most VMs that one node can provide slots for.
+pub const MAX_SLOTS: u32 = 1024;
+
 /// What a node has for VMs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -159,7 +162,7 @@ pub struct Capacity {
     pub cpus: u32,
     /// RAM in MiB, all of it.
     pub memory_mib: u64,
-    /// How many VMs it is configured to provide.
+    /// How many VMs it is configured to provide, at most [`MAX_SLOTS`].
     pub slots: u32,
     /// Bytes free where images and disks are kept.
     pub disk_free: u64,

@@ -6,10 +6,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
+use bedplate_api::Digest;
 use bedplate_api::error::with_causes;
 use bedplate_api::node::Ipv4Net;
 use bedplate_controller::control::Options;
 use bedplate_controller::serve::{Listen, Serving};
+use bedplate_images::store::is_tag_name;
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -104,6 +106,12 @@ fn main() -> ExitCode {
 async fn run(args: Args) -> Result<()> {
     if overlap(args.node_network, args.vm_network) {
         bail!("--node-network and --vm-network overlap: give the VMs a network of their own");
+    }
+    if !is_tag_name(&args.vmm_image) && args.vmm_image.parse::<Digest>().is_err() {
+        bail!(
+            "--vmm-image {:?} is neither an image's name nor a digest; `bedplate image push` gives one",
+            args.vmm_image
+        );
     }
     let options = Options {
         state: args.state,

@@ -6,7 +6,7 @@ mod register;
 use std::sync::Arc;
 
 use bedplate_api::control::NodeState;
-use bedplate_api::node::NodeStatus;
+use bedplate_api::node::{MAX_SLOTS, NodeStatus};
 
 pub use register::{RegisterError, is_mac, register};
 
@@ -16,7 +16,9 @@ use crate::store::{NODES, Read, StoreError};
 
 /// Keeps a report: it is observed at once; what follows from it for the store is one transaction, made only where there
 /// is something to write.
-pub async fn accept(control: &Arc<Control>, node: NodeNumber, status: NodeStatus) -> Result<(), StoreError> {
+pub async fn accept(control: &Arc<Control>, node: NodeNumber, mut status: NodeStatus) -> Result<(), StoreError> {
+    // Plans and pages look at every slot: a node's word alone must not make them endless.
+    status.capacity.slots = status.capacity.slots.min(MAX_SLOTS);
     let before = control.observed.reported(node, status.clone());
     let lines = changes::between(node, before.as_ref(), &status);
     let record = control.read(move |s| Ok(s.all(&NODES)?.into_iter().find(|n| n.number == node))).await?;

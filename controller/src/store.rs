@@ -145,9 +145,10 @@ impl Store {
         // Another thread may have closed it just now.
         let database = held.as_ref().ok_or_else(|| StoreError::from(redb::Error::PreviousIo))?;
         let outcome = act(database);
+        let broken = outcome.is_err() && database.begin_write().is_err_and(|error| is_broken(&error.into()));
         drop(held);
-        if outcome.is_err() {
-            self.close_if_broken();
+        if broken {
+            *self.database.write().unwrap_or_else(PoisonError::into_inner) = None;
         }
         outcome
     }
@@ -159,14 +160,6 @@ impl Store {
             tracing::info!("the store {} is open again", self.path.display());
         }
         Ok(())
-    }
-
-    fn close_if_broken(&self) {
-        let mut held = self.database.write().unwrap_or_else(PoisonError::into_inner);
-        let broken = |database: &Database| database.begin_write().is_err_and(|error| is_broken(&error.into()));
-        if held.as_ref().is_some_and(broken) {
-            *held = None;
-        }
     }
 }
 

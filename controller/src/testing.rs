@@ -201,14 +201,18 @@ impl SmallNode {
     }
 
     pub async fn register(&self, control: &Client, mac: Option<&str>) -> Registered {
-        let register = Register {
+        control.register(&self.introduction(mac)).await.unwrap()
+    }
+
+    /// What it says to register.
+    pub fn introduction(&self, mac: Option<&str>) -> Register {
+        Register {
             id: self.id,
             mac: mac.map(str::to_owned),
             address: self.address.ip(),
             port: self.address.port(),
             status: self.status(),
-        };
-        control.register(&register).await.unwrap()
+        }
     }
 
     /// Names of what shall run here.

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use bedplate_api::client::{Client, ClientError, Endpoint};
-use bedplate_api::node::Ipv4Net;
+use bedplate_api::node::{Ipv4Net, MAX_SLOTS};
 use bedplate_images::{Store, StoreError};
 use rustix::process::Resource;
 use tokio::signal::unix::{SignalKind, signal};
@@ -97,7 +97,7 @@ pub struct AgentArgs {
     #[arg(long)]
     pub vmm: Option<PathBuf>,
     /// How many VMs to provide
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_SLOTS)))]
     pub slots: u32,
     /// Image store [default: STATE/images]
     #[arg(long)]
@@ -106,11 +106,16 @@ pub struct AgentArgs {
     #[arg(long, value_parser = addresses::parse)]
     pub vm_network: Option<Ipv4Net>,
     /// MAC address of the interface that this machine booted from
-    #[arg(long)]
+    #[arg(long, value_parser = mac)]
     pub mac: Option<String>,
     /// Seconds that a guest gets to power off before it is stopped
     #[arg(long, default_value_t = 20)]
     pub stop_seconds: u32,
+}
+
+/// A MAC address in the one form that is kept and compared.
+fn mac(text: &str) -> Result<String, &'static str> {
+    identity::parse_mac(text).map(identity::format_mac).ok_or("expected six pairs of hex digits with colons")
 }
 
 impl AgentArgs {
@@ -138,6 +143,12 @@ pub async fn run(args: AgentArgs) -> Result<(), ServiceError> {
     // Paths in processes' arguments say whose they are, so there must be one way to write them.
     let state = args.state.canonicalize().map_err(unusable)?;
     let token = args.token()?;
+    // Before anything is touched.
+    match (&args.control, args.listen) {
+        (_, Some(_)) if token.is_none() => return Err(ServiceError::NoToken),
+        (Some(_), None) => return Err(ServiceError::NoListen),
+        _ => {}
+    }
     let id = identity::load_or_make(&state, args.mac.as_deref())?;
     let store = Store::create(args.store.clone().unwrap_or_else(|| state.join("images")))?;
     let control = match &args.control {

@@ -1,8 +1,9 @@
 //! Bodies: how a request's JSON is read within limits, and how a failure becomes an [`ApiError`].
 
 use axum::Json;
-use axum::extract::{FromRequest, Request};
+use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::http::StatusCode;
+use axum::http::request::Parts;
 use axum::response::{IntoResponse, Response};
 use bedplate_api::ApiError;
 use bedplate_api::client::ClientError;
@@ -87,5 +88,17 @@ impl<S: Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
         serde_json::from_slice(&bytes)
             .map(Self)
             .map_err(|e| Refusal::new(ErrorKind::BadRequest, format!("the body is not what this path takes: {e}")))
+    }
+}
+
+/// What stands in the path, percent-decoded.
+pub struct Path<T>(pub T);
+
+impl<S: Send + Sync, T: DeserializeOwned + Send> FromRequestParts<S> for Path<T> {
+    type Rejection = Refusal;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Refusal> {
+        let path = axum::extract::Path::from_request_parts(parts, state).await;
+        path.map(|axum::extract::Path(path)| Self(path)).map_err(|e| Refusal::new(ErrorKind::BadRequest, e.body_text()))
     }
 }

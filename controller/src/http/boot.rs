@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use axum::body::Body as Stream;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Query, State};
 use axum::http::header;
 use axum::response::{IntoResponse, Response};
 use bedplate_api::Digest;
@@ -17,7 +17,7 @@ use serde::Deserialize;
 use tokio_util::io::ReaderStream;
 
 use super::Shared;
-use super::answer::Refusal;
+use super::answer::{Path, Refusal};
 use crate::control::{Control, blocking};
 use crate::netboot::files::{self, FilesError, Ready};
 use crate::netboot::{booting, script};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::body::Body as Stream;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bedplate_api::client::{FrameError, Frames, encode_frame};
@@ -18,7 +18,7 @@ use futures_util::stream;
 use tokio::sync::{Semaphore, mpsc};
 
 use super::Shared;
-use super::answer::{Body, Refusal, whole};
+use super::answer::{Body, Path, Refusal, whole};
 use crate::control::{Control, blocking};
 
 /// An index is held in memory until its digest is known. One at a time, because one may have [`MAX_BLOB_LEN`] bytes.

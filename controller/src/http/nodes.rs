@@ -1,7 +1,7 @@
 //! Nodes: what they say, and what people see of them.
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use bedplate_api::NodeId;
 use bedplate_api::control::{NodeView, PoolEntry};
@@ -9,7 +9,7 @@ use bedplate_api::error::ErrorKind;
 use bedplate_api::node::{NodeStatus, Register, Registered};
 
 use super::Shared;
-use super::answer::{Body, Refusal};
+use super::answer::{Body, Path, Refusal};
 use super::views::View;
 use crate::reports;
 use crate::store::{NODES, Read};

@@ -80,6 +80,7 @@ async fn every_wrong_request_gets_an_error_body_that_says_what_is_wrong() {
         ("GET /v1/vms/web-1/console HTTP/1.1", b"", 400, "upgrade"),
         ("GET /v1/events?after=x HTTP/1.1", b"", 400, "after"),
         ("GET /v1/events?since=1 HTTP/1.1", b"", 400, "since"),
+        ("GET /v1/tiers/%ff HTTP/1.1", b"", 400, "UTF-8"),
         ("GET /v1/images/none HTTP/1.1", b"", 404, "none"),
         ("GET /v1/images/..%2f..%2fetc HTTP/1.1", b"", 400, "not an image name"),
         ("PUT /v1/images/x HTTP/1.1", br#"{"digest":"blake3:1"}"#, 400, "not a digest"),
@@ -218,6 +219,21 @@ async fn logs_and_consoles_come_from_the_node() {
     drop(node);
     let away = until("the node to be away", async || bench.people.vm_log("web-1").await.err()).await;
     assert_eq!(away.kind(), Some(ErrorKind::Unavailable), "{away}");
+    bench.serving.stop().await;
+}
+
+/// Plans, pools and pages look at every slot.
+#[tokio::test]
+async fn a_node_cannot_make_the_control_node_endless_by_a_number() {
+    let bench = Bench::start().await;
+    let node = SmallNode::start(&bench.serving.control.token).await;
+    let mut liar = node.introduction(None);
+    liar.status.capacity.slots = u32::MAX;
+    let refused = bench.nodes.register(&liar).await.unwrap_err();
+    assert!(refused.to_string().contains("4294967295 slots; one node has 1024 at most"), "{refused}");
+    node.register(&bench.nodes, None).await;
+    bench.nodes.report(node.id, &liar.status).await.unwrap();
+    assert_eq!(bench.people.pool().await.unwrap().len(), 1024);
     bench.serving.stop().await;
 }
 

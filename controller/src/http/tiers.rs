@@ -3,13 +3,13 @@
 use std::sync::Arc;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use bedplate_api::control::{TierSpec, TierView};
 use bedplate_api::error::ErrorKind;
 
 use super::Shared;
-use super::answer::{Body, Refusal};
+use super::answer::{Body, Path, Refusal};
 use super::images::bootable_disk;
 use super::views::View;
 use crate::control::{Control, now};

@@ -71,7 +71,8 @@ pub fn prepare(control: &Control) -> Result<Ready, FilesError> {
     };
     let dir = dir(control, &image);
     let mut written = control.boot_files.lock().unwrap_or_else(PoisonError::into_inner);
-    if *written != Some(image) || !dir.join("kernel").exists() {
+    let complete = dir.join("kernel").exists() && (boot.initrd.is_none() || dir.join("initrd").exists());
+    if *written != Some(image) || !complete {
         fs::create_dir_all(&dir).map_err(|source| FilesError::Io { path: dir.clone(), source })?;
         images.materialise(&image, &boot.kernel, &dir.join("kernel"))?;
         if let Some(initrd) = &boot.initrd {

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use bedplate_api::control::NodeState;
-use bedplate_api::node::{Ipv4Net, Register, Registered};
+use bedplate_api::node::{Ipv4Net, MAX_SLOTS, Register, Registered};
 
 use super::accept;
 use crate::control::{Control, now};
@@ -65,6 +65,9 @@ fn check(request: &Register) -> Result<(), RegisterError> {
     }
     if request.address.is_unspecified() || request.address.is_multicast() || request.port == 0 {
         return invalid(format!("nobody can reach an agent at {} port {}", request.address, request.port));
+    }
+    if request.status.capacity.slots > MAX_SLOTS {
+        return invalid(format!("it offers {} slots; one node has {MAX_SLOTS} at most", request.status.capacity.slots));
     }
     match &request.mac {
         Some(mac) if !is_mac(mac) => invalid(format!("{mac:?} is not a MAC address in lower case with colons")),

@@ -2,6 +2,8 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +19,6 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::sleep;
 
-use crate::files;
 use crate::net::addresses;
 
 /// Connections of one listener at a time; more wait until one ends. An upgraded one is not counted any more.
@@ -60,8 +61,8 @@ pub async fn bind_tcp(address: SocketAddr) -> Result<TcpListener, ListenError> {
     TcpListener::bind(address).await.map_err(|source| ListenError::Tcp { address, source })
 }
 
-/// Listens on a Unix socket that its owner alone may open. One that an agent left behind is replaced: the state
-/// directory's lock says that no agent is alive.
+/// Listens on a Unix socket that its owner alone may open. A socket that an agent left behind is replaced; one that
+/// somebody answers, or what is no socket, stays and is in the way.
 ///
 /// # Errors
 /// See [`ListenError`].
@@ -70,12 +71,23 @@ pub fn bind_unix(path: &Path) -> Result<UnixListener, ListenError> {
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir).map_err(failed)?;
     }
-    files::remove(path).map_err(|e| failed(io::Error::other(e)))?;
+    match UnixStream::connect(path) {
+        Ok(_) => return Err(failed(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there"))),
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused && is_socket(path) => {
+            std::fs::remove_file(path).map_err(failed)?;
+        }
+        // Nothing there, or nothing that may be removed: binding says which.
+        Err(_) => {}
+    }
     // The mode is right from the first moment on, not changed after the socket is there.
     let before = rustix::process::umask(Mode::from_raw_mode(0o177));
     let bound = UnixListener::bind(path);
     rustix::process::umask(before);
     bound.map_err(failed)
+}
+
+fn is_socket(path: &Path) -> bool {
+    std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
 /// Serves on TCP for as long as the process lives. Guests on this node's own `network` are turned away at once: they

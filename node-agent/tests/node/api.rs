@@ -94,6 +94,34 @@ async fn a_listener_without_a_token_is_refused() {
 }
 
 #[tokio::test]
+async fn what_is_in_the_sockets_place_stays_there() {
+    let first = Node::running(&[]).await;
+    let precious = first.state().join("precious");
+    std::fs::write(&precious, "words").unwrap();
+    let live = first.state().join("node.sock");
+    for (path, why) in [(&precious, "precious"), (&live, "another process listens there")] {
+        let second = Node::new(&["--socket", path.to_str().unwrap()]);
+        let output = second.command().output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        assert!(said.contains(why), "{said}");
+    }
+    assert_eq!(std::fs::read_to_string(&precious).unwrap(), "words");
+    assert!(first.client().node_status().await.is_ok(), "the first one goes on");
+}
+
+#[tokio::test]
+async fn arguments_that_nobody_could_work_with_are_refused() {
+    for args in [["--slots", "0"], ["--slots", "4294967295"], ["--mac", "zz"], ["--control", "http://127.0.0.1:1"]] {
+        let node = Node::new(&args);
+        let output = node.command().output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && said.contains(args[0]), "{args:?}: {said}");
+        assert!(!node.state().join("node.json").exists(), "{args:?} was noticed late");
+    }
+}
+
+#[tokio::test]
 async fn a_peer_gets_the_chunks_that_are_here() {
     let node = Node::running(&[]).await;
     let store = node.store();

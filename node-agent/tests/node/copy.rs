@@ -228,20 +228,20 @@ async fn a_full_disk() {
     node.put(1, &vms[..1]).await;
     reported(&control, |s| s.images.contains(&small)).await;
     // While the line is down somebody else fills the disk.
-    control.breaks.store(1, Ordering::SeqCst);
+    control.breaks.store(usize::MAX, Ordering::SeqCst);
     node.put(2, &vms).await;
     node.until_vm("the copy is held up", vms[1].id, |v| v.detail.is_some()).await;
     let hog = node.state().join("hog");
     std::fs::write(&hog, vec![1; 80 << 20]).unwrap_err();
     let failed = node.until_phase(vms[1].id, VmPhase::Failed).await;
-    let why = failed.detail.unwrap();
-    assert!(why.contains("free some space") || why.contains("/dev/kvm"), "{why}");
+    assert!(failed.detail.as_deref().is_some_and(|why| why.contains("free some space")), "{failed:?}");
     // It took nothing from the others, and half an image is no image.
     let status = node.client().node_status().await.unwrap();
     assert_eq!(status.images, [small]);
     node.store().verify(&small).unwrap();
 
     std::fs::remove_file(&hog).unwrap();
+    control.breaks.store(0, Ordering::SeqCst);
     node.put(3, &vms).await;
     reported(&control, |s| s.images.contains(&big)).await;
     node.store().verify(&big).unwrap();
@@ -251,6 +251,10 @@ async fn a_full_disk() {
 fn a_disk_that_fills_up_during_a_copy_is_named_and_harms_nothing() {
     if !rustix::process::geteuid().is_root() {
         eprintln!("skipped: mounting a small file system takes root");
+        return;
+    }
+    // Without KVM nothing is copied for VMs that could not run.
+    if !kvm() {
         return;
     }
     let alone = || {

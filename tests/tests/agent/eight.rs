@@ -22,7 +22,6 @@ const COUNT: usize = 8;
 const STATE: &str = "/run/agent";
 
 pub fn life() -> Result<()> {
-    // The node has no loopback of its own making, and no device node for taps.
     tools::tun()?;
     let image = import_tiny()?;
     let agent = Agent::start(Path::new(STATE))?;
