@@ -49,7 +49,7 @@ impl Accel {
     /// One where they are emulated, on a thread of its own. QEMU before 8.1 does not lock a page of code while it translates
     /// it, so that what another processor patches there meanwhile may be missed for good: a kernel that switches a static
     /// branch, as KVM does with each first and last VM, then traps on the same stale breakpoint for ever.
-    pub(crate) const fn cpus(self, asked: u8) -> u8 {
+    pub const fn cpus(self, asked: u8) -> u8 {
         match self {
             Self::Kvm => asked,
             Self::Tcg => 1,

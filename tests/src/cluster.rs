@@ -11,8 +11,8 @@ use serde_json::Value;
 use crate::patience::until;
 use crate::{Artifacts, ControlNode};
 
-/// vCPUs of each machine: as many as this machine has, where it is a small one.
-const CPUS: u8 = 2;
+/// vCPUs that each machine asks for; an emulated one has fewer.
+pub const CPUS: u8 = 2;
 
 /// A private network with a control node, and machines that boot from it.
 #[derive(Debug)]

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use bedplate_lab::{Accel, Firmware, Forward};
-use bedplate_tests::cluster::Vm;
+use bedplate_tests::cluster::{CPUS, Vm};
 use bedplate_tests::{Artifacts, Cluster, ControlNode, http};
 use serde_json::Value;
 
@@ -75,10 +75,11 @@ impl Story<'_> {
     }
 
     fn power_on(&mut self) -> Result<()> {
-        let count = self.options.nodes;
+        let (count, accel) = (self.options.nodes, Accel::best());
+        let cpus = accel.cpus(CPUS);
         self.screen.say(format!(
-            "{count} blank machine(s) are powered on: 2 vCPUs and {MACHINE_MIB} MiB each, no disk, set to network boot; run by {}",
-            Accel::best().describe()
+            "{count} blank machine(s) are powered on: {cpus} vCPU(s) and {MACHINE_MIB} MiB each, no disk, set to network boot; run by {}",
+            accel.describe()
         ));
         for _ in 0..count {
             self.cluster.power_on(Firmware::Bios, MACHINE_MIB)?;
