@@ -1,6 +1,8 @@
-//! What was asked for → what will be built: every check that needs no host, with words for people.
+//! What was asked for → what will be built: every check that needs no host, with words for people. Only [`separate`]
+//! looks at files.
 
 use std::collections::HashSet;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 
 use bedplate_api::vmm::{CacheType, Drive, MachineConfig, NetworkInterface, VmConfig, Vsock};
@@ -85,6 +87,11 @@ pub enum ConfigError {
     Name { what: &'static str, name: String },
     #[error("drives {0:?} and {1:?} both are the root device: set is_root_device for one")]
     TwoRoots(String, String),
+    #[error(
+        "drives {first:?} and {second:?} are the same file, {path}, which one of them may write: give each its own, or \
+         set is_read_only for both"
+    )]
+    SharedFile { first: String, second: String, path: PathBuf },
     #[error("drive {id:?}: partuuid {partuuid:?} needs is_root_device, and is hexadecimal digits and hyphens")]
     PartUuid { id: String, partuuid: String },
     #[error("network interface {id:?}: guest_mac {mac:?} is not a unicast MAC address such as 06:00:ac:10:00:02")]
@@ -181,6 +188,32 @@ pub fn drive(drive: &Drive) -> Result<DriveConfig, ConfigError> {
     Ok(DriveConfig { id, path, read_only: drive.is_read_only, cache })
 }
 
+/// Checks that no drive writes to what is another one, too: two caches in the guest would ruin it. What cannot be
+/// looked at is left to who opens it.
+///
+/// # Errors
+/// The first two drives that are one file, by whatever paths.
+pub fn separate(drives: &[DriveConfig]) -> Result<(), ConfigError> {
+    let mut seen: Vec<((bool, u64, u64), &DriveConfig)> = Vec::new();
+    for drive in drives {
+        let Ok(there) = std::fs::metadata(&drive.path) else { continue };
+        // Of a block device there may be several nodes.
+        let file = if there.file_type().is_block_device() {
+            (true, there.rdev(), 0)
+        } else {
+            (false, there.dev(), there.ino())
+        };
+        let clash =
+            |(other, by): &&((bool, u64, u64), &DriveConfig)| *other == file && !(by.read_only && drive.read_only);
+        if let Some((_, first)) = seen.iter().find(clash) {
+            let (first, second) = (first.id.clone(), drive.id.clone());
+            return Err(ConfigError::SharedFile { first, second, path: drive.path.clone() });
+        }
+        seen.push((file, drive));
+    }
+    Ok(())
+}
+
 /// Checks one network interface.
 ///
 /// # Errors
@@ -272,6 +305,30 @@ mod tests {
         .unwrap();
         assert_eq!(config.drives.iter().map(|d| d.id.as_str()).collect::<Vec<_>>(), ["root", "data"]);
         assert!(config.boot.cmdline.ends_with("root=/dev/vda ro"), "{}", config.boot.cmdline);
+    }
+
+    #[test]
+    fn a_file_is_one_writable_drive_at_most_by_whatever_path() {
+        let dir = tempfile::tempdir().unwrap();
+        let (disk, link, other) = (dir.path().join("disk"), dir.path().join("link"), dir.path().join("other"));
+        std::fs::write(&disk, "").unwrap();
+        std::fs::write(&other, "").unwrap();
+        std::os::unix::fs::symlink("disk", &link).unwrap();
+        let drive = |id: &str, path: &std::path::Path, read_only| DriveConfig {
+            id: id.into(),
+            path: path.into(),
+            read_only,
+            cache: Cache::Writeback,
+        };
+        let check = |one: bool, two: bool| {
+            separate(&[drive("a", &disk, one), drive("b", &other, false), drive("c", &link, two)])
+        };
+        assert!(check(true, true).is_ok());
+        for (one, two) in [(false, false), (true, false), (false, true)] {
+            let error = check(one, two).unwrap_err().to_string();
+            assert!(error.contains(r#""a" and "c" are the same file"#), "{error}");
+        }
+        assert!(separate(&[drive("a", "/nowhere".as_ref(), false), drive("b", "/nowhere".as_ref(), false)]).is_ok());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! `bedplate-vmm`: one VM.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -9,6 +9,8 @@ use bedplate_api::error::with_causes;
 use bedplate_api::vmm::{Exit, ExitReason, VmConfig};
 use bedplate_vmm::console::{Console, Target};
 use bedplate_vmm::control::{self, Server, Session, Signals};
+use bedplate_vmm::exit_file::ExitFile;
+use bedplate_vmm::json;
 use clap::Parser;
 
 /// Run one virtual machine.
@@ -42,6 +44,14 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
+    // First of all: a VM whose end cannot be told is not started.
+    let exit_file = match args.exit_file.as_deref().map(ExitFile::prepare).transpose() {
+        Ok(exit_file) => exit_file,
+        Err(error) => {
+            eprintln!("bedplate-vmm: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
     let exit =
         run(&args).unwrap_or_else(|error| Exit { reason: ExitReason::HostFault, detail: with_causes(error.as_ref()) });
     let mut code = exit.reason.code();
@@ -51,10 +61,8 @@ fn main() -> ExitCode {
         ExitReason::HostFault => eprintln!("bedplate-vmm: {}", exit.detail),
         ExitReason::GuestPowerOff | ExitReason::GuestReset | ExitReason::Stopped => {}
     }
-    if let Some(path) = &args.exit_file
-        && let Err(error) = write_exit(path, &exit)
-    {
-        eprintln!("bedplate-vmm: exit file {}: {error}; give a path that you may write", path.display());
+    if let Some(Err(error)) = exit_file.map(|file| file.write(&exit)) {
+        eprintln!("bedplate-vmm: {error}");
         code = 1;
     }
     ExitCode::from(code)
@@ -68,12 +76,7 @@ fn run(args: &Args) -> Result<Exit> {
     }
     let console = Console::open(&args.serial, args.serial_log.as_deref())?;
     let mut session = Session::new(args.id.clone(), console)?;
-    let server = match &args.api_sock {
-        Some(path) => Some(Server::listen(path).with_context(|| {
-            format!("API socket {} cannot be made (give a path in a directory that you may write)", path.display())
-        })?),
-        None => None,
-    };
+    let server = args.api_sock.as_deref().map(Server::listen).transpose()?;
     if let Some(path) = &args.config_file {
         session.start_with(read_config(path)?)?;
         if matches!(args.serial, Target::Stdio) && std::io::stdin().is_terminal() {
@@ -85,15 +88,6 @@ fn run(args: &Args) -> Result<Exit> {
 
 fn read_config(path: &Path) -> Result<VmConfig> {
     let text = std::fs::read(path).with_context(|| format!("config file {} cannot be read", path.display()))?;
-    serde_json::from_slice(&text)
+    json::object(&text)
         .with_context(|| format!("config file {} is not a VM's configuration; correct it", path.display()))
-}
-
-fn write_exit(path: &Path, exit: &Exit) -> std::io::Result<()> {
-    let mut aside = path.to_path_buf().into_os_string();
-    aside.push(".tmp");
-    let mut file = std::fs::File::create(&aside)?;
-    file.write_all(&serde_json::to_vec(exit)?)?;
-    file.sync_all()?;
-    std::fs::rename(&aside, path)
 }

@@ -5,12 +5,20 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
+/// `sun_path` has 108 bytes, and the last ends it.
+const MAX_PATH: usize = 107;
+
 /// Listens, without blocking, at `path`, for the owner only. A socket file that a dead process left behind is replaced;
 /// one that somebody answers is not.
 ///
 /// # Errors
 /// Somebody else listens there, or the host refuses.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
+    let len = path.as_os_str().len();
+    if len > MAX_PATH {
+        let message = format!("a socket's path has at most {MAX_PATH} bytes, and this one has {len}");
+        return Err(io::Error::new(ErrorKind::InvalidFilename, message));
+    }
     remove_dead(path)?;
     let listener = UnixListener::bind(path)?;
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
@@ -37,6 +45,19 @@ fn is_socket(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_remedy_fits_what_is_wrong() {
+        let dir = tempfile::tempdir().unwrap();
+        let remedy = |path: &Path| crate::files::remedy(&listen(path).unwrap_err());
+        let path = dir.path().join("s");
+        let _live = listen(&path).unwrap();
+        assert!(remedy(&path).contains("end that process"));
+        std::fs::write(dir.path().join("f"), "precious").unwrap();
+        assert!(remedy(&dir.path().join("f")).contains("remove what is there"));
+        assert!(remedy(&dir.path().join("x".repeat(150))).contains("shorter"));
+        assert!(remedy(Path::new("/nowhere/s")).contains("a directory that exists"));
+    }
 
     #[test]
     fn a_dead_socket_is_replaced_and_a_live_one_is_not() {

@@ -7,7 +7,7 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::{Exit, ExitReason};
@@ -67,9 +67,8 @@ impl Rig {
     }
 
     fn command(&self) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_bedplate-vmm"));
+        let mut command = vmm();
         command.arg("--exit-file").arg(self.path("exit")).arg("--serial-log").arg(self.path("log"));
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
     }
 
@@ -79,13 +78,34 @@ impl Rig {
 
     /// Runs to the end with a config file.
     fn run(&self, more: &str) -> Output {
+        self.run_with(&[], more)
+    }
+
+    /// With more options, too.
+    fn run_with(&self, options: &[&str], more: &str) -> Output {
         let config = self.config(more);
-        self.command().arg("--config-file").arg(config).output().unwrap()
+        let mut process = Running(self.command().arg("--config-file").arg(config).args(options).spawn().unwrap());
+        let status = process.ended();
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        process.0.stdout.take().unwrap().read_to_end(&mut stdout).unwrap();
+        process.0.stderr.take().unwrap().read_to_end(&mut stderr).unwrap();
+        Output { status, stdout, stderr }
+    }
+
+    fn fifo(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RWXU).unwrap();
+        path
     }
 
     /// It must fail to start: one line on stderr that the exit file repeats.
     fn refusal(&self, more: &str) -> String {
-        let output = self.run(more);
+        self.refusal_with(&[], more)
+    }
+
+    /// With more options, too.
+    fn refusal_with(&self, options: &[&str], more: &str) -> String {
+        let output = self.run_with(options, more);
         let stderr = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.code(), Some(1), "{stderr}");
         assert_eq!(stderr.lines().count(), 1, "{stderr}");
@@ -101,19 +121,22 @@ impl Rig {
     }
 }
 
+fn vmm() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bedplate-vmm"));
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
 /// Killed when the test fails.
 struct Running(Child);
 
 impl Running {
     fn wait(&mut self) -> i32 {
-        let deadline = Instant::now() + Duration::from_secs(60);
-        loop {
-            if let Some(status) = self.0.try_wait().unwrap() {
-                return status.code().unwrap_or(-1);
-            }
-            assert!(Instant::now() < deadline, "the process does not end");
-            std::thread::yield_now();
-        }
+        self.ended().code().unwrap_or(-1)
+    }
+
+    fn ended(&mut self) -> ExitStatus {
+        eventually("the process ends", || self.0.try_wait().unwrap())
     }
 }
 
@@ -183,6 +206,96 @@ fn what_cannot_start_is_one_line_that_names_the_thing() {
     assert!(rig.refusal("").contains("damaged"));
     std::fs::remove_file(rig.path("kernel")).unwrap();
     assert!(rig.refusal("").contains("kernel: No such file"));
+}
+
+#[test]
+fn a_fifo_holds_nothing_up() {
+    let rig = Rig::new(&[&SPIN]);
+    let fifo = rig.fifo("fifo");
+    let serial = format!("file:{}", fifo.display());
+    assert!(rig.refusal_with(&["--serial", &serial], "").contains("fifo: nobody reads this FIFO; start its reader"));
+    let section = format!(r#", "serial": {{"serial_out_path": {fifo:?}}}"#);
+    assert!(rig.refusal(&section).contains("nobody reads this FIFO"));
+    let mut log =
+        Running(vmm().arg("--config-file").arg(rig.config("")).arg("--serial-log").arg(&fifo).spawn().unwrap());
+    assert_eq!(log.wait(), 1);
+
+    let mut process = rig.serve();
+    let ask = |path: &str, body: &str| request(&rig.path("api"), "PUT", path, body);
+    let (status, body) = ask("/serial", &format!(r#"{{"serial_out_path": {fifo:?}}}"#));
+    assert!(status == 400 && body.contains("nobody reads"), "{body}");
+    if has_kvm() {
+        assert_eq!(ask("/boot-source", &format!(r#"{{"kernel_image_path": {fifo:?}}}"#)).0, 204);
+        let (status, body) = ask("/actions", r#"{"action_type": "InstanceStart"}"#);
+        assert!(status == 400 && body.contains("fifo: this is a FIFO, not a regular file"), "{body}");
+        let initrd = format!(r#"{{"kernel_image_path": {:?}, "initrd_path": {fifo:?}}}"#, rig.path("kernel"));
+        assert_eq!(ask("/boot-source", &initrd).0, 204);
+        let (status, body) = ask("/actions", r#"{"action_type": "InstanceStart"}"#);
+        assert!(status == 400 && body.contains("initrd") && body.contains("a FIFO"), "{body}");
+    }
+    assert_eq!(ask("/bedplate/stop", "").0, 204);
+    assert_eq!(process.wait(), 0);
+}
+
+#[test]
+fn an_exit_file_that_cannot_be_is_refused_before_anything_starts() {
+    let rig = Rig::new(&[&SAY_X, &RESET, &SPIN]);
+    let fifo = rig.fifo("fifo");
+    for (path, word) in [(fifo.as_path(), "is a FIFO"), (Path::new("/nowhere/exit"), "No such file")] {
+        let mut command = vmm();
+        command.arg("--config-file").arg(rig.config("")).arg("--exit-file").arg(path);
+        let output = command.arg("--serial-log").arg(rig.path("log")).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), stderr.lines().count()), (Some(1), 1), "{stderr}");
+        assert!(stderr.contains(word) && stderr.contains(path.to_str().unwrap()), "{stderr}");
+        assert!(output.stdout.is_empty() && !rig.path("log").exists(), "it has started");
+    }
+    assert!(!std::fs::metadata(&fifo).unwrap().is_file());
+}
+
+#[test]
+fn the_serial_section_leaves_the_log_on() {
+    if !has_kvm() {
+        return;
+    }
+    let rig = Rig::new(&[&SAY_X, &RESET, &SPIN]);
+    let output = rig.run(&format!(r#", "serial": {{"serial_out_path": {:?}}}"#, rig.path("serial")));
+    assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(0), &b""[..]));
+    assert_eq!(["log", "serial"].map(|name| std::fs::read(rig.path(name)).unwrap()), [b"x", b"x"]);
+}
+
+#[test]
+fn drives_that_lead_to_no_good_are_named() {
+    let rig = Rig::new(&[&RESET, &SPIN]);
+    std::fs::write(rig.path("disk"), "").unwrap();
+    let drive =
+        |id: &str, path: &Path| format!(r#"{{"drive_id": "{id}", "path_on_host": {path:?}, "is_root_device": false}}"#);
+    let disk = |id| drive(id, &rig.path("disk"));
+    let refusal = rig.refusal(&format!(r#", "drives": [{}, {}]"#, disk("one"), disk("two")));
+    assert!(refusal.contains(r#"drives "one" and "two" are the same file"#), "{refusal}");
+    if !has_kvm() {
+        return;
+    }
+    let refusal = rig.refusal(&format!(r#", "drives": [{}]"#, drive("null", Path::new("/dev/null"))));
+    assert!(refusal.contains("drive null: disk /dev/null is a character device; give a regular file"), "{refusal}");
+    let output = rig.run(&format!(r#", "drives": [{}]"#, disk("one")));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && stderr.contains(r#"drive "one""#) && stderr.contains("0 bytes"), "{stderr}");
+    let vsock = format!(r#", "vsock": {{"guest_cid": 3, "uds_path": "{}"}}"#, "/x".repeat(100));
+    assert!(rig.refusal(&vsock).contains("at most 107 bytes"));
+}
+
+#[test]
+fn a_socket_in_use_and_an_array_are_explained() {
+    let rig = Rig::new(&[&SPIN]);
+    let api = rig.path("live");
+    let _live = std::os::unix::net::UnixListener::bind(&api).unwrap();
+    let refusal = rig.refusal_with(&["--api-sock", api.to_str().unwrap()], "");
+    assert!(refusal.contains("another process listens there; end that process"), "{refusal}");
+    std::fs::write(rig.path("array"), "[]").unwrap();
+    let output = vmm().arg("--config-file").arg(rig.path("array")).output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.code() == Some(1) && stderr.contains("array is not a VM's configuration"), "{stderr}");
 }
 
 #[test]

@@ -69,9 +69,12 @@ fn check(file: &File, path: &Path, len: u64, ram: &Ram) -> Result<(), BootError>
         if offset.checked_add(in_file).is_none_or(|end| end > len) {
             return Err(damaged(format!("it has {len} bytes and segment {n} ends beyond that")));
         }
-        let end = address.checked_add(in_memory.max(in_file)).filter(|end| *end <= HIGH_RAM && address >= FIRST_MIB);
-        match end {
-            None => return Err(damaged(format!("segment {n} wants to lie at {address:#x}"))),
+        if !(FIRST_MIB..HIGH_RAM).contains(&address) {
+            return Err(damaged(format!("segment {n} wants to lie at {address:#x}")));
+        }
+        let size = in_memory.max(in_file);
+        match address.checked_add(size).filter(|end| *end <= HIGH_RAM) {
+            None => return Err(damaged(format!("segment {n} at {address:#x} wants {size} bytes of memory"))),
             Some(end) if end > ram.low_end() => return Err(no_room("kernel", path, ram)),
             Some(_) => {}
         }

@@ -19,6 +19,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 pub use cmdline::{CmdlineError, DEFAULT as DEFAULT_CMDLINE, RootDevice, compose as compose_cmdline};
 
+use crate::files;
 use crate::memory::Ram;
 
 /// How the first vCPU enters the guest.
@@ -213,12 +214,9 @@ fn write_cmdline(memory: &Memory, cmdline: &str) -> Result<(), BootError> {
 }
 
 fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
-    let file = File::open(path).map_err(|source| read_error(what, path, source))?;
-    let metadata = file.metadata().map_err(|source| read_error(what, path, source))?;
-    if !metadata.is_file() {
-        return Err(read_error(what, path, io::Error::other("not a regular file")));
-    }
-    Ok((file, metadata.len()))
+    let file = files::read_regular(path).map_err(|source| read_error(what, path, source))?;
+    let len = file.metadata().map_err(|source| read_error(what, path, source))?.len();
+    Ok((file, len))
 }
 
 fn read_error(what: &'static str, path: &Path, source: io::Error) -> BootError {

@@ -104,6 +104,8 @@ fn damage_is_named() {
     let mut nowhere = whole;
     nowhere[88..96].copy_from_slice(&u64::MAX.to_le_bytes());
     assert!(error(&nowhere).contains("wants to lie at"));
+    let huge = error(&elf(&[0; 16], u64::MAX));
+    assert!(huge.contains("segment 0 at 0x100000 wants 18446744073709551615 bytes"), "{huge}");
 }
 
 #[test]

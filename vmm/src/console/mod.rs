@@ -13,7 +13,7 @@ mod sink;
 mod terminal;
 
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
@@ -25,6 +25,7 @@ use bedplate_devices::platform::SerialPort;
 use rustix::event::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::files;
 use crate::machine::SerialLine;
 use clients::Clients;
 use file_log::FileLog;
@@ -67,7 +68,7 @@ impl std::str::FromStr for Target {
 
 /// A place that cannot be opened.
 #[derive(Debug, thiserror::Error)]
-#[error("serial console: {path}: {source}; give a path in a directory that exists and that you may write")]
+#[error("serial console: {path}: {source}; {}", files::remedy(.source))]
 pub struct ConsoleError {
     path: PathBuf,
     source: io::Error,
@@ -91,30 +92,49 @@ enum Output {
     Socket(Clients),
 }
 
+impl Output {
+    fn open(target: &Target) -> Result<Self, ConsoleError> {
+        Ok(match target {
+            // Of its own: whoever prints while this one stalls is not kept by a lock.
+            Target::Stdio => Self::Stdio(
+                rustix::stdio::stdout()
+                    .try_clone_to_owned()
+                    .and_then(|stdout| Outlet::start(File::from(stdout), GRACE))
+                    .map_err(at(Path::new("standard output")))?,
+            ),
+            Target::Off => Self::Off,
+            Target::File(path) => Self::File(outlet(path).map_err(at(path))?),
+            Target::Socket(path) => Self::Socket(Clients::listen(path).map_err(at(path))?),
+        })
+    }
+}
+
+fn outlet(path: &Path) -> io::Result<Outlet> {
+    let file = files::append_to(path)?;
+    // Once open, a FIFO that is full for a while loses nothing: it is the outlet's thread that waits.
+    rustix::io::ioctl_fionbio(&file, false)?;
+    Outlet::start(file, GRACE)
+}
+
 impl Console {
     /// Opens `target` and the log.
     ///
     /// # Errors
     /// One of them cannot be opened.
     pub fn open(target: &Target, log: Option<&Path>) -> Result<Self, ConsoleError> {
-        let output = match target {
-            // Of its own: whoever prints while this one stalls is not kept by a lock.
-            Target::Stdio => Output::Stdio(
-                rustix::stdio::stdout()
-                    .try_clone_to_owned()
-                    .and_then(|stdout| Outlet::start(File::from(stdout), GRACE))
-                    .map_err(at(Path::new("standard output")))?,
-            ),
-            Target::Off => Output::Off,
-            Target::File(path) => {
-                let file = OpenOptions::new().append(true).create(true).open(path);
-                Output::File(file.and_then(|file| Outlet::start(file, GRACE)).map_err(at(path))?)
-            }
-            Target::Socket(path) => Output::Socket(Clients::listen(path).map_err(at(path))?),
-        };
+        let output = Output::open(target)?;
         let log = log.map(|path| FileLog::open(path).map_err(at(path))).transpose()?;
         let sink = Sink::new().map_err(at(Path::new("eventfd")))?;
         Ok(Self { sink, output, log })
+    }
+
+    /// Goes to `target` instead; the log stays.
+    ///
+    /// # Errors
+    /// It cannot be opened; then nothing changes.
+    pub fn redirect(&mut self, target: &Target) -> Result<(), ConsoleError> {
+        self.output = Output::open(target)?;
+        Ok(())
     }
 
     /// Where the serial port writes to.

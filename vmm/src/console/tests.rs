@@ -89,6 +89,34 @@ fn the_log_is_bounded() {
 }
 
 #[test]
+fn a_device_as_log_is_never_moved_aside() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    std::os::unix::fs::symlink("/dev/null", &path).unwrap();
+    let mut log = FileLog::open(&path).unwrap();
+    for _ in 0..3 {
+        log.append(&[b'x'; 700_000]);
+    }
+    assert!(!dir.path().join("log.old").exists());
+}
+
+#[test]
+fn another_output_leaves_the_log_where_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let [log, out] = ["log", "out"].map(|name| dir.path().join(name));
+    let mut console = Console::open(&Target::Off, Some(&log)).unwrap();
+    assert!(console.redirect(&Target::File("/nowhere/out".into())).is_err());
+    console.redirect(&Target::File(out.clone())).unwrap();
+    let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    let (mut sink, drained) = (console.sink(), event());
+    let port = SerialPort::new(event(), drained.try_clone().unwrap(), Box::new(sink.clone()));
+    let serving = console.serve(&SerialLine { port: Arc::new(Mutex::new(port)), drained }, &event()).unwrap();
+    sink.write_all(b"both").unwrap();
+    drop(serving);
+    assert_eq!([log, out].map(|path| std::fs::read(path).unwrap()), [b"both", b"both"]);
+}
+
+#[test]
 fn ctrl_a_x_leaves_and_everything_else_is_the_guests() {
     let mut guest = VecDeque::new();
     let mut keys = Keys::new(true);

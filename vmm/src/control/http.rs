@@ -31,12 +31,20 @@ use super::commands::Answer;
 use super::fault::Fault;
 use super::routes;
 use super::session::Session;
-use crate::socket;
+use crate::{files, socket};
 
 /// Bytes of a request's body, at most; Firecracker's default.
 const MAX_BODY: usize = 51_200;
 /// Connections at once: with more, the oldest is closed.
 const MAX_CONNECTIONS: usize = 16;
+
+/// The API's socket cannot be made.
+#[derive(Debug, thiserror::Error)]
+#[error("API socket {path} cannot be made: {source}; {}", files::remedy(.source))]
+pub struct ListenError {
+    path: PathBuf,
+    source: io::Error,
+}
 
 /// The listening socket and its connections.
 pub struct Server {
@@ -71,8 +79,9 @@ impl Server {
     ///
     /// # Errors
     /// Somebody else does, or the host refuses.
-    pub fn listen(path: &Path) -> io::Result<Self> {
-        Ok(Self { listener: socket::listen(path)?, path: path.into(), connections: Vec::new() })
+    pub fn listen(path: &Path) -> Result<Self, ListenError> {
+        let listener = socket::listen(path).map_err(|source| ListenError { path: path.into(), source })?;
+        Ok(Self { listener, path: path.into(), connections: Vec::new() })
     }
 
     /// What to wait for.

@@ -1,10 +1,12 @@
 //! Messages of the VMM: few, for people, never caused by what a guest does without limit.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Write};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use bedplate_api::vmm::{LogLevel, Logger};
+
+use crate::files;
 
 /// Where messages go.
 pub(super) struct Log {
@@ -23,7 +25,7 @@ impl Default for Log {
 
 impl Log {
     pub fn open(spec: &Logger) -> io::Result<Self> {
-        let file = spec.log_path.as_ref().map(|path| append_to(path)).transpose()?;
+        let file = spec.log_path.as_ref().map(|path| files::append_to(path.as_ref())).transpose()?;
         let default = if file.is_some() { LogLevel::Info } else { LogLevel::Warning };
         Ok(Self { file, level: spec.level.unwrap_or(default), show_level: spec.show_level.unwrap_or(false) })
     }
@@ -41,10 +43,4 @@ impl Log {
             None => io::stderr().write_all(line.as_bytes()),
         };
     }
-}
-
-/// A file, or a named pipe that somebody reads: one that nobody reads must not stop us.
-pub(super) fn append_to(path: &str) -> io::Result<File> {
-    use std::os::unix::fs::OpenOptionsExt;
-    OpenOptions::new().append(true).create(true).custom_flags(libc::O_NONBLOCK).open(path)
 }

@@ -17,7 +17,7 @@ use bedplate_api::vmm::Exit;
 use rustix::event::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::EventFd;
 
-pub use http::Server;
+pub use http::{ListenError, Server};
 pub use session::{Session, StartError};
 pub use signals::{Signal, Signals};
 

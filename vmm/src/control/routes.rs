@@ -45,7 +45,7 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
 }
 
 fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
-    serde_json::from_slice(body).map_err(|error| {
+    crate::json::object(body).map_err(|error| {
         Fault::bad_request(format!("An error occurred when deserializing the json body of a request: {error}."))
     })
 }
@@ -80,6 +80,7 @@ mod tests {
         assert!(parse("PUT", "/drives/b", drive).unwrap_err().contains("does not match"));
         assert!(parse("PUT", "/drives/a", "{").unwrap_err().contains("deserializing the json body"));
         assert!(parse("PUT", "/drives/a", &drive.replace("path_on", "path_of")).unwrap_err().contains("path_of_host"));
+        assert!(parse("PUT", "/boot-source", r#"["k"]"#).unwrap_err().contains("an array where"));
         assert!(parse("DELETE", "/drives/a", "").unwrap_err().contains("Invalid request method"));
         assert!(parse("GET", "/nowhere", "").unwrap_err().contains("Invalid request method"));
         assert!(parse("GET", "/version", "{}").unwrap_err().contains("cannot have a body"));

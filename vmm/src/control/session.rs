@@ -12,10 +12,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::commands::{Answer, Command};
 use super::fault::Fault;
-use super::log::{Log, append_to};
+use super::log::Log;
 use super::signals::Signal;
 use crate::config::{self, ConfigError, DriveConfig};
 use crate::console::{Console, ConsoleError, Serving, Target};
+use crate::files;
 use crate::machine::{BuildError, Machine, builder};
 
 const NAME: &str = "Bedplate";
@@ -33,7 +34,7 @@ pub enum StartError {
     Build(#[from] BuildError),
     #[error(transparent)]
     Console(#[from] ConsoleError),
-    #[error("{what} {path}: {source}; give a path that you may write")]
+    #[error("{what} {path}: {source}; {}", files::remedy(.source))]
     File { what: &'static str, path: String, source: io::Error },
     #[error("the host cannot give what the process needs: {0}")]
     Host(#[from] io::Error),
@@ -101,6 +102,7 @@ impl Session {
 
     fn start(&mut self) -> Result<(), StartError> {
         let config = config::validate(&self.spec)?;
+        config::separate(&config.drives)?;
         let console = match self.console.take() {
             Some(console) => console,
             None => Console::open(&Target::Off, None)?,
@@ -114,7 +116,7 @@ impl Session {
             }
         };
         for drive in &config.drives {
-            self.warn_of_odd_length(drive);
+            self.warn_of_length(drive);
         }
         let console = console.serve(machine.serial(), &self.leave)?;
         self.vm = Some(Running { machine, paused: false, _console: console });
@@ -123,18 +125,21 @@ impl Session {
     }
 
     /// A disk has whole sectors; Firecracker accepts such a file, too, and says so.
-    fn warn_of_odd_length(&mut self, drive: &DriveConfig) {
-        let len = std::fs::metadata(&drive.path).map_or(0, |file| if file.is_file() { file.len() } else { 0 });
-        if !len.is_multiple_of(SECTOR) {
-            let message = format!(
-                "drive {:?}: {} has {len} bytes, which is no multiple of {SECTOR}; the guest does not see the last {} \
-                 of them. Pad the file to whole sectors",
-                drive.id,
-                drive.path.display(),
+    fn warn_of_length(&mut self, drive: &DriveConfig) {
+        let Some(file) = std::fs::metadata(&drive.path).ok().filter(|file| file.is_file()) else { return };
+        let (id, path, len) = (&drive.id, drive.path.display(), file.len());
+        let message = if len == 0 {
+            format!("drive {id:?}: {path} has 0 bytes; the guest sees a disk without sectors. Give the file a size")
+        } else if !len.is_multiple_of(SECTOR) {
+            format!(
+                "drive {id:?}: {path} has {len} bytes, which is no multiple of {SECTOR}; the guest does not see the \
+                 last {} of them. Pad the file to whole sectors",
                 len % SECTOR
-            );
-            self.log.write(LogLevel::Warning, &message);
-        }
+            )
+        } else {
+            return;
+        };
+        self.log.write(LogLevel::Warning, &message);
     }
 
     pub(super) const fn leave(&self) -> &EventFd {
@@ -272,14 +277,23 @@ impl Session {
 
     fn set_metrics(&mut self, metrics: &Metrics) -> Result<(), StartError> {
         let path = metrics.metrics_path.clone();
-        let file = append_to(&path).map_err(|source| StartError::File { what: "metrics_path", path, source })?;
+        let file = files::append_to(path.as_ref()).map_err(|source| StartError::File {
+            what: "metrics_path",
+            path,
+            source,
+        })?;
         self.metrics = Some(file);
         Ok(())
     }
 
     fn set_serial(&mut self, serial: &SerialDevice) -> Result<(), StartError> {
         if let Some(path) = &serial.serial_out_path {
-            self.console = Some(Console::open(&Target::File(path.into()), None)?);
+            let target = Target::File(path.into());
+            match &mut self.console {
+                // Its log stays.
+                Some(console) => console.redirect(&target)?,
+                None => self.console = Some(Console::open(&target, None)?),
+            }
         }
         Ok(())
     }

@@ -1,12 +1,13 @@
 //! A raw file or block device as a disk: the kernel copies between its page cache and guest memory.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
 use super::Backend;
+use crate::files;
 use crate::virtio::View;
 
 /// A file cannot be a disk.
@@ -20,6 +21,14 @@ pub enum OpenError {
         /// Why.
         source: io::Error,
     },
+    /// It can be opened, and is no place for sectors.
+    #[error("disk {path} is {found}; give a regular file or a block device")]
+    Kind {
+        /// Which one.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
+    },
     /// It has no size.
     #[error("cannot find the size of disk {path}: {source}; give a regular file or a block device")]
     Size {
@@ -28,6 +37,10 @@ pub enum OpenError {
         /// Why.
         source: io::Error,
     },
+}
+
+fn holds_sectors(file_type: FileType) -> bool {
+    file_type.is_file() || file_type.is_block_device()
 }
 
 /// A disk that is a flat file.
@@ -43,18 +56,24 @@ impl RawFile {
     /// # Errors
     /// It cannot be opened in this way, or is neither file nor block device.
     pub fn open(path: &Path, read_only: bool) -> Result<Self, OpenError> {
-        let file = OpenOptions::new().read(true).write(!read_only).open(path);
-        let file = file.map_err(|source| OpenError::Open { path: path.into(), source })?;
+        let cannot = |source| OpenError::Open { path: path.into(), source };
+        // Before it is opened: that waits at a FIFO, and does things to some devices.
+        let file_type = fs::metadata(path).map_err(cannot)?.file_type();
+        if !holds_sectors(file_type) {
+            return Err(OpenError::Kind { path: path.into(), found: files::kind(file_type) });
+        }
+        let file = OpenOptions::new().read(true).write(!read_only).open(path).map_err(cannot)?;
         Self::new(file).map_err(|source| OpenError::Size { path: path.into(), source })
     }
 
     /// The disk that an open file is.
     ///
     /// # Errors
-    /// It cannot be measured: a pipe, a terminal.
+    /// It is neither file nor block device, or cannot be measured.
     pub fn new(mut file: File) -> io::Result<Self> {
-        if file.metadata()?.is_dir() {
-            return Err(io::ErrorKind::IsADirectory.into());
+        let file_type = file.metadata()?.file_type();
+        if !holds_sectors(file_type) {
+            return Err(io::Error::other(format!("this is {}", files::kind(file_type))));
         }
         // The length of a block device is where its end is, not what its metadata says.
         let size = file.seek(SeekFrom::End(0))?;

@@ -275,3 +275,20 @@ fn the_status_is_written_whatever_the_chain_is_like() {
     assert_eq!(disk.take_calls(), Vec::<String>::new());
     assert_eq!(request(&driver, &mut queue, IN, 0, &[Piece::Write(DATA, 512)]), (0, 513));
 }
+
+#[test]
+fn what_holds_no_sectors_is_no_disk() {
+    let directory = tempfile::tempdir().unwrap();
+    let fifo = directory.path().join("fifo");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();
+    let others = [("/dev/null".as_ref(), "a character device"), (&*fifo, "a FIFO"), (directory.path(), "a directory")];
+    for (path, what) in others {
+        for read_only in [true, false] {
+            let error = RawFile::open(path, read_only).unwrap_err().to_string();
+            let words = format!("disk {} is {what}; give a regular file or a block device", path.display());
+            assert_eq!(error, words);
+        }
+    }
+    let null = std::fs::File::open("/dev/null").unwrap();
+    assert!(RawFile::new(null).unwrap_err().to_string().contains("a character device"));
+}

@@ -18,7 +18,7 @@ mod tests;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use event_manager::EventSet;
@@ -50,13 +50,24 @@ pub enum VsockError {
     #[error("vsock guest_cid {0} is reserved; choose one from 3 to 4294967294")]
     Cid(u32),
     /// The socket cannot be made.
-    #[error("cannot listen on {path} for a vsock device: {source}; remove what is there, or choose another uds_path")]
+    #[error("cannot listen on {path} for a vsock device: {source}; {}", remedy(.path, .source))]
     Listen {
         /// Where.
         path: PathBuf,
         /// Why.
         source: io::Error,
     },
+}
+
+fn remedy(path: &Path, source: &io::Error) -> &'static str {
+    // `sun_path` has 108 bytes, and the last ends it.
+    if path.as_os_str().len() > 107 {
+        return "choose an uds_path of at most 107 bytes";
+    }
+    match source.kind() {
+        io::ErrorKind::AddrInUse => "remove what is there, or choose another uds_path",
+        _ => "choose an uds_path in a directory that exists and that you may write",
+    }
 }
 
 /// A virtio socket device.

@@ -342,4 +342,8 @@ fn wrong_addresses_and_taken_paths_are_explained() {
     let error = Vsock::new(VsockConfig { guest_cid: 3, uds_path: uds_path.clone() }).err().unwrap();
     assert!(error.to_string().contains("remove what is there"), "{error}");
     assert!(uds_path.exists(), "it was not ours to remove");
+    for (path, remedy) in [("/x".repeat(100), "at most 107 bytes"), ("/nowhere/v".into(), "a directory that exists")] {
+        let error = Vsock::new(VsockConfig { guest_cid: 3, uds_path: path.into() }).err().unwrap().to_string();
+        assert!(error.contains(remedy) && !error.contains("remove"), "{error}");
+    }
 }

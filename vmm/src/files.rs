@@ -1,0 +1,81 @@
+//! Opening what somebody named. The path may lead to a FIFO or a device, and neither may keep us waiting.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use bedplate_devices::files::kind;
+
+/// Opens a regular file for reading.
+///
+/// # Errors
+/// The host refuses, or it is something else; the message says what.
+pub fn read_regular(path: &Path) -> io::Result<File> {
+    // Before it is opened, because that does things to some devices, and of what was opened, because paths change.
+    regular(&fs::metadata(path)?)?;
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
+    regular(&file.metadata()?)?;
+    Ok(file)
+}
+
+fn regular(metadata: &fs::Metadata) -> io::Result<()> {
+    if metadata.is_file() {
+        return Ok(());
+    }
+    Err(io::Error::other(format!("this is {}, not a regular file", kind(metadata.file_type()))))
+}
+
+/// Opens, without blocking, a file to append to, or a FIFO that somebody reads: one that nobody reads must not stop us.
+///
+/// # Errors
+/// The host refuses, or nobody reads the FIFO.
+pub fn append_to(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new().append(true).create(true).custom_flags(libc::O_NONBLOCK).open(path);
+    file.map_err(|error| match fs::metadata(path) {
+        Ok(there) if error.raw_os_error() == Some(libc::ENXIO) && there.file_type().is_fifo() => {
+            io::Error::new(ErrorKind::BrokenPipe, "nobody reads this FIFO")
+        }
+        _ => error,
+    })
+}
+
+/// What to do when a place to write to, or a socket to listen on, cannot be had.
+pub fn remedy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::BrokenPipe => "start its reader first, or give a file",
+        // `socket::listen` found a live one; from the host, something else is in the way.
+        ErrorKind::AddrInUse if error.raw_os_error().is_none() => "end that process, or choose another path",
+        ErrorKind::AddrInUse => "remove what is there, or choose another path",
+        ErrorKind::InvalidFilename => "choose a shorter path",
+        _ => "give a path in a directory that exists and that you may write",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fifo_is_written_to_only_while_somebody_reads_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();
+        let error = append_to(&fifo).unwrap_err();
+        assert_eq!(error.to_string(), "nobody reads this FIFO");
+        assert!(remedy(&error).contains("reader"));
+        let _reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&fifo).unwrap();
+        append_to(&fifo).unwrap();
+    }
+
+    #[test]
+    fn only_regular_files_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();
+        let words = |path: &Path| read_regular(path).unwrap_err().to_string();
+        assert_eq!(words(&fifo), "this is a FIFO, not a regular file");
+        assert_eq!(words(dir.path()), "this is a directory, not a regular file");
+        assert_eq!(words(Path::new("/dev/null")), "this is a character device, not a regular file");
+    }
+}
