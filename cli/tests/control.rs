@@ -205,6 +205,8 @@ fn apply_sends_what_differs_and_a_dry_run_or_a_mistake_nothing() {
     let said = control.fails(&["apply", "-f", bad.to_str().unwrap()]);
     assert!(said.contains("line 4") && said.contains("`cpu`") && said.contains("nothing was changed"), "{said}");
     assert_eq!(control.put().len(), 1);
+    let said = control.fails(&["apply", "-f", "/nosuch"]);
+    assert!(said.contains("cannot read /nosuch") && said.contains("name a file of tiers"), "{said}");
 }
 
 #[test]

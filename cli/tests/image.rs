@@ -109,6 +109,100 @@ fn rot_is_found() {
     assert!(said.contains("chunk"), "{said}");
 }
 
+#[test]
+fn one_damaged_image_does_not_hide_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    disk(dir, "disk.raw");
+    ok(dir, &["image", "import", "disk.raw", "--name", "b-bad"]);
+    fs::remove_file(walk(&dir.join("store/chunks")).next().unwrap()).unwrap();
+    assert!(ok(dir, &["image", "inspect", "b-bad"]).contains(", 1 missing here"));
+    fs::write(dir.join("small.raw"), [7; 512]).unwrap();
+    ok(dir, &["image", "import", "small.raw", "--name", "c-good"]);
+    fs::write(dir.join("store/tags/a-rnd"), "garbage").unwrap();
+
+    let out = bedplate(dir, &["image", "verify", "-o", "json"]);
+    assert_eq!(out.status.code(), Some(1));
+    let (said, list) = (String::from_utf8(out.stderr).unwrap(), serde_json::from_slice(&out.stdout).unwrap());
+    let list: serde_json::Value = list;
+    let names = [0, 1, 2].map(|i| (list[i]["name"].as_str().unwrap(), list[i]["error"].as_str().is_some()));
+    assert_eq!(names, [("a-rnd", true), ("b-bad", true), ("c-good", false)], "{list:#}");
+    assert_eq!(list[2]["size"].as_u64(), Some(512), "the shape of a good one stays");
+    assert!(list[1]["error"].as_str().unwrap().contains("chunk"), "{list:#}");
+    assert!(said.contains("a-rnd: ") && said.contains("b-bad: ") && said.contains("c-good: 512 B are"), "{said}");
+    assert!(said.lines().last().unwrap().starts_with("bedplate: 2 of 3 images are damaged"), "{said}");
+}
+
+#[test]
+fn a_damaged_name_is_listed_apart_with_what_removes_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    disk(dir, "disk.raw");
+    ok(dir, &["image", "import", "disk.raw", "--name", "good"]);
+    fs::write(dir.join("store/tags/rnd"), "garbage").unwrap();
+    fs::create_dir(dir.join("store/tags/dir")).unwrap();
+    fs::write(dir.join("store/tags/dangling"), format!("blake3:{}\n", "1".repeat(64))).unwrap();
+    let out = bedplate(dir, &["image", "ls"]);
+    assert_eq!(out.status.code(), Some(1));
+    let (list, said) = (String::from_utf8(out.stdout).unwrap(), String::from_utf8(out.stderr).unwrap());
+    assert!(list.contains("good") && list.lines().count() == 2, "{list}");
+    assert!(said.lines().last().unwrap().starts_with("bedplate: 3 names"), "{said}");
+    assert!(fails(dir, &["image", "gc"]).contains("`bedplate image rm "));
+    for name in ["rnd", "dir", "dangling"] {
+        assert!(said.contains(&format!("{name}: ")) && said.contains(&format!("`bedplate image rm {name} ")), "{said}");
+        ok(dir, &["image", "rm", name, "--store", dir.join("store").to_str().unwrap()]);
+    }
+    assert_eq!(ok(dir, &["image", "ls"]), list);
+    ok(dir, &["image", "gc"]);
+}
+
+#[test]
+fn a_name_that_moves_says_what_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    disk(dir, "disk.raw");
+    fs::write(dir.join("small.raw"), [7; 512]).unwrap();
+    let said = |file: &str| {
+        let out = bedplate(dir, &["image", "import", file, "--name", "mine", "-o", "json"]);
+        let image: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+        (image["digest"].as_str().unwrap().to_owned(), String::from_utf8(out.stderr).unwrap())
+    };
+    let (first, new) = said("disk.raw");
+    let (_, same) = said("disk.raw");
+    assert!(!new.contains("before") && !same.contains("before"), "{new}{same}");
+    let (_, moved) = said("small.raw");
+    assert!(moved.contains(&format!("mine was {first} before")), "{moved}");
+    let help = ok(dir, &["image", "import", "--help"]);
+    assert!(help.split_whitespace().collect::<Vec<_>>().join(" ").contains("stderr says what it was"), "{help}");
+}
+
+#[test]
+fn the_digits_that_ls_prints_name_an_image() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    disk(dir, "disk.raw");
+    ok(dir, &["image", "import", "disk.raw", "--name", "mine"]);
+    let list = ok(dir, &["image", "ls"]);
+    let short = list.lines().nth(1).unwrap().split_whitespace().nth(1).unwrap();
+    assert_eq!(ok(dir, &["image", "inspect", short]), ok(dir, &["image", "inspect", "mine"]));
+    ok(dir, &["image", "verify", &format!("blake3:{short}")]);
+    // Digits that were accepted as a digest do not become a name by the way.
+    let said = fails(dir, &["image", "push", short, "--control", "unix:/nowhere"]);
+    assert!(said.contains("--as"), "{said}");
+}
+
+#[test]
+fn no_store_is_made_among_other_things_or_where_none_can_be() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    disk(dir, "disk.raw");
+    for store in [dir.to_str().unwrap(), "/proc/x"] {
+        let said = fails(dir, &["image", "import", "disk.raw", "--name", "x", "--store", store]);
+        assert!(said.contains(store) && said.contains("name another"), "{said}");
+    }
+    assert_eq!(fs::read_dir(dir).unwrap().count(), 1, "only the disk");
+}
+
 fn walk(dir: &Path) -> impl Iterator<Item = std::path::PathBuf> {
     let shards = fs::read_dir(dir).unwrap().map(|shard| shard.unwrap().path());
     shards.flat_map(|shard| fs::read_dir(shard).unwrap().map(|file| file.unwrap().path()))
@@ -119,8 +213,12 @@ fn bad_files_and_names_are_refused_with_a_reason() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("empty"), "").unwrap();
     fs::write(dir.path().join("odd"), [1; 700]).unwrap();
+    assert!(Command::new("mkfifo").arg(dir.path().join("pipe")).status().unwrap().success());
     disk(dir.path(), "disk.raw");
     for (args, word) in [
+        (["image", "import", "pipe", "--name", "x"], "pipe is a named pipe"),
+        (["image", "import-vmm", "--kernel=pipe", "--initrd=disk.raw", "--name=x"], "pipe is a named pipe"),
+        (["image", "import-vmm", "--kernel=/dev/zero", "--initrd=disk.raw", "--name=x"], "/dev/zero is a character"),
         (["image", "import", "absent", "--name", "x"], "absent"),
         (["image", "import", "empty", "--name", "x"], "empty"),
         (["image", "import", "odd", "--name", "x"], "odd"),
@@ -157,6 +255,9 @@ fn a_wrong_command_line_is_told_from_a_failure() {
         &["tier", "create", "x"],
         &["run", "x", "--cpus", "9"],
         &["image", "ls", "--control", "x"],
+        // docs/cli.md says so.
+        &["--control", "unix:/x", "node", "ls"],
+        &["--store", "/x", "image", "ls"],
     ] {
         assert_eq!(bedplate(dir.path(), args).status.code(), Some(2), "{args:?}");
     }

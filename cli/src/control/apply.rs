@@ -45,7 +45,8 @@ pub struct Args {
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
     /// It cannot be read.
-    #[error("cannot read {}: {source}", path.display())]
+    #[error("cannot read {}: {source}; name a file of tiers, or - for stdin (`bedplate apply --help` shows the form)",
+            path.display())]
     Read {
         /// The file.
         path: PathBuf,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use bedplate_images::Store;
 use bedplate_images::import::{ImportError, Imported, Options, import_disk, import_files};
 
-use super::{Error, print_one};
+use super::{Error, note_moved, print_one};
 use crate::output::{self, Format, note};
 use crate::progress::Progress;
 
@@ -28,8 +28,10 @@ pub fn disk(store: &Store, file: &Path, tag: Option<&str>, allow: &[PathBuf]) ->
 }
 
 pub(super) fn run(store: &Store, file: &Path, name: &str, allow: &[PathBuf], format: Format) -> Result<(), Error> {
+    let before = store.tag(name).ok();
     let imported = disk(store, file, Some(name), allow)?;
     imported.report.iter().for_each(|line| note(line));
+    note_moved(name, before, &imported.digest);
     Ok(print_one(&store.summary(name)?, format)?)
 }
 
@@ -41,6 +43,8 @@ pub(super) fn run_vmm(
     name: &str,
     format: Format,
 ) -> Result<(), Error> {
-    import_files(store, kernel, initrd, cmdline, Some(name))?;
+    let before = store.tag(name).ok();
+    let imported = import_files(store, kernel, initrd, cmdline, Some(name))?;
+    note_moved(name, before, &imported.digest);
     Ok(print_one(&store.summary(name)?, format)?)
 }

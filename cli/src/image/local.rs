@@ -3,28 +3,49 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use bedplate_api::Digest;
 use bedplate_api::image::{ImageKind, ImageSummary};
 use bedplate_images::{Store, StoreError};
 use comfy_table::Cell;
+use serde::Serialize;
 use serde_json::json;
 
 use super::Error;
-use crate::output::{self, Format, PrintError};
+use crate::output::{self, Format, PrintError, note};
 use crate::progress::Progress;
 use crate::rundir;
 
 pub(super) fn ls(dir: PathBuf, format: Format) -> Result<(), Error> {
-    let images = match Store::open(dir) {
-        Ok(store) => summaries(&store)?,
+    let empty = "No image yet; `bedplate image import FILE --name NAME` makes one.";
+    let store = match Store::open(dir) {
+        Ok(store) => store,
         // Nothing was ever imported; nothing is wrong.
-        Err(StoreError::NotAStore { dir }) if !dir.exists() => Vec::new(),
+        Err(StoreError::NotAStore { dir }) if !dir.exists() => return Ok(print(&[], format, empty)?),
         Err(e) => return Err(e.into()),
     };
-    Ok(print(&images, format, "No image yet; `bedplate image import FILE --name NAME` makes one.")?)
+    let (mut images, mut bad) = (Vec::new(), 0);
+    // One that is damaged must not hide the others.
+    for (name, digest) in store.each_tag()? {
+        match digest.and_then(|_| store.summary(&name)) {
+            Ok(image) => images.push(image),
+            Err(error) => {
+                bad += 1;
+                note(&format!("{name}: {}", with_removal(&error, &name, &store)));
+            }
+        }
+    }
+    if bad == 0 || !images.is_empty() || format == Format::Json {
+        print(&images, format, empty)?;
+    }
+    if bad > 0 { Err(Error::Unreadable { count: bad, dir: store.dir().to_owned() }) } else { Ok(()) }
 }
 
-fn summaries(store: &Store) -> Result<Vec<ImageSummary>, StoreError> {
-    store.tags()?.iter().map(|(name, _)| store.summary(name)).collect()
+/// What `error` says, and how to be rid of the name.
+fn with_removal(error: &StoreError, name: &str, store: &Store) -> String {
+    match error {
+        StoreError::TagCorrupt { .. } => error.to_string(),
+        _ => format!("{error}; `bedplate image rm {name} --store {}` removes the name", store.dir().display()),
+    }
 }
 
 pub(super) fn print(images: &[ImageSummary], format: Format, empty: &str) -> Result<(), PrintError> {
@@ -79,30 +100,55 @@ pub(super) fn gc(store: &Store, grace: Duration, format: Format) -> Result<(), E
     let swept = store.gc(&rundir::images_in_use(store), grace)?;
     match format {
         Format::Json => output::json(&json!({ "removed": swept.removed, "bytes": swept.bytes }))?,
-        Format::Table => {
-            output::note(&format!("{} objects removed, {} freed", swept.removed, output::bytes(swept.bytes)))
-        }
+        Format::Table => note(&format!("{} objects removed, {} freed", swept.removed, output::bytes(swept.bytes))),
     }
     Ok(())
 }
 
+/// What `verify` prints about one image as JSON.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Verified {
+    Good(ImageSummary),
+    Bad { name: String, digest: Option<Digest>, error: String },
+}
+
 pub(super) fn verify(store: &Store, name: Option<String>, format: Format) -> Result<(), Error> {
-    let names = match name {
-        Some(name) => vec![name],
-        None => store.tags()?.into_iter().map(|(name, _)| name).collect(),
+    let names = match &name {
+        Some(name) => vec![name.clone()],
+        None => store.each_tag()?.into_iter().map(|(name, _)| name).collect(),
     };
-    let mut good = Vec::new();
-    for name in names {
-        let image = store.summary(&name)?;
-        let progress = Progress::new(format!("verify {name}"), image.content);
-        store.verify(&image.digest)?;
-        progress.finish(&format!("{} are what they should be", output::bytes(image.content)));
-        good.push(image);
+    let (mut images, mut errors) = (Vec::new(), Vec::new());
+    for image in names {
+        match verify_one(store, &image) {
+            Ok(summary) => images.push(Verified::Good(summary)),
+            Err(error) => {
+                if name.is_none() {
+                    note(&format!("{image}: {error}"));
+                }
+                let digest = store.resolve(&image).ok();
+                images.push(Verified::Bad { name: image, digest, error: error.to_string() });
+                errors.push(error);
+            }
+        }
     }
     if format == Format::Json {
-        output::json(&good)?;
+        output::json(&images)?;
     }
-    Ok(())
+    match (errors.len(), name) {
+        (0, _) => Ok(()),
+        // Who asked for one has not been told yet.
+        (_, Some(_)) => Err(errors.remove(0).into()),
+        (damaged, None) => Err(Error::Damaged { damaged, all: images.len() }),
+    }
+}
+
+fn verify_one(store: &Store, name: &str) -> Result<ImageSummary, StoreError> {
+    let image = store.summary(name)?;
+    let progress = Progress::new(format!("verify {name}"), image.content);
+    store.verify(&image.digest)?;
+    progress.finish(&format!("{} are what they should be", output::bytes(image.content)));
+    Ok(image)
 }
 
 pub(super) fn export(store: &Store, name: &str, part: &str, file: PathBuf) -> Result<(), Error> {
@@ -111,6 +157,6 @@ pub(super) fn export(store: &Store, name: &str, part: &str, file: PathBuf) -> Re
     }
     let digest = store.resolve(name)?;
     store.materialise(&digest, part, &file)?;
-    output::note(&format!("wrote part {part} of {name} to {}", file.display()));
+    note(&format!("wrote part {part} of {name} to {}", file.display()));
     Ok(())
 }

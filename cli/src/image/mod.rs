@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use bedplate_api::Digest;
 use bedplate_api::client::Endpoint;
 use bedplate_images::import::ImportError;
 use bedplate_images::{Store, StoreError};
@@ -56,7 +57,8 @@ enum Action {
     Import {
         /// The file
         file: PathBuf,
-        /// Name to give it: lower-case letters, digits, and . _ -
+        /// Name to give it: lower-case letters, digits, and . _ -; one that another image has is taken from it, and
+        /// stderr says what it was
         #[arg(long)]
         name: String,
         /// A file elsewhere that FILE may refer to as its backing or data file; can be given several times
@@ -74,7 +76,7 @@ enum Action {
         /// Words for the kernel's command line
         #[arg(long, default_value = "", value_name = "WORDS")]
         cmdline: String,
-        /// Name to give it
+        /// Name to give it, which is taken from the image that has it
         #[arg(long, default_value = "vmm")]
         name: String,
     },
@@ -83,9 +85,9 @@ enum Action {
         #[command(flatten)]
         remote: Remote,
     },
-    /// Show an image: its manifest, and what of it is here
+    /// Show an image: its manifest, and how many of its chunks are missing here
     Inspect {
-        /// Its name or digest
+        /// Its name or digest; the first 12 digits that `ls` shows are enough, here and wherever a digest is asked for
         name: String,
     },
     /// Remove a name; what no other name needs goes with the next `gc`
@@ -156,6 +158,22 @@ pub enum Error {
     /// A file that is there already is not written over.
     #[error("{} is there already; remove it or name another file", .0.display())]
     Exists(PathBuf),
+    /// Names of the store that could not be listed.
+    #[error("{count} names in the image store {} cannot be read; how to remove each is said above", dir.display())]
+    Unreadable {
+        /// How many.
+        count: usize,
+        /// The store.
+        dir: PathBuf,
+    },
+    /// What `verify` found.
+    #[error("{damaged} of {all} images are damaged; what is wrong with each is said above: copy or import them again")]
+    Damaged {
+        /// How many.
+        damaged: usize,
+        /// Of how many.
+        all: usize,
+    },
     /// A digest is no name.
     #[error("{0} is a digest; say under which name with --as")]
     NameNeeded(String),
@@ -225,12 +243,20 @@ fn session(endpoint: Option<Endpoint>) -> Result<Session, Error> {
     Ok(Session::open(&endpoint)?)
 }
 
-/// The tag to give: `to`, else `name`, which must not be a digest then.
-fn tag_for(name: &str, to: Option<String>) -> Result<String, Error> {
+/// The tag to give to `digest`: `to`, else `name`, which must not be that digest, or its beginning, then.
+fn tag_for(name: &str, to: Option<String>, digest: &Digest) -> Result<String, Error> {
+    let is_digest = name.starts_with("blake3:") || name.len() >= 12 && digest.hex().starts_with(name);
     match to {
         Some(to) => Ok(to),
-        None if name.starts_with("blake3:") => Err(Error::NameNeeded(name.to_owned())),
+        None if is_digest => Err(Error::NameNeeded(name.to_owned())),
         None => Ok(name.to_owned()),
+    }
+}
+
+/// Says what `name` pointed at when that was another image: nobody shall lose one without being told.
+fn note_moved(name: &str, before: Option<Digest>, now: &Digest) {
+    if let Some(before) = before.filter(|before| before != now) {
+        output::note(&format!("{name} was {before} before"));
     }
 }
 

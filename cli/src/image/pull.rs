@@ -7,7 +7,7 @@ use bedplate_api::image::MAX_CHUNK_LIST;
 use bedplate_images::{CHUNK_SIZE, Store};
 
 use super::push::distinct_chunks;
-use super::{Error, print_one, tag_for};
+use super::{Error, note_moved, print_one, tag_for};
 use crate::control::Session;
 use crate::output::{self, Format};
 use crate::progress::Progress;
@@ -19,16 +19,18 @@ pub(super) fn run(
     endpoint: &Endpoint,
     format: Format,
 ) -> Result<(), Error> {
-    let tag = tag_for(name, to)?;
     let lease = store.lease()?;
     let session = Session::open(endpoint)?;
-    let digest = session.run(async |client| {
+    let (tag, digest) = session.run(async |client| {
         let digest = client.image(name).await?.digest;
+        let tag = tag_for(name, to, &digest)?;
         fetch(store, &digest, name, client).await?;
-        Ok::<_, Error>(digest)
+        Ok::<_, Error>((tag, digest))
     })?;
+    let before = store.tag(&tag).ok();
     store.set_tag(&tag, &digest)?;
     drop(lease);
+    note_moved(&tag, before, &digest);
     Ok(print_one(&store.summary(&tag)?, format)?)
 }
 

@@ -20,9 +20,9 @@ pub(super) fn run(
     endpoint: &Endpoint,
     format: Format,
 ) -> Result<(), Error> {
-    let tag = tag_for(name, to)?;
     let _lease = store.lease()?;
     let digest = store.resolve(name)?;
+    let tag = tag_for(name, to, &digest)?;
     let session = Session::open(endpoint)?;
     let image = session.run(async |client| {
         send(store, &digest, name, client).await?;

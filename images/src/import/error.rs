@@ -25,10 +25,14 @@ pub enum ImportError {
         cause: io::Error,
     },
     /// Neither a file nor a block device.
-    #[error("{path} is not a file or block device: name a disk image in raw or qcow2 format")]
+    #[error("{path} is {found}, not a file or block device: name the file of {wanted}")]
     NotAFile {
         /// What was named.
         path: PathBuf,
+        /// What it is.
+        found: &'static str,
+        /// What should have been named.
+        wanted: &'static str,
     },
     /// Nothing in it.
     #[error("{path} is empty: it was probably not downloaded or copied to its end, get it again")]
@@ -55,7 +59,10 @@ pub enum ImportError {
         size: u64,
     },
     /// A claim that no real disk makes.
-    #[error("{path} is a disk of {size} bytes; the most that can be imported is {most}")]
+    #[error(
+        "{path} is a disk of {size} bytes, and at most {most} bytes ({} TiB) can be imported: shrink it with \
+         `qemu-img resize --shrink`, or get the file again if its disk is not that large", most >> 40
+    )]
     TooLarge {
         /// The file.
         path: PathBuf,
@@ -120,7 +127,7 @@ pub enum ImportError {
         path: PathBuf,
     },
     /// A part that is larger than any of its kind.
-    #[error("{path} has {size} bytes; a {what} may have {most}")]
+    #[error("{path} has {size} bytes, and {what} may have at most {most} bytes: name the file of {what} alone")]
     PartTooLarge {
         /// The file.
         path: PathBuf,

@@ -14,14 +14,14 @@ mod tests;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::io::Read;
 use std::ops::ControlFlow;
-use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use bedplate_api::Digest;
 use bedplate_api::image::{BootData, ImageKind, Manifest, Part};
+use rustix::fs::{SeekFrom, seek};
 
 use crate::boot::{self, MAX_INITRD_LEN, MAX_KERNEL_LEN};
 use crate::index::index_len;
@@ -31,10 +31,13 @@ use crate::{CHUNK_SIZE, MAX_FRAME_LEN, Store, StoreError};
 pub use error::ImportError;
 use format::{Format, HEAD_LEN, detect};
 pub(crate) use source::Source;
-use source::{Bytes, RawSource, read_ends};
+use source::{Bytes, RawSource, open_file, read_ends};
 
 /// Largest disk that is imported: 4 TiB, whose index has 2 GiB. A qcow2 file of a few hundred bytes may claim any size.
 pub const MAX_IMPORT_SIZE: u64 = 4 << 40;
+
+/// What to name instead of something that is no file.
+const DISK_IMAGE: &str = "a disk image in raw or qcow2 format";
 
 /// Told the bytes done and the bytes in all, from time to time; answers whether to go on.
 pub type Progress<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
@@ -100,8 +103,8 @@ pub fn import_files(
     tag: Option<&str>,
 ) -> Result<Imported, ImportError> {
     check_tag(tag)?;
-    let kernel_bytes = read_limited(kernel, "kernel", MAX_KERNEL_LEN)?;
-    let initrd_bytes = read_limited(initrd, "initial RAM disk", MAX_INITRD_LEN)?;
+    let kernel_bytes = read_limited(kernel, "a kernel", MAX_KERNEL_LEN)?;
+    let initrd_bytes = read_limited(initrd, "an initial RAM disk", MAX_INITRD_LEN)?;
     if !boot::is_kernel(&kernel_bytes) {
         return Err(ImportError::NotAKernel { path: kernel.to_owned() });
     }
@@ -122,11 +125,7 @@ pub fn probe(path: &Path, allow: &[PathBuf]) -> Result<(u64, Format), ImportErro
 }
 
 fn open(path: &Path, allow: &[PathBuf]) -> Result<(Box<dyn Source>, Format), ImportError> {
-    let file = File::open(path).map_err(ImportError::io("open", path))?;
-    let kind = file.metadata().map_err(ImportError::io("examine", path))?.file_type();
-    if !kind.is_file() && !kind.is_block_device() {
-        return Err(ImportError::NotAFile { path: path.to_owned() });
-    }
+    let file = open_file(path, DISK_IMAGE)?;
     let (head, tail) = read_ends(&file, HEAD_LEN).map_err(ImportError::io("read", path))?;
     if head.is_empty() {
         return Err(ImportError::Empty { path: path.to_owned() });
@@ -170,12 +169,18 @@ fn worst_case(content: u64) -> u64 {
 }
 
 fn read_limited(path: &Path, what: &'static str, most: u64) -> Result<Vec<u8>, ImportError> {
-    let size = std::fs::metadata(path).map_err(ImportError::io("open", path))?.len();
+    let file = open_file(path, what)?;
+    // A block device has a length only for who seeks.
+    let end = seek(&file, SeekFrom::End(0)).and_then(|end| seek(&file, SeekFrom::Start(0)).map(|_| end));
+    let size = end.map_err(|e| ImportError::io("examine", path)(e.into()))?;
     match size {
-        0 => Err(ImportError::Empty { path: path.to_owned() }),
-        _ if size > most => Err(ImportError::PartTooLarge { path: path.to_owned(), what, size, most }),
-        _ => std::fs::read(path).map_err(ImportError::io("read", path)),
+        0 => return Err(ImportError::Empty { path: path.to_owned() }),
+        _ if size > most => return Err(ImportError::PartTooLarge { path: path.to_owned(), what, size, most }),
+        _ => {}
     }
+    let mut bytes = Vec::new();
+    file.take(most).read_to_end(&mut bytes).map_err(ImportError::io("read", path))?;
+    Ok(bytes)
 }
 
 fn put_boot(

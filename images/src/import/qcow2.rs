@@ -15,9 +15,9 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, Mapping, Storage, StorageOpenOptions};
 
-use super::ImportError;
 use super::format::{Format, HEAD_LEN, detect};
-use super::source::{Source, read_ends};
+use super::source::{Source, open_file, read_ends};
+use super::{DISK_IMAGE, ImportError};
 
 type Access = FormatAccess<imago::file::File>;
 
@@ -239,7 +239,7 @@ fn open_layer(
     if depth > MAX_CHAIN {
         return Err(ImportError::Chain { path: top.to_owned(), most: MAX_CHAIN });
     }
-    let file = File::open(path).map_err(ImportError::io("open", path))?;
+    let file = open_file(path, DISK_IMAGE)?;
     let (head, tail) = read_ends(&file, HEAD_LEN).map_err(ImportError::io("read", path))?;
     let found = detect(&head, &tail);
     match format.unwrap_or(found) {
@@ -288,6 +288,8 @@ fn damaged(path: &Path, cause: impl ToString) -> ImportError {
 }
 
 fn storage(path: &Path) -> Result<imago::file::File, ImportError> {
+    // `imago` opens whatever it is told to, and a data file was not looked at yet.
+    drop(open_file(path, DISK_IMAGE)?);
     imago::file::File::open(StorageOpenOptions::new().filename(path)).map_err(ImportError::io("open", path))
 }
 

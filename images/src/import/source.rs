@@ -1,12 +1,12 @@
 //! Something to import: a sequence of bytes with holes.
 
-use std::fs::File;
+use std::fs::{File, FileType};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{SeekFrom, seek};
+use rustix::fs::{OFlags, SeekFrom, seek};
 
 use super::ImportError;
 
@@ -84,6 +84,32 @@ impl Source for Bytes<'_> {
         // Within the slice, by this trait's contract.
         bytes.copy_from_slice(&self.0[offset as usize..][..bytes.len()]);
         Ok(())
+    }
+}
+
+/// Opens a file or block device; `wanted` is what to name instead of anything else. A pipe would keep us waiting for
+/// somebody who writes to it, and a character device may never end, or do something when it is opened.
+pub(super) fn open_file(path: &Path, wanted: &'static str) -> Result<File, ImportError> {
+    let check = |kind: FileType| match other_than_file(kind) {
+        Some(found) => Err(ImportError::NotAFile { path: path.to_owned(), found, wanted }),
+        None => Ok(()),
+    };
+    check(path.metadata().map_err(ImportError::io("open", path))?.file_type())?;
+    // Somebody may have put a pipe there since: opening must not wait, and what was opened is what counts.
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let file = File::options().read(true).custom_flags(flags).open(path).map_err(ImportError::io("open", path))?;
+    check(file.metadata().map_err(ImportError::io("examine", path))?.file_type())?;
+    Ok(file)
+}
+
+fn other_than_file(kind: FileType) -> Option<&'static str> {
+    match kind {
+        kind if kind.is_file() || kind.is_block_device() => None,
+        kind if kind.is_dir() => Some("a directory"),
+        kind if kind.is_fifo() => Some("a named pipe"),
+        kind if kind.is_socket() => Some("a socket"),
+        kind if kind.is_char_device() => Some("a character device"),
+        _ => Some("something else"),
     }
 }
 

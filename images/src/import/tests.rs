@@ -1,4 +1,4 @@
-use std::fs;
+use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
 use std::process::Command;
 
@@ -150,7 +150,7 @@ fn what_is_no_disk_is_refused_with_what_to_do() {
     let footer = [&[0; 4096][..], b"conectix", &[0; 504]].concat();
     refused("fixed", &footer, "VHD");
     refused("cut.qcow2", b"QFI\xfb\0\0\0\x03", "cut off");
-    assert!(matches!(import(&store, dir.path()), Err(ImportError::NotAFile { .. })));
+    assert!(matches!(import(&store, dir.path()), Err(ImportError::NotAFile { found: "a directory", .. })));
     assert!(matches!(import(&store, &dir.path().join("none")), Err(ImportError::Io { .. })));
     let error = import_disk(&store, dir.path(), Options { tag: Some("../x"), ..Options::default() }, &mut go_on);
     assert!(error.unwrap_err().to_string().contains("image name"));
@@ -315,6 +315,43 @@ fn a_hypervisor_image_from_files() {
 
 // ---- qcow2, made by the tool that everybody uses ----------------------------------------------------------------------
 
+#[test]
+fn what_is_no_file_is_refused_before_it_is_waited_for() {
+    let (dir, store) = store();
+    let pipe = dir.path().join("pipe");
+    assert!(tool("mkfifo", &[pipe.to_str().unwrap()]));
+    let _socket = std::os::unix::net::UnixListener::bind(dir.path().join("socket")).unwrap();
+    let wrong = |error: ImportError, name: &str, found: &str, wanted: &str| {
+        assert!(matches!(error, ImportError::NotAFile { .. }), "{error}");
+        let text = error.to_string();
+        assert!([name, found, wanted].iter().all(|part| text.contains(part)), "{text}");
+    };
+    wrong(import(&store, &pipe).unwrap_err(), "pipe", "a named pipe", "raw or qcow2");
+    wrong(import(&store, &dir.path().join("socket")).unwrap_err(), "socket", "a socket", "raw or qcow2");
+    let kernel_path = dir.path().join("vmlinuz");
+    fs::write(&kernel_path, kernel(1)).unwrap();
+    let zero = Path::new("/dev/zero");
+    let files = |kernel: &Path, initrd: &Path| import_files(&store, kernel, initrd, "", None).unwrap_err();
+    wrong(files(&pipe, &kernel_path), "pipe", "a named pipe", "a kernel");
+    wrong(files(zero, &kernel_path), "/dev/zero", "a character device", "a kernel");
+    wrong(files(&kernel_path, zero), "/dev/zero", "a character device", "an initial RAM disk");
+
+    for (name, format) in [("top-raw", "raw"), ("top-qcow2", "qcow2")] {
+        let top = dir.path().join(name);
+        let out = top.to_str().unwrap();
+        if !tool("qemu-img", &["create", "-q", "-f", "qcow2", "-u", "-b", "pipe", "-F", format, out, "2M"]) {
+            return;
+        }
+        wrong(import(&store, &top).unwrap_err(), "pipe", "a named pipe", "raw or qcow2");
+    }
+    let data = dir.path().join("data.bin");
+    let raw = raw_disk(dir.path());
+    let top = qcow2(&raw, "top", &["-o", &format!("data_file={}", data.display())]).unwrap();
+    fs::remove_file(&data).unwrap();
+    assert!(tool("mkfifo", &[data.to_str().unwrap()]));
+    wrong(import(&store, &top).unwrap_err(), "data.bin", "a named pipe", "raw or qcow2");
+}
+
 /// Converts the raw disk with these options; `None` without qemu-img.
 fn qcow2(raw: &Path, name: &str, options: &[&str]) -> Option<PathBuf> {
     let out = raw.with_file_name(name);
@@ -450,6 +487,8 @@ fn a_hostile_header_claims_the_moon() {
     }
     let error = import(&store, &path).unwrap_err();
     assert!(matches!(error, ImportError::TooLarge { .. }), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("4398046511104 bytes (4 TiB)") && text.contains("shrink it"), "{text}");
     let huge = dir.path().join("huge");
     File::create(&huge).unwrap().set_len(64 << 30).unwrap();
     let imported = import(&store, &huge).unwrap();

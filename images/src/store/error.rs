@@ -18,6 +18,22 @@ pub enum StoreError {
         /// Where it was looked for.
         dir: PathBuf,
     },
+    /// Somebody else's directory.
+    #[error("{dir} is not an image store and holds other things ({found:?}): name another directory, or an empty one")]
+    NotEmpty {
+        /// Where the store should be.
+        dir: PathBuf,
+        /// One of the things.
+        found: String,
+    },
+    /// There is no store, and none can be made.
+    #[error("no image store can be made in {dir} ({cause}): make that directory writable, or name another one")]
+    NotMade {
+        /// Where the store should be.
+        dir: PathBuf,
+        /// Why not.
+        cause: Box<StoreError>,
+    },
     /// Written by a later version.
     #[error("the image store {dir} has format {found:?} and this program knows {known:?}: update Bedplate")]
     Version {
@@ -141,11 +157,31 @@ pub enum StoreError {
         /// The store.
         dir: PathBuf,
     },
-    /// A tag file with something else in it.
-    #[error("the tag {path} is damaged: remove it, then copy or import the image again")]
+    /// A tag file with something else in it, or no file at all.
+    #[error(
+        "the tag {path} is damaged: remove it with `bedplate image rm {name} --store {dir}`, then copy or import the \
+         image again"
+    )]
     TagCorrupt {
+        /// Its name.
+        name: String,
         /// Its file.
         path: PathBuf,
+        /// The store.
+        dir: PathBuf,
+    },
+    /// The first digits of a digest, of which two images have the same.
+    #[error(
+        "{prefix:?} is the beginning of more than one digest in {dir} ({}): give more digits, or a name",
+        list(images)
+    )]
+    Ambiguous {
+        /// As asked.
+        prefix: String,
+        /// The store.
+        dir: PathBuf,
+        /// Some of the images that begin so.
+        images: Vec<Digest>,
     },
     /// A tag may only name what is there.
     #[error("image {digest} is not complete in {dir}: {chunks} chunks are missing; copy or import it again")]
@@ -193,6 +229,10 @@ pub enum StoreError {
         /// The store.
         dir: PathBuf,
     },
+}
+
+fn list(images: &[Digest]) -> String {
+    images.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 impl StoreError {

@@ -58,6 +58,11 @@ impl Draft {
     }
 }
 
+/// Whether a draft may be called `name`.
+pub(super) fn is_draft_name(name: &str) -> bool {
+    name.starts_with('.') && name.ends_with(".tmp")
+}
+
 impl Drop for Draft {
     fn drop(&mut self) {
         if !self.published {

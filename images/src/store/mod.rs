@@ -26,7 +26,9 @@ mod tags;
 #[cfg(test)]
 mod tests;
 
+use std::ffi::OsString;
 use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -41,6 +43,8 @@ pub use tags::is_tag_name;
 
 const FORMAT: &str = "bedplate-images 1";
 
+const DIRS: [&str; 4] = ["blobs", "chunks", "tags", "tmp"];
+
 /// An open store. Cheap to clone; methods take `&self` and block on the disk.
 #[derive(Debug, Clone)]
 pub struct Store {
@@ -54,24 +58,41 @@ pub struct Lease {
 }
 
 impl Store {
-    /// Opens the store in `dir`, making it when there is none.
+    /// Opens the store in `dir`, making it when there is none. A directory with other things in it is refused: the
+    /// store's files among somebody's own would be a mess that nobody could take apart.
     pub fn create(dir: impl Into<PathBuf>) -> Result<Self, StoreError> {
         let this = Self { dir: Arc::new(dir.into()) };
         let format = this.dir.join("format");
-        if fs::exists(&format).map_err(StoreError::io("examine", &format))? {
+        let not_made = |cause| match cause {
+            StoreError::Io { .. } => StoreError::NotMade { dir: this.dir.to_path_buf(), cause: Box::new(cause) },
+            other => other,
+        };
+        let there = || fs::exists(&format).map_err(StoreError::io("examine", &format)).map_err(not_made);
+        if there()? {
             return this.checked();
         }
-        for sub in ["blobs", "chunks", "tags", "tmp"] {
-            make_dir(&this.dir.join(sub))?;
+        if let Some(found) = foreign(&this.dir).map_err(not_made)? {
+            // Another process may have made the store, and begun to fill it, since we looked.
+            if there()? {
+                return this.checked();
+            }
+            return Err(StoreError::NotEmpty { dir: this.dir.to_path_buf(), found });
+        }
+        this.make(&format).map_err(not_made)?;
+        Ok(this)
+    }
+
+    fn make(&self, format: &Path) -> Result<(), StoreError> {
+        for sub in DIRS {
+            make_dir(&self.dir.join(sub))?;
         }
         // Two processes may get here at once; both write the same.
-        let mut draft = this.draft()?;
+        let mut draft = self.draft()?;
         draft.write(FORMAT.as_bytes())?;
         draft.write(b"\n")?;
         draft.sync()?;
-        draft.publish(&format)?;
-        sync_dir(&this.dir)?;
-        Ok(this)
+        draft.publish(format)?;
+        sync_dir(&self.dir)
     }
 
     /// Opens the store in `dir`.
@@ -83,7 +104,7 @@ impl Store {
         let path = self.dir.join("format");
         let found = match fs::read(&path) {
             Ok(bytes) => String::from_utf8_lossy(&bytes[..bytes.len().min(80)]).trim_end().to_owned(),
-            Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
                 return Err(StoreError::NotAStore { dir: self.dir.to_path_buf() });
             }
             Err(e) => return Err(StoreError::io("read", &path)(e)),
@@ -164,10 +185,37 @@ impl Store {
         let same = |a: &fs::Metadata, b: &fs::Metadata| a.ino() == b.ino() && a.dev() == b.dev();
         let (Ok(now), Ok(then)) = (fs::metadata(path), read.metadata()) else { return };
         if let (true, Some(name)) = (same(&now, &then), path.file_name()) {
-            let mut aside = std::ffi::OsString::from("damaged-");
+            let mut aside = OsString::from("damaged-");
             aside.push(name);
             // A store that may only be read keeps its damaged file; the caller reports the damage in any case.
             let _ = fs::rename(path, self.dir.join("tmp").join(aside));
         }
     }
+}
+
+/// Something in `dir` that the making of a store, broken off anywhere, does not leave; `None` where there is nothing of
+/// the kind, or no directory.
+fn foreign(dir: &Path) -> Result<Option<String>, StoreError> {
+    let names = |dir: &Path| match fs::read_dir(dir) {
+        Ok(entries) => entries.map(|entry| Ok(entry.map_err(StoreError::io("list", dir))?.file_name())).collect(),
+        // Who goes on to make it is told, in better words, what is wrong with something that is no directory.
+        Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(Vec::new()),
+        Err(e) => Err(StoreError::io("list", dir)(e)),
+    };
+    for name in names(dir)? {
+        // A file system that was made for the store has this from the start.
+        if name == "lost+found" {
+            continue;
+        }
+        let sub = dir.join(&name);
+        if !DIRS.iter().any(|known| name == *known) || !sub.is_dir() {
+            return Ok(Some(name.to_string_lossy().into_owned()));
+        }
+        // Nothing is put into the directories before the version file is there, except for its own draft.
+        let own = |inner: &OsString| name == "tmp" && inner.to_str().is_some_and(files::is_draft_name);
+        if let Some(inner) = names(&sub)?.into_iter().find(|inner| !own(inner)) {
+            return Ok(Some(Path::new(&name).join(inner).display().to_string()));
+        }
+    }
+    Ok(None)
 }

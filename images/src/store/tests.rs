@@ -23,6 +23,34 @@ fn open_wants_a_store_of_its_own_version() {
 }
 
 #[test]
+fn a_store_is_made_in_an_empty_directory_or_where_its_making_broke_off() {
+    let dir = tempfile::tempdir().unwrap();
+    // Each step of making one, then lost+found, which a new file system has.
+    for name in ["blobs", "chunks", "tags", "tmp", "lost+found"] {
+        fs::create_dir(dir.path().join(name)).unwrap();
+    }
+    fs::write(dir.path().join("tmp/.77-0.tmp"), "bedpl").unwrap();
+    Store::create(dir.path()).unwrap();
+    Store::create(dir.path()).unwrap();
+    for foreign in ["notes.txt", "tags/mine", "tmp/mine", "blobs/.77-0.tmp"] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(foreign);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, "").unwrap();
+        let before = fs::read_dir(dir.path()).unwrap().count();
+        let error = Store::create(dir.path()).unwrap_err().to_string();
+        assert!(error.contains(foreign) && error.contains("name another directory"), "{error}");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), before, "nothing is added");
+    }
+    let file = dir.path().join("format");
+    for bad in [Path::new("/proc/x"), &file, &file.join("store")] {
+        let error = Store::create(bad).unwrap_err();
+        assert!(matches!(error, StoreError::NotMade { .. }), "{error}");
+        assert!(error.to_string().contains("name another one"), "{error}");
+    }
+}
+
+#[test]
 fn chunks_are_kept_once_zeros_never() {
     let (_dir, store) = store();
     let plain = noise(1, CHUNK_SIZE);
@@ -160,6 +188,42 @@ fn tags_name_complete_images_only() {
         fs::write(store.dir().join("tags/bad"), garbage).unwrap();
         assert!(matches!(store.tag("bad"), Err(StoreError::TagCorrupt { .. })));
     }
+    fs::create_dir(store.dir().join("tags/dir")).unwrap();
+    let names = |store: &Store| store.each_tag().unwrap().into_iter().map(|(n, d)| (n, d.ok())).collect::<Vec<_>>();
+    let bad = |name: &str| (name.to_owned(), None);
+    assert_eq!(names(&store), [("a".to_owned(), Some(digest)), bad("bad"), bad("dir")]);
+    assert!(matches!(store.tags(), Err(StoreError::TagCorrupt { .. })));
+    let error = store.gc(&[], Duration::ZERO).unwrap_err().to_string();
+    assert!(error.contains("`bedplate image rm bad --store "), "{error}");
+    store.remove_tag("bad").unwrap();
+    store.remove_tag("dir").unwrap();
+    assert_eq!(store.tags().unwrap(), [("a".to_owned(), digest)]);
+}
+
+#[test]
+fn the_beginning_of_a_digest_stands_for_a_tagged_image() {
+    let (_dir, store) = store();
+    let [one, two, untagged] = [1, 2, 3].map(|seed| image(&store, &noise(seed, 100)));
+    store.set_tag("one", &one).unwrap();
+    store.set_tag("again", &one).unwrap();
+    store.set_tag("two", &two).unwrap();
+    fs::write(store.dir().join("tags/bad"), "garbage").unwrap();
+    for name in [one.short(), format!("blake3:{}", one.short()), one.hex()[..40].to_owned(), one.hex()] {
+        assert_eq!(store.resolve(&name).unwrap(), one, "{name}");
+        assert_eq!(store.summary(&name).unwrap().digest, one);
+    }
+    for name in [&one.hex()[..11], &untagged.short(), &format!("blake3:{}", untagged.short())] {
+        let error = store.resolve(name).unwrap_err();
+        assert!(matches!(error, StoreError::TagMissing { .. }), "{error}");
+    }
+    // No two digests are known that begin alike; a tag may name any.
+    let twin = format!("blake3:{}{}", one.short(), "0".repeat(52));
+    fs::write(store.dir().join("tags/twin"), &twin).unwrap();
+    let error = store.resolve(&one.short()).unwrap_err().to_string();
+    assert!(error.contains("more than one") && error.contains(&twin) && error.contains(&one.to_string()), "{error}");
+    assert_eq!(store.resolve(&one.hex()[..40]).unwrap(), one);
+    store.set_tag(&one.short(), &two).unwrap();
+    assert_eq!(store.resolve(&one.short()).unwrap(), two, "names win");
 }
 
 #[test]
