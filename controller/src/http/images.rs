@@ -30,7 +30,9 @@ impl From<StoreError> for Refusal {
     fn from(error: StoreError) -> Self {
         use StoreError as E;
         let kind = match &error {
-            E::TagName(_) | E::BlobRefused { .. } | E::FrameRefused { .. } => ErrorKind::BadRequest,
+            E::TagName(_) | E::Ambiguous { .. } | E::BlobRefused { .. } | E::FrameRefused { .. } => {
+                ErrorKind::BadRequest
+            }
             E::Manifest { .. } | E::Index { .. } | E::IndexSize { .. } | E::ChunkLength { .. } => ErrorKind::BadRequest,
             E::TagMissing { .. } | E::BlobMissing { .. } | E::ChunkMissing { .. } => ErrorKind::NotFound,
             // Damaged content was set aside, so it is not there any more.
@@ -82,7 +84,7 @@ pub async fn list(State(control): Shared) -> Result<Json<Vec<ImageSummary>>, Ref
         images.summary(name).inspect_err(|error| tracing::error!("image {name}: {error}")).ok()
     };
     let list = move |images: &Store| {
-        let tags = images.tags()?;
+        let tags = images.each_tag()?;
         Ok(tags.iter().filter_map(|(name, _)| summary(images, name)).collect())
     };
     Ok(Json(ask(&control, list).await?))

@@ -39,7 +39,7 @@ pub use error::StoreError;
 pub(crate) use files::{Draft, Locked, free_space, make_dir, need_space, sync_dir};
 pub use gc::Swept;
 pub use parts::{Missing, PartReader};
-pub use tags::is_tag_name;
+pub use tags::{FoundTag, is_tag_name};
 
 const FORMAT: &str = "bedplate-images 1";
 

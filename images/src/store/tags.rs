@@ -14,6 +14,9 @@ use crate::manifest;
 /// Hex digits that lists show of a digest, and the fewest that stand for it.
 const MIN_PREFIX: usize = 12;
 
+/// A name, and what it points to or why that cannot be told.
+pub type FoundTag = (String, Result<Digest, StoreError>);
+
 /// Whether `name` may name an image: `[a-z0-9][a-z0-9._-]{0,127}`. Nothing in it can leave a directory.
 pub fn is_tag_name(name: &str) -> bool {
     let plain = |c: u8| c.is_ascii_lowercase() || c.is_ascii_digit();
@@ -84,7 +87,7 @@ impl Store {
 
     /// All tags in the order of their names, and for each what it points to or why that cannot be told: for who can go
     /// on without some.
-    pub fn each_tag(&self) -> Result<Vec<(String, Result<Digest, StoreError>)>, StoreError> {
+    pub fn each_tag(&self) -> Result<Vec<FoundTag>, StoreError> {
         let dir = self.dir().join("tags");
         let mut tags = Vec::new();
         for entry in fs::read_dir(&dir).map_err(StoreError::io("list", &dir))? {
