@@ -109,7 +109,7 @@ pub struct AgentArgs {
     #[arg(long, value_parser = mac)]
     pub mac: Option<String>,
     /// Seconds that a guest gets to power off before it is stopped
-    #[arg(long, default_value_t = 20)]
+    #[arg(long, default_value_t = 60)]
     pub stop_seconds: u32,
 }
 
