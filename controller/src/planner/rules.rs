@@ -118,7 +118,7 @@ fn against_tier(draft: &mut Draft<'_>, index: usize, tier: &TierRecord) {
     if ordinal(held).is_none_or(|n| n == 0 || n > tier.spec.target) {
         return draft.leave(index, format!("tier {name} asks for {} VMs", tier.spec.target));
     }
-    if !tier.spec.active && !tier.keeps_disks() {
+    if !tier.spec.active && !tier.keeps_disks() && !held.keeps_disk {
         return draft.leave(index, format!("tier {name} is not active"));
     }
     let slots = draft.world.nodes.iter().find(|n| n.record.number == node).and_then(|n| n.report.as_ref());

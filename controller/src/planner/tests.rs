@@ -201,6 +201,10 @@ fn a_disk_that_was_written_is_given_up_by_people_only() {
     world.tiers[0].digest = Digest::from_bytes([2; 32]);
     assert_eq!(actions(&world), []);
     assert!(plan(&world).shortfalls["db"].starts_with("db-1 keeps its disk, and its old image or size with it"));
+    // The tier keeps no disks from now on, and rests: its new VMs would not be kept, this one is.
+    world.tiers[0].spec.disk = DiskMode::NonPersistent;
+    world.tiers[0].spec.active = false;
+    assert_eq!(actions(&world), [Action::SetPower { vm: id, name: "db-1".into(), power: Power::Stopped }]);
     world.tiers[0].spec.target = 0;
     assert_eq!(actions(&world), [leave(id, "db-1")]);
 }
