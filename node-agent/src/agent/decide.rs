@@ -12,8 +12,6 @@ use super::model::{Asked, ImageState, Step, Vm};
 use crate::clock::Millis;
 use crate::host::{RESERVED_MIB, VMM_MIB};
 
-/// How long a guest has to power off after it was sent the power button.
-pub const BUTTON_MILLIS: u64 = 20_000;
 /// How long a VMM has to end after it was told to.
 pub const STOP_MILLIS: u64 = 3_000;
 /// After this long a kill is repeated; the kernel needs a moment to take down a large process.
@@ -48,7 +46,7 @@ pub struct Host {
     pub obstacle: Option<String>,
     /// What a start has to wait for, if for anything.
     pub not_yet: Option<String>,
-    /// Milliseconds that a guest gets to power off, [`BUTTON_MILLIS`] unless configured.
+    /// Milliseconds that a guest gets to power off.
     pub button_millis: u64,
 }
 

@@ -52,7 +52,7 @@ fn scene(desired: &[VmSpec], vms: &[(VmSpec, Step)]) -> Scene {
         desired: Desired { generation: 9, vms: desired.to_vec() },
         vms,
         images: [(IMAGE, ImageState::Ready)].into(),
-        host: Host { slots: 4, memory_mib: 4096, cpus: 2, obstacle: None, not_yet: None, button_millis: BUTTON_MILLIS },
+        host: Host { slots: 4, memory_mib: 4096, cpus: 2, obstacle: None, not_yet: None, button_millis: 20_000 },
         leaving: false,
     }
 }

@@ -11,7 +11,7 @@ use bedplate_api::VmId;
 use bedplate_api::node::{Desired, VmSpec};
 use serde::{Deserialize, Serialize};
 
-use super::model::{Step, Vm};
+use super::model::{Process, Step, Vm};
 use crate::files::{self, FileError};
 use crate::vm::dir::VmDir;
 
@@ -52,6 +52,11 @@ impl StateV1 {
             restarts,
             failures,
         }
+    }
+
+    /// The process that it had.
+    pub const fn process(&self) -> Option<Process> {
+        self.state.process()
     }
 
     /// The VM that this was kept of.

@@ -72,6 +72,16 @@ pub enum Step {
     Removing,
 }
 
+impl Step {
+    /// Its process, if it has one that is known.
+    pub const fn process(&self) -> Option<Process> {
+        match *self {
+            Self::Running { process, .. } | Self::Stopping { process, .. } => Some(process),
+            _ => None,
+        }
+    }
+}
+
 /// One VM on this node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Vm {
@@ -143,10 +153,7 @@ impl Vm {
 
     /// Its process, if it has one that is known.
     pub const fn process(&self) -> Option<Process> {
-        match self.step {
-            Step::Running { process, .. } | Step::Stopping { process, .. } => Some(process),
-            _ => None,
-        }
+        self.step.process()
     }
 
     /// Whether it takes memory now.

@@ -7,7 +7,8 @@ use bedplate_api::vmm::{Exit, ExitReason};
 use super::journal::StateV1;
 use super::model::{Asked, End, Process, Step, Vm};
 use crate::clock::Millis;
-use crate::vm::end::in_words;
+use crate::vm::end::{in_words, without_a_word};
+use crate::vm::outcome::Outcome;
 
 /// What was found of a VM beside its spec.
 #[derive(Debug, Default)]
@@ -18,11 +19,13 @@ pub struct Found {
     pub process: Option<(Process, Millis)>,
     /// What the VMM wrote when it ended.
     pub exit: Option<Exit>,
+    /// What process 1 wrote down of the journal's process.
+    pub outcome: Option<Outcome>,
 }
 
 /// Where the VM stands now. `boot_id` is that of this boot of the machine.
 pub fn recover(spec: VmSpec, found: Found, boot_id: &str, now: Millis) -> Vm {
-    let Found { state, process, exit } = found;
+    let Found { state, process, exit, outcome } = found;
     let Some(state) = state else {
         // The agent was killed while it accepted the VM: accept it again.
         let mut vm = Vm::new(spec);
@@ -39,7 +42,7 @@ pub fn recover(spec: VmSpec, found: Found, boot_id: &str, now: Millis) -> Vm {
     } else if rebooted {
         after_reboot(&mut vm);
     } else {
-        without_process(&mut vm, exit, now);
+        without_process(&mut vm, exit, outcome, now);
     }
     vm
 }
@@ -70,14 +73,17 @@ fn adopt(vm: &mut Vm, process: Process, started: Millis, rebooted: bool) {
     };
 }
 
-fn without_process(vm: &mut Vm, exit: Option<Exit>, now: Millis) {
+fn without_process(vm: &mut Vm, exit: Option<Exit>, outcome: Option<Outcome>, now: Millis) {
     match vm.step {
         Step::Running { since, .. } => {
             let end = match exit {
                 Some(exit) => End { reason: exit.reason, detail: in_words(&exit) },
                 None => End {
                     reason: ExitReason::HostFault,
-                    detail: "the VMM ended while the agent was away, and left no reason".to_owned(),
+                    detail: outcome.map_or_else(
+                        || "the VMM ended while the agent was away, and left no reason".to_owned(),
+                        |outcome| format!("{} while the agent was away", without_a_word(outcome)),
+                    ),
                 },
             };
             vm.ended(&end, now.since(since), now);
@@ -128,7 +134,7 @@ mod tests {
 
     fn found(step: Step, process: Option<Process>) -> Found {
         let state = StateV1::of(&Vm { step, ..Vm::new(spec()) }, "boot");
-        Found { state: Some(state), process: process.map(|p| (p, Millis(100))), exit: None }
+        Found { state: Some(state), process: process.map(|p| (p, Millis(100))), ..Found::default() }
     }
 
     #[test]
@@ -162,7 +168,11 @@ mod tests {
         assert_eq!((vm.restarts, vm.detail.as_deref()), (1, Some("off")));
         assert!(matches!(vm.step, Step::BackOff { .. }));
         let vm = recover(spec(), found(running(P), None), "boot", NOW);
-        assert!(vm.detail.unwrap().contains("while the agent was away"));
+        assert!(vm.detail.unwrap().contains("while the agent was away, and left no reason"));
+        let mut killed = found(running(P), None);
+        killed.outcome = Some(Outcome::Signal(9));
+        let vm = recover(spec(), killed, "boot", NOW);
+        assert_eq!(vm.detail.unwrap(), "the VMM was killed by signal 9 (SIGKILL) while the agent was away");
     }
 
     #[test]

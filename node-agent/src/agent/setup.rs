@@ -12,7 +12,7 @@ use rustix::fs::FlockOperation;
 use tokio::sync::{mpsc, watch};
 
 use super::decide::Host;
-use super::journal::{Entry, Journal};
+use super::journal::{Entry, Journal, StateV1};
 use super::model::{Process, Step, Vm};
 use super::recover::{Found, recover};
 use super::{Agent, AgentConfig, AgentHandle};
@@ -22,6 +22,7 @@ use crate::host;
 use crate::image::Images;
 use crate::vm::cgroup::Cgroups;
 use crate::vm::dir::VmDir;
+use crate::vm::outcome::Records;
 use crate::vm::process;
 
 /// Events that may wait. More only means that their senders wait.
@@ -115,7 +116,10 @@ impl Agent {
             let watched = found.and_then(|p| process::adopt(p, &dir.config()).ok().flatten());
             let process = watched.as_ref().map(|w| (w.process(), process::started_at(w.process())));
             let exit = files::read_json::<Exit>(&dir.exit()).ok().flatten();
-            let vm = recover(spec, Found { state, process, exit }, &self.boot_id, Millis::now());
+            let journalled = state.as_ref().and_then(StateV1::process).filter(|_| process.is_none());
+            let outcome = journalled.and_then(|p| Records::default().take(p));
+            let found = Found { state, process, exit, outcome };
+            let vm = recover(spec, found, &self.boot_id, Millis::now());
             self.vms.insert(id, vm);
             self.keep(id);
             if let Some(watched) = watched {

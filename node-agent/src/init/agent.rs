@@ -9,7 +9,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::cmdline::BootOptions;
 use super::console::say;
-use super::signals::{Ended, in_words, unblocked};
+use super::signals::{Ended, unblocked};
 
 /// Where the agent reads the token: arguments of processes can be read by all, and the kernel's command line lasts.
 const TOKEN_FILE: &str = "/run/bedplate/token";
@@ -91,11 +91,7 @@ impl Supervised {
         if self.leaving {
             return;
         }
-        say(&format!(
-            "the agent has ended {}; it is started again in {} s",
-            in_words(ended.status),
-            self.wait.as_secs()
-        ));
+        say(&format!("the agent has ended {}; it is started again in {} s", ended.outcome, self.wait.as_secs()));
         self.try_again();
     }
 

@@ -1,8 +1,8 @@
 //! PID 1 of the VMM image: makes a bare kernel a place where the agent can work, and then waits.
 //!
 //! The main thread mounts, loads modules, starts the agent as its child and from then on does nothing but wait for signals:
-//! it reaps every orphan (VM processes outlive their agent and come to us when it dies), starts the agent again with
-//! back-off, and takes the machine down in order. The network and the power key have a thread each.
+//! it reaps every orphan (VM processes outlive their agent and come to us when it dies) after writing down how it ended,
+//! starts the agent again with back-off, and takes the machine down in order. The network and the power key have a thread each.
 //!
 //! Absences: no VM and no HTTP in this process but the one question after the time. Nothing here may end: when PID 1
 //! ends, the machine does.
@@ -20,7 +20,7 @@ mod signals;
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cmdline::BootOptions;
 use console::say;
@@ -28,6 +28,8 @@ use signals::{Signals, Woken};
 
 /// A machine that found this file in its initramfs runs the one VM that it describes, and nothing else.
 const ONE_VM: &str = "/bedplate/run.json";
+/// How long the agent may take to stop every VM: it gives each guest a minute, and the hard ways another few seconds.
+const LEAVING: Duration = Duration::from_secs(80);
 
 /// Runs the machine. Called as PID 1 only.
 pub fn main() -> ! {
@@ -72,9 +74,8 @@ fn host_vms(options: BootOptions, signals: &Signals) {
     }
     say("going down: VMs are stopped");
     agent.leave();
-    // The agent gives each guest twenty seconds, and the hard ways another few.
-    let deadline = std::time::Instant::now() + Duration::from_secs(40);
-    while agent.is_running() && std::time::Instant::now() < deadline {
+    let deadline = Instant::now() + LEAVING;
+    while agent.is_running() && Instant::now() < deadline {
         if matches!(signals.wait(Some(Duration::from_secs(1))), Woken::Child) {
             for ended in signals::reap() {
                 agent.note_end(&ended);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use bedplate_api::vmm::{Exit, VmConfig};
 
 use super::console::say;
-use super::signals::{self, Signals, Woken, in_words, unblocked};
+use super::signals::{self, Signals, Woken, unblocked};
 use crate::files;
 
 const VMM: &str = "/bin/bedplate-vmm";
@@ -34,7 +34,7 @@ pub(super) fn run(config: &str, signals: &Signals) {
         match signals.wait(left) {
             Woken::Child => {
                 if let Some(ended) = signals::reap().into_iter().find(|e| e.pid == pid) {
-                    return tell(&in_words(ended.status));
+                    return tell(&ended.outcome.to_string());
                 }
             }
             Woken::Down if deadline.is_none() => {

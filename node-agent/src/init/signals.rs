@@ -1,6 +1,6 @@
 //! Signals and dead children: what PID 1 waits for.
 //!
-//! An unsafe corner: signals can be waited for by libc only.
+//! An unsafe corner: signals, and children whoever they are, can be waited for by libc only.
 
 use std::io;
 use std::mem::MaybeUninit;
@@ -8,7 +8,10 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, WaitOptions, WaitStatus};
+use rustix::process::{Pid, Signal};
+
+use super::console::say;
+use crate::vm::outcome::{Outcome, Records};
 
 /// How the network's thread says that it is up.
 const NETWORK_UP: i32 = libc::SIGUSR1;
@@ -34,7 +37,7 @@ pub(super) struct Ended {
     /// Its number.
     pub pid: u32,
     /// How.
-    pub status: WaitStatus,
+    pub outcome: Outcome,
 }
 
 /// The signals that are waited for, blocked in every thread from the first on.
@@ -114,20 +117,28 @@ fn tell_main(signal: Signal) {
     let _sent = rustix::process::kill_process(rustix::process::getpid(), signal);
 }
 
-/// Takes note of every child that has ended. One signal may stand for several.
+/// Takes note of every child that has ended, also for the agent. One signal may stand for several.
 pub(super) fn reap() -> Vec<Ended> {
+    let records = Records::default();
     let mut all = Vec::new();
-    while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
-        all.push(Ended { pid: Pid::as_raw_pid(pid).unsigned_abs(), status });
+    while let Some((pid, (outcome, written))) = next_ended().and_then(|pid| Some((pid, records.bury(pid)?))) {
+        if let Err(e) = written {
+            say(&format!("how process {pid} ended is not written down: {e}"));
+        }
+        all.push(Ended { pid: pid.as_raw_pid().unsigned_abs(), outcome });
     }
     all
 }
 
-/// How a process ended, for a person.
-pub(super) fn in_words(status: WaitStatus) -> String {
-    match (status.exit_status(), status.terminating_signal()) {
-        (Some(code), _) => format!("with code {code}"),
-        (_, Some(signal)) => format!("by signal {signal}"),
-        _ => "for an unknown reason".to_owned(),
+/// A child that has ended, left as it is.
+fn next_ended() -> Option<Pid> {
+    // SAFETY: all zeros is a valid `siginfo_t`.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `info` is valid for writing during the call.
+    let done = unsafe { libc::waitid(libc::P_ALL, 0, &raw mut info, libc::WEXITED | libc::WNOHANG | libc::WNOWAIT) };
+    if done != 0 {
+        return None;
     }
+    // SAFETY: `waitid` succeeded: it filled in a child's fields, or left zeros, which say that none has ended.
+    Pid::from_raw(unsafe { info.si_pid() })
 }

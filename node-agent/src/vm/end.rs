@@ -3,31 +3,26 @@
 use std::fs;
 
 use bedplate_api::vmm::{Exit, ExitReason};
-use rustix::process::WaitIdStatus;
 
 use super::cgroup::Cgroup;
 use super::dir::VmDir;
+use super::outcome::Outcome;
 use crate::agent::model::End;
 use crate::files;
 
 /// Bytes at the end of stderr in which the last line is looked for.
 const STDERR_TAIL: usize = 4096;
 
-/// How the process of the VM in `dir` ended: in its own words where it left any, else as `status` and the kernel tell.
-pub fn read(dir: &VmDir, status: Option<WaitIdStatus>, cgroup: Option<&Cgroup>) -> End {
+/// How the process of the VM in `dir` ended: in its own words where it left any, else as `outcome` and the kernel tell.
+pub fn read(dir: &VmDir, outcome: Option<Outcome>, cgroup: Option<&Cgroup>) -> End {
     if let Ok(Some(exit)) = files::read_json::<Exit>(&dir.exit()) {
         return End { reason: exit.reason, detail: in_words(&exit) };
     }
-    let mut detail = match status {
+    let mut detail = match outcome {
         _ if cgroup.is_some_and(Cgroup::ran_out_of_memory) => {
             "the VMM was killed because the VM used more memory than its limit".to_owned()
         }
-        Some(s) if s.terminating_signal().is_some() => {
-            let signal = s.terminating_signal().unwrap_or_default();
-            format!("the VMM was killed by signal {signal}{}", signal_name(signal))
-        }
-        Some(s) => format!("the VMM exited with code {} and left no reason", s.exit_status().unwrap_or_default()),
-        // Only a parent is told: this one was started by an earlier agent.
+        Some(outcome) => without_a_word(outcome),
         None => {
             "the VMM ended and left no reason; how is not known, because an earlier agent had started it".to_owned()
         }
@@ -51,16 +46,11 @@ pub fn in_words(exit: &Exit) -> String {
     if exit.detail.is_empty() { class.to_owned() } else { exit.detail.clone() }
 }
 
-/// The signals that VMMs die of, for people.
-const fn signal_name(signal: i32) -> &'static str {
-    match signal {
-        libc::SIGKILL => " (SIGKILL)",
-        libc::SIGSEGV => " (SIGSEGV)",
-        libc::SIGABRT => " (SIGABRT)",
-        libc::SIGBUS => " (SIGBUS)",
-        libc::SIGSYS => " (SIGSYS)",
-        libc::SIGTERM => " (SIGTERM)",
-        _ => "",
+/// The end of a VMM that wrote no reason, for a person.
+pub fn without_a_word(outcome: Outcome) -> String {
+    match outcome {
+        Outcome::Signal(_) => format!("the VMM was killed {outcome}"),
+        Outcome::Code(_) => format!("the VMM ended {outcome} and left no reason"),
     }
 }
 

@@ -5,5 +5,6 @@ pub mod cgroup;
 pub mod config;
 pub mod dir;
 pub mod end;
+pub mod outcome;
 pub mod process;
 pub mod start;

@@ -11,19 +11,25 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use bedplate_api::VmId;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{Interest, Ready};
 
 use super::cgroup::Cgroup;
 use super::dir::VmDir;
+use super::outcome::{Outcome, Records};
 use crate::agent::model::Process;
 use crate::clock::Millis;
 
 /// Clock ticks in `/proc`: `USER_HZ`, which is 100 on every Linux of our architecture, whatever the kernel's own clock.
 const TICKS_PER_SECOND: u64 = 100;
+/// How long process 1 may take to reap what has ended; one that is not ours might never.
+const REAPED: Duration = Duration::from_secs(1);
+/// How often is looked meanwhile: nobody but a parent can wait for it.
+const REAPED_POLL: Duration = Duration::from_millis(5);
 
 /// A process that was started or adopted, and that is watched.
 #[derive(Debug)]
@@ -38,14 +44,33 @@ impl Watched {
         self.process
     }
 
-    /// Waits for its end. The status is known only for a process that this agent started itself.
-    pub async fn ended(&self) -> Option<WaitIdStatus> {
+    /// Waits for its end. How it ended is known of a process that this agent started itself, and of an adopted one
+    /// where process 1 keeps records.
+    pub async fn ended(&self) -> Option<Outcome> {
         // The descriptor becomes readable when the process ends, and stays so. An error of epoll would be our bug; to
         // look at the process then is as good as any answer.
         let _ready: io::Result<_> =
             self.pidfd.ready(Interest::READABLE).await.map(|guard| guard.ready() == Ready::READABLE);
         let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
-        rustix::process::waitid(WaitId::PidFd(self.pidfd.get_ref().as_fd()), options).ok().flatten()
+        match rustix::process::waitid(WaitId::PidFd(self.pidfd.get_ref().as_fd()), options) {
+            Ok(status) => status.as_ref().and_then(Outcome::of),
+            // Not our child.
+            Err(_) => self.recorded(&Records::default()).await,
+        }
+    }
+
+    /// What process 1 writes down of it before it takes it out of `/proc`.
+    async fn recorded(&self, records: &Records) -> Option<Outcome> {
+        let deadline = tokio::time::Instant::now() + REAPED;
+        loop {
+            let is_gone = start_ticks(self.process.pid) != Some(self.process.start_ticks);
+            // Looked for after that: a record is there before the process is gone.
+            let outcome = records.take(self.process);
+            if outcome.is_some() || is_gone || tokio::time::Instant::now() > deadline {
+                return outcome;
+            }
+            tokio::time::sleep(REAPED_POLL).await;
+        }
     }
 
     /// Kills it. That it has ended already is fine.
@@ -144,7 +169,7 @@ fn config_of(pid: u32) -> Option<PathBuf> {
 }
 
 /// Clock ticks from the start of the machine to that of process `pid`.
-fn start_ticks(pid: u32) -> Option<u64> {
+pub(super) fn start_ticks(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The second field is the program's name in brackets and may hold anything, brackets and blanks too; the start time
     // is the 22nd, the 20th after it.
@@ -202,11 +227,40 @@ mod tests {
         assert!(adopt(found, Path::new("/other")).unwrap().is_none(), "a process of another VM");
         let watched = adopt(found, &config).unwrap().unwrap();
         drop(child.stdin.take());
-        let status = watched.ended().await.unwrap();
+        let outcome = watched.ended().await;
         // `read` at the end of its input fails.
-        assert_eq!(status.exit_status(), Some(1));
+        assert_eq!(outcome, Some(Outcome::Code(1)));
         // It was waited for already, through its pidfd; this only tells the handle.
         let _reaped = child.wait();
         assert!(adopt(found, &config).unwrap().is_none());
+    }
+
+    /// A process whose parent is not this agent, and that reaps it only when told to.
+    #[tokio::test]
+    async fn how_an_adopted_process_ended_is_what_its_parent_wrote_before_it_reaped_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = dir.path().join("vmm.json");
+        let records = Records::at(dir.path().join("ended"));
+        for recorded in [Some(Outcome::Signal(9)), None] {
+            let mut child = sleeper(dir.path());
+            let pid = Pid::from_child(&child);
+            let watched = open(child.id()).unwrap().unwrap();
+            assert!(records.bury(pid).is_none(), "it has not ended");
+            child.kill().unwrap();
+            if let Some(outcome) = recorded {
+                // `waitid` without reaping, until it has ended.
+                let options = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+                rustix::process::waitid(WaitId::Pid(pid), options).unwrap();
+                let (told, written) = records.bury(pid).unwrap();
+                written.unwrap();
+                assert_eq!(told, outcome);
+            } else {
+                child.wait().unwrap();
+            }
+            assert_eq!(watched.recorded(&records).await, recorded);
+            assert_eq!(watched.recorded(&records).await, None, "taken once");
+            assert!(adopt(watched.process(), &config).unwrap().is_none());
+        }
+        assert_eq!(fs::read_dir(dir.path().join("ended")).unwrap().count(), 0);
     }
 }

@@ -13,8 +13,10 @@ use bedplate_api::node::{DiskMode, NodeStatus, Power, RestartPolicy, VmPhase, Vm
 use bedplate_api::{Digest, VmId};
 use bedplate_images::Store;
 use bedplate_images::import::{self, Options};
+use bedplate_node::vm::outcome::Records;
 use bedplate_tests::inside::{DISK, say, tools};
 use bedplate_tests::patience::until;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::agent::{Agent, page};
 
@@ -34,7 +36,8 @@ pub fn life() -> Result<()> {
 
     let second = a_vmm_is_killed(&agent, &first)?;
     let agent = agent_is_killed(agent, &second)?;
-    a_guest_is_powered_off(&agent, &mut vms, &second)?;
+    let third = an_adopted_vmm_is_killed(&agent, &second)?;
+    a_guest_is_powered_off(&agent, &mut vms, &third)?;
 
     agent.put(3, &[])?;
     until("nothing is left", Duration::from_secs(120), || Ok(agent.status()?.vms.is_empty().then_some(())))?;
@@ -115,10 +118,30 @@ fn agent_is_killed(agent: Agent, before: &NodeStatus) -> Result<Agent> {
     Ok(agent)
 }
 
-/// Its end is seen and named, and another one takes its place; the others notice nothing.
+/// The agent is the parent: the kernel tells it.
 fn a_vmm_is_killed(agent: &Agent, before: &NodeStatus) -> Result<NodeStatus> {
-    let victim = &before.vms[3];
-    tools::busybox(&["kill", "-9", &victim.pid.context("no process")?.to_string()])?;
+    kill(before, 3)?;
+    is_replaced(agent, before, 3)
+}
+
+/// Its parent is process 1 now, which is us, and does what the node's process 1 does.
+fn an_adopted_vmm_is_killed(agent: &Agent, before: &NodeStatus) -> Result<NodeStatus> {
+    let pid = kill(before, 5)?;
+    let (_, written) = until("the end of our child", Duration::from_secs(60), || Ok(Records::default().bury(pid)))?;
+    written?;
+    is_replaced(agent, before, 5)
+}
+
+fn kill(status: &NodeStatus, index: usize) -> Result<Pid> {
+    let pid = status.vms[index].pid.context("no process")?;
+    let pid = Pid::from_raw(i32::try_from(pid)?).context("no process")?;
+    kill_process(pid, Signal::KILL)?;
+    Ok(pid)
+}
+
+/// The end is seen and named, and another VMM takes its place; the others notice nothing.
+fn is_replaced(agent: &Agent, before: &NodeStatus, index: usize) -> Result<NodeStatus> {
+    let victim = &before.vms[index];
     let killed = Instant::now();
     let seen = until("the report of the killed VMM", Duration::from_secs(60), || {
         let status = agent.status()?.vms.into_iter().find(|vm| vm.id == victim.id).context("the VM is gone")?;
@@ -130,7 +153,10 @@ fn a_vmm_is_killed(agent: &Agent, before: &NodeStatus) -> Result<NodeStatus> {
     let after = agent.until_all("all eight again", is_up)?;
     for (old, new) in before.vms.iter().zip(&after.vms) {
         let replaced = old.id == victim.id;
-        ensure!((new.pid != old.pid) == replaced && new.restarts == u32::from(replaced), "{new:?}, was {old:?}");
+        ensure!(
+            (new.pid != old.pid) == replaced && new.restarts == old.restarts + u32::from(replaced),
+            "{new:?}, was {old:?}"
+        );
     }
     ensure!(addresses(&after) == addresses(before), "addresses moved: {after:?}");
     everybody_answers(&after)?;
