@@ -12,6 +12,7 @@ pub mod error;
 pub mod id;
 pub mod image;
 pub mod node;
+pub mod socket;
 pub mod vmm;
 
 pub use digest::Digest;

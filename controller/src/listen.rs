@@ -3,8 +3,6 @@
 use std::fs;
 use std::io::{self, ErrorKind};
 use std::net::SocketAddr;
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +11,7 @@ use axum::Extension;
 use axum::Router;
 use axum::extract::ConnectInfo;
 use axum::serve::Listener;
+use bedplate_api::socket;
 use hyper::server::conn::http1::Builder;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
@@ -59,32 +58,13 @@ impl Socket {
         if let Some(dir) = path.parent() {
             fs::create_dir_all(dir).map_err(failed)?;
         }
-        match fs::symlink_metadata(path) {
-            Err(e) if e.kind() == ErrorKind::NotFound => {}
-            Err(e) => return Err(failed(e)),
-            Ok(found) if !std::os::unix::fs::FileTypeExt::is_socket(&found.file_type()) => {
-                return Err(ListenError::NotASocket(path.into()));
-            }
-            Ok(_) => match UnixStream::connect(path) {
-                Err(e) if e.kind() == ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(failed)?,
-                Err(e) if e.kind() == ErrorKind::NotFound => {}
-                Err(e) => return Err(failed(e)),
-                Ok(_) => return Err(ListenError::Taken(path.into())),
-            },
-        }
-        // Made under another name and with its mode set before it can be found under its own.
-        let draft = path.with_extension(format!("{}.new", std::process::id()));
-        let listener = UnixListener::bind(&draft).map_err(failed)?;
-        let publish = || {
-            fs::set_permissions(&draft, fs::Permissions::from_mode(0o600))?;
-            fs::rename(&draft, path)
-        };
-        if let Err(error) = publish() {
-            // The bind has made it; what is wrong is said by the first error.
-            let _ = fs::remove_file(&draft);
-            return Err(failed(error));
-        }
-        Ok(Self { listener, path: path.into() })
+        let listener = socket::listen(path).map_err(|e| match e.kind() {
+            // The kernel's own word has a number, and means that something is there that is no socket.
+            ErrorKind::AddrInUse if e.raw_os_error().is_none() => ListenError::Taken(path.into()),
+            ErrorKind::AddrInUse => ListenError::NotASocket(path.into()),
+            _ => failed(e),
+        })?;
+        Ok(Self { listener: UnixListener::from_std(listener).map_err(failed)?, path: path.into() })
     }
 }
 
@@ -183,6 +163,8 @@ pub fn raise_file_limit() -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use axum::routing::get;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpListener, TcpStream};

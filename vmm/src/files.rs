@@ -54,7 +54,22 @@ pub fn remedy(error: &io::Error) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use bedplate_api::socket::listen;
+
     use super::*;
+
+    #[test]
+    fn the_remedy_fits_what_is_wrong() {
+        let dir = tempfile::tempdir().unwrap();
+        let remedy = |path: &Path| super::remedy(&listen(path).unwrap_err());
+        let path = dir.path().join("s");
+        let _live = listen(&path).unwrap();
+        assert!(remedy(&path).contains("end that process"));
+        std::fs::write(dir.path().join("f"), "precious").unwrap();
+        assert!(remedy(&dir.path().join("f")).contains("remove what is there"));
+        assert!(remedy(&dir.path().join("x".repeat(150))).contains("shorter"));
+        assert!(remedy(Path::new("/nowhere/s")).contains("a directory that exists"));
+    }
 
     #[test]
     fn a_fifo_is_written_to_only_while_somebody_reads_it() {

@@ -20,4 +20,3 @@ pub mod json;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
-mod socket;

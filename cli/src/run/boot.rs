@@ -61,8 +61,15 @@ pub(super) fn files(args: &Args, store: &Store, source: &Source, dir: &Path) -> 
 
 /// The absolute path of a file that can be read.
 fn readable(path: &Path) -> Result<PathBuf, BootError> {
-    let opened = std::fs::File::open(path).and_then(|_| std::path::absolute(path));
-    opened.map_err(|source| BootError::File { path: path.to_owned(), source })
+    let open = || {
+        // Asked first: to open a FIFO waits for whoever writes to it.
+        if !std::fs::metadata(path)?.is_file() {
+            return Err(std::io::Error::other("this is no regular file"));
+        }
+        std::fs::File::open(path)?;
+        std::path::absolute(path)
+    };
+    open().map_err(|source| BootError::File { path: path.to_owned(), source })
 }
 
 /// The VMM's configuration for the VM that `args` ask for.
@@ -134,6 +141,16 @@ mod tests {
             cmdline("root=UUID=1 ro console=tty0 console=ttyS0,115200 panic=5", Some("web"), Some("quiet  single")),
             "root=UUID=1 ro console=tty0 console=ttyS0,115200 panic=5 reboot=k systemd.hostname=web quiet single"
         );
+    }
+
+    #[test]
+    fn a_kernel_is_a_regular_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RUSR).unwrap();
+        assert!(readable(&fifo).unwrap_err().to_string().ends_with("no regular file"));
+        assert!(readable(dir.path()).unwrap_err().to_string().ends_with("no regular file"));
+        assert!(readable(&dir.path().join("none")).unwrap_err().to_string().contains("No such file"));
     }
 
     #[test]

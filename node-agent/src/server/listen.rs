@@ -2,18 +2,16 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
 use bedplate_api::node::Ipv4Net;
+use bedplate_api::socket;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use rustix::fs::Mode;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
@@ -71,23 +69,7 @@ pub fn bind_unix(path: &Path) -> Result<UnixListener, ListenError> {
     if let Some(dir) = path.parent() {
         std::fs::create_dir_all(dir).map_err(failed)?;
     }
-    match UnixStream::connect(path) {
-        Ok(_) => return Err(failed(io::Error::new(io::ErrorKind::AddrInUse, "another process listens there"))),
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused && is_socket(path) => {
-            std::fs::remove_file(path).map_err(failed)?;
-        }
-        // Nothing there, or nothing that may be removed: binding says which.
-        Err(_) => {}
-    }
-    // The mode is right from the first moment on, not changed after the socket is there.
-    let before = rustix::process::umask(Mode::from_raw_mode(0o177));
-    let bound = UnixListener::bind(path);
-    rustix::process::umask(before);
-    bound.map_err(failed)
-}
-
-fn is_socket(path: &Path) -> bool {
-    std::fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
+    socket::listen(path).and_then(UnixListener::from_std).map_err(failed)
 }
 
 /// Serves on TCP for as long as the process lives. Guests on this node's own `network` are turned away at once: they

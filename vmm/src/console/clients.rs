@@ -6,10 +6,10 @@ use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use bedplate_api::socket;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::backlog::Backlog;
-use crate::socket;
 
 /// What a new client is shown.
 const REPLAY: usize = 64 << 10;

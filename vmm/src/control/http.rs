@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 
+use bedplate_api::socket;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::Incoming;
@@ -31,7 +32,7 @@ use super::commands::Answer;
 use super::fault::Fault;
 use super::routes;
 use super::session::Session;
-use crate::{files, socket};
+use crate::files;
 
 /// Bytes of a request's body, at most; Firecracker's default.
 const MAX_BODY: usize = 51_200;

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use bedplate_api::socket;
 use bedplate_devices::Memory;
 use bedplate_devices::host::PciHost;
 use bedplate_devices::pci::PciRoot;
@@ -19,7 +20,6 @@ use bedplate_images::disk::{Disk, DiskError};
 use super::BuildError;
 use crate::block::ImageDisk;
 use crate::config::{self, DriveConfig};
-use crate::socket;
 
 /// Why a device cannot be attached.
 #[derive(Debug, thiserror::Error)]
