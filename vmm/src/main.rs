@@ -11,6 +11,7 @@ use bedplate_vmm::console::{Console, Target};
 use bedplate_vmm::control::{self, Server, Session, Signals};
 use bedplate_vmm::exit_file::ExitFile;
 use bedplate_vmm::json;
+use bedplate_vmm::sandbox::{Access, Sandbox, Unlisted, User};
 use clap::Parser;
 
 /// Run one virtual machine.
@@ -40,6 +41,21 @@ struct Args {
     /// When the VM has ended, write how to this file
     #[arg(long, value_name = "PATH")]
     exit_file: Option<PathBuf>,
+    /// Become this user before the guest runs (as root only)
+    #[arg(long, value_name = "UID", requires = "gid", conflicts_with = "no_sandbox")]
+    uid: Option<u32>,
+    /// Become this group before the guest runs (as root only)
+    #[arg(long, value_name = "GID", requires = "uid")]
+    gid: Option<u32>,
+    /// Leave this directory visible inside of the sandbox, for files that are named later; may be repeated
+    #[arg(long, value_name = "DIR", conflicts_with = "no_sandbox")]
+    visible: Vec<PathBuf>,
+    /// Let a guest that takes over this process do what you can do
+    #[arg(long)]
+    no_sandbox: bool,
+    /// Log system calls that are not on the sandbox's list instead of ending: to find what the list lacks
+    #[arg(long, conflicts_with = "no_sandbox")]
+    log_system_calls: bool,
 }
 
 fn main() -> ExitCode {
@@ -75,7 +91,7 @@ fn run(args: &Args) -> Result<Exit> {
         bail!("nothing to run: give --config-file, or --api-sock to be configured through the API");
     }
     let console = Console::open(&args.serial, args.serial_log.as_deref())?;
-    let mut session = Session::new(args.id.clone(), console)?;
+    let mut session = Session::new(args.id.clone(), console, sandbox(args))?;
     let server = args.api_sock.as_deref().map(Server::listen).transpose()?;
     if let Some(path) = &args.config_file {
         session.start_with(read_config(path)?)?;
@@ -84,6 +100,22 @@ fn run(args: &Args) -> Result<Exit> {
         }
     }
     Ok(control::run(session, server, &signals)?)
+}
+
+/// What the process goes into before the guest runs, with the places that are needed until its end.
+fn sandbox(args: &Args) -> Option<Sandbox> {
+    if args.no_sandbox {
+        eprintln!("bedplate-vmm: --no-sandbox: a guest that takes over this process can do what you can do");
+        return None;
+    }
+    let unlisted = if args.log_system_calls { Unlisted::Logged } else { Unlisted::Ends };
+    let user = args.uid.zip(args.gid).map(|(uid, gid)| User { uid, gid });
+    let mut sandbox = Sandbox::new(unlisted, user);
+    args.visible.iter().for_each(|dir| sandbox.keep(dir, Access::Write));
+    let socket = if let Target::Socket(path) = &args.serial { Some(path) } else { None };
+    let places = [args.api_sock.as_ref(), args.exit_file.as_ref(), args.serial_log.as_ref(), socket];
+    places.into_iter().flatten().for_each(|file| sandbox.keep_place_of(file));
+    Some(sandbox)
 }
 
 fn read_config(path: &Path) -> Result<VmConfig> {

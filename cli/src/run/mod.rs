@@ -15,7 +15,7 @@ use crate::place::{PlaceError, StoreArgs};
 use crate::rundir::{RunDir, RunDirError};
 use crate::size::parse_mib;
 use crate::terminal;
-use crate::vmm::{self, Vmm, VmmError};
+use crate::vmm::{self, Vmm, VmmError, Walls};
 
 mod boot;
 mod lab;
@@ -75,6 +75,9 @@ pub struct Args {
     /// The VMM [default: beside this program, then in PATH]
     #[arg(long, value_name = "PATH", conflicts_with = "lab")]
     vmm: Option<PathBuf>,
+    /// Let a guest that takes over its VMM do what you can do
+    #[arg(long, conflicts_with = "lab")]
+    no_sandbox: bool,
     #[command(flatten)]
     store: StoreArgs,
 }
@@ -149,7 +152,7 @@ pub fn run(args: Args) -> Result<u8, Error> {
 fn usable_vmm(args: &Args) -> Result<PathBuf, Error> {
     kvm::open_kvm().map_err(Error::NoKvm)?;
     let program = vmm::locate(args.vmm.as_deref())?;
-    match kvm::try_guest(&program)? {
+    match kvm::try_guest(&program, Walls::None)? {
         Trial::Works => Ok(program),
         Trial::Fails(words) => Err(Error::BadKvm(words)),
     }
@@ -171,7 +174,8 @@ fn on_kvm(
         note(&format!("The guest's address is {}{reach}.", net.guest));
     }
     let config = boot::config(args, kernel, disk, net.as_ref());
-    let vmm = Vmm::start(program, run_dir.path(), name, &config, &format!("socket:{SERIAL}"))?;
+    let walls = if args.no_sandbox { Walls::None } else { Walls::Sandbox };
+    let vmm = Vmm::start(program, run_dir.path(), name, &config, &format!("socket:{SERIAL}"), walls)?;
     let (vmm, serial) = vmm.connect(SERIAL)?;
     if terminal::is_interactive() {
         note(&format!("Console of {name}; Ctrl-A X stops it, Ctrl-A ? shows more."));

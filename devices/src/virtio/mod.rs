@@ -29,7 +29,7 @@ mod worker;
 
 pub use buffers::{Buffers, OutsideRam, View};
 pub use queue::{Answer, Chain, ChainFault, Drained, QueueConfig, QueueError, Virtqueue};
-pub use worker::{Handler, MAX_TOKEN, Session, Worker};
+pub use worker::{Handler, MAX_TOKEN, Session, Worker, on_worker_start};
 
 /// Feature bits that every device has, by the queues that all are built on.
 pub const COMMON_FEATURES: u64 =

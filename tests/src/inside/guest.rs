@@ -107,9 +107,15 @@ impl GuestSpec {
 
     /// Starts the VMM, without waiting for the guest.
     pub fn start(self) -> Result<Guest> {
+        self.start_in(|| Ok(()))
+    }
+
+    /// As [`Self::start`]; `prepare` is called once the guest's directory is there.
+    pub fn start_in(self, prepare: impl FnOnce() -> Result<()>) -> Result<Guest> {
         let dir = PathBuf::from("/run/guests").join(&self.name);
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir)?;
+        prepare()?;
         let config = dir.join("config.json");
         fs::write(&config, self.text.unwrap_or_else(|| self.config.to_string()))?;
         let mut command = Command::new("/bin/bedplate-vmm");

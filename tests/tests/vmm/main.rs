@@ -7,6 +7,7 @@ mod boot;
 mod ends;
 mod network;
 mod refusals;
+mod sandbox;
 mod serial;
 mod vsock;
 
@@ -41,6 +42,8 @@ fn main() -> ExitCode {
         Scenario { name: "the_serial_log_is_written", run: serial::log },
         Scenario { name: "is_configured_and_started_through_the_api", run: api::configured_by_api },
         Scenario { name: "the_api_refuses_bad_requests", run: api::bad_requests },
+        Scenario { name: "a_vmm_has_nothing_left_when_its_guest_runs", run: sandbox::walls },
+        Scenario { name: "without_a_sandbox_it_says_so", run: sandbox::none },
         Scenario { name: "bad_kernels_are_refused", run: refusals::kernels },
         Scenario { name: "bad_configurations_are_refused", run: refusals::configurations },
         Scenario { name: "missing_host_things_are_named", run: refusals::host_things },

@@ -2,22 +2,25 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::path::Path;
 
 use bedplate_api::vmm::{
     ActionType, Exit, ExitCounts, ExitReason, InstanceInfo, LogLevel, Logger, MachineConfig, MachineConfigPatch,
     Metrics, RunState, SerialDevice, Status, TargetState, Version, VmConfig,
 };
 use bedplate_devices::virtio::block::SECTOR;
+use bedplate_images::disk::Disk;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::commands::{Answer, Command};
 use super::fault::Fault;
 use super::log::Log;
 use super::signals::Signal;
-use crate::config::{self, ConfigError, DriveConfig};
+use crate::config::{self, Config, ConfigError, DriveConfig};
 use crate::console::{Console, ConsoleError, Serving, Target};
 use crate::files;
 use crate::machine::{BuildError, Machine, builder};
+use crate::sandbox::{self, Access, Sandbox};
 
 const NAME: &str = "Bedplate";
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -49,6 +52,9 @@ pub struct Session {
     vm: Option<Running>,
     log: Log,
     metrics: Option<File>,
+    /// What the process goes into at the start, with what must stay visible whatever the VM is; none if a person wants
+    /// none.
+    sandbox: Option<Sandbox>,
     leave: EventFd,
     ended: EventFd,
     /// Set where the process shall end without a VM.
@@ -63,11 +69,12 @@ struct Running {
 }
 
 impl Session {
-    /// A process without a VM. `console` is where the guest's serial port will go.
+    /// A process without a VM. `console` is where the guest's serial port will go, `sandbox` what the process goes into
+    /// with the VM.
     ///
     /// # Errors
     /// The host has no descriptors left.
-    pub fn new(id: String, console: Console) -> io::Result<Self> {
+    pub fn new(id: String, console: Console, sandbox: Option<Sandbox>) -> io::Result<Self> {
         let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         Ok(Self {
             id,
@@ -76,6 +83,7 @@ impl Session {
             vm: None,
             log: Log::default(),
             metrics: None,
+            sandbox,
             leave: event()?,
             ended: event()?,
             early_exit: None,
@@ -107,7 +115,8 @@ impl Session {
             Some(console) => console,
             None => Console::open(&Target::Off, None)?,
         };
-        let machine = match builder::start(&config, Box::new(console.sink()), &self.ended) {
+        let sandbox = self.sandbox.clone().map(|sandbox| around(sandbox, &config));
+        let machine = match builder::start(&config, Box::new(console.sink()), &self.ended, sandbox.as_ref()) {
             Ok(machine) => machine,
             Err(error) => {
                 // To be tried again after a correction.
@@ -119,6 +128,7 @@ impl Session {
             self.warn_of_length(drive);
         }
         let console = console.serve(machine.serial(), &self.leave)?;
+        sandbox::narrow(sandbox::Thread::Control);
         self.vm = Some(Running { machine, paused: false, _console: console });
         self.log.write(LogLevel::Info, "the VM runs");
         Ok(())
@@ -336,6 +346,23 @@ impl Running {
         };
         Ok(())
     }
+}
+
+/// What this VM uses by name while it runs.
+fn around(mut sandbox: Sandbox, config: &Config) -> Sandbox {
+    for drive in &config.drives {
+        let dir = Path::new(&drive.path);
+        // A copy-on-write disk reads its image's chunks as the guest asks for them; a raw file is open already. One that
+        // cannot be read is the builder's to complain about.
+        if let Ok(spec) = Disk::spec_of(dir) {
+            sandbox.keep(dir, Access::Write);
+            sandbox.keep(&spec.store, Access::Read);
+        }
+    }
+    if let Some(vsock) = &config.vsock {
+        sandbox.keep_place_of(&vsock.path);
+    }
+    sandbox
 }
 
 fn done((): ()) -> Answer {

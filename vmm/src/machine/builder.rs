@@ -15,13 +15,19 @@ use crate::boot;
 use crate::config::Config;
 use crate::kvm::{Vm, install_kick_signal};
 use crate::memory::{Ram, layout};
+use crate::sandbox::Sandbox;
 
 /// Builds and starts the VM that `config` describes. The guest's serial output goes to `serial_out`, which must not
-/// block; `ended` is signalled when the VM has ended.
+/// block; `ended` is signalled when the VM has ended. The process goes into `sandbox` before the guest runs.
 ///
 /// # Errors
 /// The host cannot give what is asked, or a file is not what it should be. Nothing is left running.
-pub fn start(config: &Config, serial_out: Box<dyn Write + Send>, ended: &EventFd) -> Result<Machine, BuildError> {
+pub fn start(
+    config: &Config,
+    serial_out: Box<dyn Write + Send>,
+    ended: &EventFd,
+    sandbox: Option<&Sandbox>,
+) -> Result<Machine, BuildError> {
     // Memory, and the VM around it with interrupt controllers and timer.
     let ram = Ram::new(config.memory_mib)?;
     let vm = Vm::new(Arc::clone(&ram.memory))?;
@@ -66,6 +72,11 @@ pub fn start(config: &Config, serial_out: Box<dyn Write + Send>, ended: &EventFd
     let vcpus = vm.create_vcpus(config.vcpus)?;
     if let Some(first) = vcpus.first() {
         first.enter_at(entry)?;
+    }
+
+    // All that the VM needs is open, and there is no second thread yet.
+    if let Some(sandbox) = sandbox {
+        sandbox.enter()?;
     }
     Machine { _vm: vm, ram, buses, life, pci, serial, power, threads: Vec::new(), counters: Vec::new(), started: None }
         .run(vcpus)

@@ -26,6 +26,7 @@ use crate::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::kvm::{KvmError, Vcpu, Vm};
 use crate::memory::{MemoryError, Ram};
+use crate::sandbox::{self, SandboxError};
 use counters::ExitCounters;
 use lifecycle::Lifecycle;
 use vcpu::Buses;
@@ -49,6 +50,8 @@ pub enum BuildError {
     Pci(#[from] PciError),
     #[error(transparent)]
     Acpi(#[from] AcpiError),
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// Two devices in one place: our bug.
     #[error("the machine's own layout is contradictory: {0}")]
     Overlap(#[from] OverlapError),
@@ -83,7 +86,10 @@ impl Machine {
             let counters = Arc::new(ExitCounters::default());
             self.counters.push(Arc::clone(&counters));
             let name = format!("vcpu{}", vcpu.index());
-            let body = move || vcpu::run(&mut vcpu, &buses, &life, &counters);
+            let body = move || {
+                sandbox::narrow(sandbox::Thread::Vcpu);
+                vcpu::run(&mut vcpu, &buses, &life, &counters);
+            };
             match thread::Builder::new().name(name).spawn(body) {
                 Ok(thread) => self.threads.push(thread),
                 Err(error) => {
