@@ -55,6 +55,9 @@ pub struct Manifest {
     /// How to start it without a boot loader; absent when no kernel was found.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot: Option<BootData>,
+    /// Which firmware starts the disk's own boot loader. Looked for, and present, only where `boot` is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<Firmware>,
     /// Free text by key, for people: what was imported, from where, by which version.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
@@ -85,6 +88,18 @@ pub struct BootData {
     pub cmdline: String,
 }
 
+/// The firmware that a disk's own boot loader was made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Firmware {
+    /// Code in the disk's first sector.
+    Bios,
+    /// An EFI system partition.
+    Uefi,
+    /// The disk has both.
+    Either,
+}
+
 /// A name and what it points to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageSummary {
@@ -100,6 +115,9 @@ pub struct ImageSummary {
     pub content: u64,
     /// It can be started without a boot loader.
     pub direct_boot: bool,
+    /// It can not, and has a boot loader for this firmware.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<Firmware>,
 }
 
 /// What a tag shall point to.

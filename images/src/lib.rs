@@ -9,6 +9,7 @@
 pub mod boot;
 pub mod digest;
 pub mod disk;
+pub mod export;
 #[cfg(test)]
 mod fixtures;
 pub mod frame;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bedplate_api::Digest;
 use bedplate_api::client::Endpoint;
 use bedplate_images::import::ImportError;
-use bedplate_images::{Store, StoreError};
+use bedplate_images::{Store, StoreError, export};
 use clap::Subcommand;
 
 use crate::control::{self, CONTROL_VARIABLE, DEFAULT_CONTROL, Session};
@@ -22,12 +22,14 @@ mod push;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   bedplate image import debian-12.qcow2 --name debian
+  curl -L https://example.org/disk.raw.xz | bedplate image import - --name web
   bedplate image import-vmm --kernel vmlinuz --initrd initrd --name vmm
   bedplate image ls
   bedplate image push web --as web-2
   bedplate image pull web
   bedplate image ls --control
-  bedplate image verify web")]
+  bedplate image verify web
+  bedplate image export web web.qcow2")]
 pub struct Args {
     #[command(flatten)]
     store: StoreArgs,
@@ -51,11 +53,29 @@ struct Peer {
     control: Endpoint,
 }
 
+/// What an image is written as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+enum FileFormat {
+    Raw,
+    Qcow2,
+}
+
+impl From<FileFormat> for export::Format {
+    fn from(format: FileFormat) -> Self {
+        match format {
+            FileFormat::Raw => Self::Raw,
+            FileFormat::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Import a raw or qcow2 disk image; chunks that the store has are not written again
+    /// Import a disk image: raw, qcow2 or flat VMDK, raw and qcow2 also packed with gzip, xz or zstd. Chunks that the store
+    /// has are not written again, so an import that was interrupted goes on when it is started again
     Import {
-        /// The file
+        /// The file or block device; - is standard input
         file: PathBuf,
         /// Name to give it: lower-case letters, digits, and . _ -; one that another image has is taken from it, and
         /// stderr says what it was
@@ -137,6 +157,9 @@ enum Action {
         /// Which part: disk, kernel or initrd
         #[arg(long, default_value = "disk")]
         part: String,
+        /// What to write: raw or qcow2 [default: qcow2 where the file's name ends so, else raw]
+        #[arg(long, value_enum, hide_possible_values = true)]
+        format: Option<FileFormat>,
     },
 }
 
@@ -225,7 +248,7 @@ pub fn run(args: Args, format: Format) -> Result<(), Error> {
         Action::Pull { name, to, peer } => pull::run(&Store::create(dir)?, &name, to, &peer.control, format)?,
         Action::Gc { grace } => local::gc(&Store::open(dir)?, Duration::from_secs(grace), format)?,
         Action::Verify { name } => local::verify(&Store::open(dir)?, name, format)?,
-        Action::Export { name, file, part } => local::export(&Store::open(dir)?, &name, &part, file)?,
+        Action::Export { name, file, part, format } => local::export(&Store::open(dir)?, &name, &part, file, format)?,
     }
     Ok(())
 }

@@ -139,7 +139,7 @@ fn attach_disk(
     name: &str,
     dir: &Path,
 ) -> Result<MachineSpec, LabError> {
-    if let (Some((file, format)), false) = (&source.file, args.persistent) {
+    if let (Some((file, Some(format))), false) = (&source.file, args.persistent) {
         return Ok(spec.throwaway_drive(file, format));
     }
     // A disk of the lab is a plain file: the node cannot open a store that is on this side.

@@ -70,6 +70,9 @@ pub async fn bootable_disk(control: &Arc<Control>, name: &str) -> Result<Digest,
         ImageSummary { kind: ImageKind::Vmm, .. } => {
             unusable("it is of kind \"vmm\", a tier needs one of kind \"disk\"")
         }
+        ImageSummary { direct_boot: false, firmware: Some(_), .. } => unusable(
+            "it starts by its own boot loader under firmware, and VMs here are started from a kernel, which was not found in it",
+        ),
         ImageSummary { direct_boot: false, .. } => {
             unusable("no kernel was found in it when it was imported, so there is no way to start it")
         }
