@@ -16,6 +16,7 @@ pub mod frame;
 pub mod import;
 pub mod index;
 pub mod manifest;
+pub mod pack;
 pub mod store;
 
 pub use digest::digest_of;

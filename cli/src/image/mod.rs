@@ -12,11 +12,14 @@ use clap::Subcommand;
 use crate::control::{self, CONTROL_VARIABLE, DEFAULT_CONTROL, Session};
 use crate::output::{self, Format, PrintError};
 use crate::place::{PlaceError, StoreArgs};
+use registry::RegistryArgs;
+pub use registry::RegistryError;
 
 pub(crate) mod import;
 mod local;
 mod pull;
 mod push;
+mod registry;
 
 /// `bedplate image …`
 #[derive(Debug, clap::Args)]
@@ -27,6 +30,9 @@ mod push;
   bedplate image ls
   bedplate image push web --as web-2
   bedplate image pull web
+  bedplate image push web oci://registry.example:5000/team/web:2
+  bedplate image pull oci://registry.example:5000/team/web:2 --as web
+  bedplate image import oci://quay.io/containerdisks/debian:12 --name debian
   bedplate image ls --control
   bedplate image verify web
   bedplate image export web web.qcow2")]
@@ -75,12 +81,15 @@ enum Action {
     /// Import a disk image: raw, qcow2 or flat VMDK, raw and qcow2 also packed with gzip, xz or zstd. Chunks that the store
     /// has are not written again, so an import that was interrupted goes on when it is started again
     Import {
-        /// The file or block device; - is standard input
+        /// The file or block device; - is standard input, oci://HOST/NAME:TAG or a directory in the OCI layout a container
+        /// image with a disk in it
         file: PathBuf,
         /// Name to give it: lower-case letters, digits, and . _ -; one that another image has is taken from it, and
         /// stderr says what it was
         #[arg(long)]
         name: String,
+        #[command(flatten)]
+        registry: RegistryArgs,
         /// A file elsewhere that FILE may refer to as its backing or data file; can be given several times
         #[arg(long, value_name = "FILE")]
         allow: Vec<PathBuf>,
@@ -117,20 +126,27 @@ enum Action {
         #[command(flatten)]
         remote: Remote,
     },
-    /// Send an image to a control node's repository; only what it lacks is sent
+    /// Send an image to a control node's repository or an OCI registry; only what is lacking there is sent
     Push {
         /// Its name or digest here
         name: String,
+        /// Where to in a registry: oci://HOST[:PORT]/NAME[:TAG] [default: the control node]
+        #[arg(conflicts_with = "to")]
+        registry: Option<String>,
+        #[command(flatten)]
+        how: RegistryArgs,
         /// Its name there [default: the name here]
         #[arg(long = "as", value_name = "NAME")]
         to: Option<String>,
         #[command(flatten)]
         peer: Peer,
     },
-    /// Fetch an image from a control node's repository; only what is missing here is fetched
+    /// Fetch an image from a control node's repository or an OCI registry; only what is missing here is fetched
     Pull {
-        /// Its name or digest there
+        /// Its name or digest at the control node, or oci://HOST[:PORT]/NAME[:TAG]
         name: String,
+        #[command(flatten)]
+        how: RegistryArgs,
         /// Its name here [default: the name there]
         #[arg(long = "as", value_name = "NAME")]
         to: Option<String>,
@@ -178,6 +194,12 @@ pub enum Error {
     /// The control node.
     #[error(transparent)]
     Control(#[from] control::Error),
+    /// A registry.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// Something else than a registry.
+    #[error("{0:?} is no place in a registry: write oci://HOST[:PORT]/NAME[:TAG], or --as NAME for the control node")]
+    NoRegistry(String),
     /// A file that is there already is not written over.
     #[error("{} is there already; remove it or name another file", .0.display())]
     Exists(PathBuf),
@@ -228,7 +250,9 @@ impl From<bedplate_api::client::ClientError> for Error {
 pub fn run(args: Args, format: Format) -> Result<(), Error> {
     let dir = args.store.dir()?;
     match args.action {
-        Action::Import { file, name, allow } => import::run(&Store::create(dir)?, &file, &name, &allow, format)?,
+        Action::Import { file, name, registry, allow } => {
+            import::run(&Store::create(dir)?, &file, &name, &allow, &registry, format)?;
+        }
         Action::ImportVmm { kernel, initrd, cmdline, name } => {
             import::run_vmm(&Store::create(dir)?, &kernel, &initrd, &cmdline, &name, format)?;
         }
@@ -244,8 +268,17 @@ pub fn run(args: Args, format: Format) -> Result<(), Error> {
             session.wait(session.client.untag_image(&name))?;
         }
         Action::Rm { name, .. } => Store::open(dir)?.remove_tag(&name)?,
-        Action::Push { name, to, peer } => push::run(&Store::open(dir)?, &name, to, &peer.control, format)?,
-        Action::Pull { name, to, peer } => pull::run(&Store::create(dir)?, &name, to, &peer.control, format)?,
+        Action::Push { name, registry: Some(to), how, .. } => {
+            if !to.starts_with(registry::SCHEME) {
+                return Err(Error::NoRegistry(to));
+            }
+            registry::push(&Store::open(dir)?, &name, &to, &how, format)?;
+        }
+        Action::Pull { name, how, to, .. } if name.starts_with(registry::SCHEME) => {
+            registry::pull(&Store::create(dir)?, &name, to, &how, format)?;
+        }
+        Action::Push { name, to, peer, .. } => push::run(&Store::open(dir)?, &name, to, &peer.control, format)?,
+        Action::Pull { name, to, peer, .. } => pull::run(&Store::create(dir)?, &name, to, &peer.control, format)?,
         Action::Gc { grace } => local::gc(&Store::open(dir)?, Duration::from_secs(grace), format)?,
         Action::Verify { name } => local::verify(&Store::open(dir)?, name, format)?,
         Action::Export { name, file, part, format } => local::export(&Store::open(dir)?, &name, &part, file, format)?,

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::container::ContainerError;
 use super::format::Format;
 use super::qcow2::HeaderError;
 use crate::StoreError;
@@ -82,6 +83,14 @@ pub enum ImportError {
         path: PathBuf,
         /// As written in the image.
         target: String,
+    },
+    /// A container image without a disk, or none at all.
+    #[error("the container image {path} cannot be imported: {cause}")]
+    Container {
+        /// What it is called.
+        path: PathBuf,
+        /// Why not.
+        cause: ContainerError,
     },
     /// A VMDK of a kind that is not read.
     #[error(

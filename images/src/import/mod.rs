@@ -5,6 +5,7 @@
 //! then. A chunk that is in the store is not written again, so an import that was interrupted goes on where it was, in
 //! effect, when it is started again.
 
+pub mod container;
 mod cut;
 mod error;
 pub mod format;

@@ -2,6 +2,7 @@ use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
 use std::process::Command;
 
+mod container;
 mod streams;
 
 use super::*;

@@ -50,7 +50,7 @@ async fn put(socket: &Path, url: &str) -> Result<(), VmmError> {
 }
 
 fn client(socket: &Path) -> Result<reqwest::Client, reqwest::Error> {
-    reqwest::Client::builder().no_proxy().timeout(TIMEOUT).unix_socket(socket.to_owned()).build()
+    bedplate_api::client::plain_http().timeout(TIMEOUT).unix_socket(socket.to_owned()).build()
 }
 
 async fn checked(response: reqwest::Response) -> Result<reqwest::Response, VmmError> {
