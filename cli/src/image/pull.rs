@@ -6,7 +6,6 @@ use bedplate_api::client::{Client, Endpoint};
 use bedplate_api::image::MAX_CHUNK_LIST;
 use bedplate_images::{CHUNK_SIZE, Store};
 
-use super::push::distinct_chunks;
 use super::{Error, note_moved, print_one, tag_for};
 use crate::control::Session;
 use crate::output::{self, Format};
@@ -39,7 +38,7 @@ async fn fetch(store: &Store, image: &Digest, name: &str, client: &Client) -> Re
     for part in store.manifest(image)?.parts.values() {
         fetch_blob(store, &part.index, client).await?;
     }
-    let chunks = distinct_chunks(store, image)?;
+    let chunks = store.distinct_chunks(image)?;
     let missing = store.missing(&chunks);
     store.need_space("the pull", missing.len() as u64 * CHUNK_SIZE as u64)?;
     let progress = Progress::new(format!("pull {name}"), missing.len() as u64 * CHUNK_SIZE as u64);

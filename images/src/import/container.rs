@@ -14,7 +14,7 @@ use super::format::{Format, HEAD_LEN, detect};
 use super::unpack::{Counted, failed, peek, unpack};
 use super::{ImportError, Imported, Options, Progress, check_tag, import_stream};
 use crate::Store;
-use crate::pack::oci::{Descriptor, MAX_OCI_MANIFEST_LEN, OCI_MANIFEST, hex_of, is_sha256, sha256};
+use crate::pack::oci::{Artifact, Descriptor, MAX_OCI_MANIFEST_LEN, OCI_MANIFEST, hex_of, is_sha256, sha256};
 
 /// Layers and platforms that one image may have. Docker itself stops at 127 layers.
 const MAX_ENTRIES: usize = 256;
@@ -53,6 +53,9 @@ pub enum ContainerError {
         /// As computed.
         found: String,
     },
+    /// One of ours.
+    #[error("it is a Bedplate image: fetch it with `bedplate image pull`")]
+    Ours,
     /// No layer has a disk.
     #[error("no layer of it has a file in the folder `disk`, so it is no containerDisk")]
     NoDisk,
@@ -100,6 +103,9 @@ pub fn import_container(
 ) -> Result<Imported, ImportError> {
     check_tag(options.tag)?;
     let refused = |cause| ImportError::Container { path: path.to_owned(), cause };
+    if Artifact::parse(manifest).is_ok() {
+        return Err(refused(ContainerError::Ours));
+    }
     let layers = layers(blobs, manifest, path)?;
     let lease = store.lease()?;
     // What a later layer has hides what an earlier one has.

@@ -13,6 +13,7 @@
 //! each frame is: places are sums of lengths, so that none can overlap another. [`oci`] says how an image names its packs.
 
 pub mod oci;
+pub mod offer;
 
 use std::collections::HashSet;
 

@@ -49,7 +49,7 @@ pub enum OciError {
     #[error("an OCI manifest of {0} bytes is more than the {MAX_OCI_MANIFEST_LEN} that registries take")]
     TooLong(usize),
     /// Somebody else's artifact.
-    #[error("this is {0}, and no Bedplate image")]
+    #[error("this is {0}, and no Bedplate image; `bedplate image import` takes the disk out of a container image")]
     Foreign(String),
     /// A layer that is none of ours.
     #[error("a layer of the media type {0:?} has no place in a Bedplate image")]

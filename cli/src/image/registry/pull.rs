@@ -13,7 +13,6 @@ use futures_util::{StreamExt, TryStreamExt};
 use oci_client::RegistryOperation;
 
 use super::{Registry, RegistryArgs, RegistryError};
-use crate::image::push::distinct_chunks;
 use crate::image::{Error, note_moved, print_one};
 use crate::output::{self, Format};
 use crate::progress::Progress;
@@ -79,7 +78,7 @@ impl Registry {
             }
         }
         store.put_blob_as(&image, &bytes)?;
-        let chunks = distinct_chunks(store, &image)?;
+        let chunks = store.distinct_chunks(&image)?;
         let missing = store.missing(&chunks);
         store.need_space("the pull", missing.len() as u64 * CHUNK_SIZE as u64)?;
         let progress = Progress::new(format!("pull {}", self.short_name()), missing.len() as u64 * CHUNK_SIZE as u64);

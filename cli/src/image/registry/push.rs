@@ -11,7 +11,6 @@ use bedplate_images::{CHUNK_SIZE, Store, StoreError};
 use oci_client::{Reference, RegistryOperation};
 
 use super::{Registry, RegistryArgs, RegistryError};
-use crate::image::push::distinct_chunks;
 use crate::image::{Error, print_one};
 use crate::output::{self, Format};
 use crate::progress::Progress;
@@ -49,7 +48,7 @@ pub(in crate::image) fn run(
 impl Registry {
     async fn send(&self, store: &Store, image: &Digest, name: &str) -> Result<(), RegistryError> {
         self.log_in(RegistryOperation::Push).await?;
-        let chunks = distinct_chunks(store, image)?;
+        let chunks = store.distinct_chunks(image)?;
         let progress = Progress::new(format!("push {name}"), chunks.len() as u64 * CHUNK_SIZE as u64);
         let (mut packs, covered) = choose(self.known_packs().await, &chunks);
         progress.add(covered.len() as u64 * CHUNK_SIZE as u64);
