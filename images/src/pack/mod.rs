@@ -136,6 +136,12 @@ impl Table {
         Ok(table)
     }
 
+    /// Reads a table that stands alone, its pack being as long as it claims.
+    pub fn parse_alone(bytes: &[u8]) -> Result<Self, PackError> {
+        let claimed = bytes.get(16..24).and_then(|bytes| bytes.first_chunk()).ok_or(PackError::NotAPack)?;
+        Self::parse(bytes, u64::from_le_bytes(*claimed))
+    }
+
     /// Header and table: what the frames follow.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEADER_LEN + self.entries.len() * ENTRY_LEN);

@@ -236,6 +236,22 @@ pub fn sha256(bytes: &[u8]) -> String {
     hex_of(hasher)
 }
 
+/// The digest of all that `reader` yields, and how many bytes that was.
+pub fn sha256_of(reader: &mut dyn Read) -> std::io::Result<(String, u64)> {
+    let (mut hasher, mut bytes, mut len) = (Sha256::new(), vec![0; 64 << 10], 0);
+    loop {
+        match reader.read(&mut bytes) {
+            Ok(0) => return Ok((hex_of(hasher), len)),
+            Ok(n) => {
+                hasher.update(&bytes[..n]);
+                len += n as u64;
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+}
+
 /// What `hasher` has come to, as registries write it.
 pub fn hex_of(hasher: Sha256) -> String {
     hasher.finalize().iter().fold("sha256:".to_owned(), |mut text, byte| {
