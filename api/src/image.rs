@@ -6,6 +6,7 @@
 //! | `GET /v1/images/{name}` | → `ImageSummary`; the name is a tag or a digest | all |
 //! | `PUT /v1/images/{name}` | `Tag` → `ImageSummary`; the manifest and all it names must be there | people |
 //! | `DELETE /v1/images/{name}` | → 204; removes the name, not the content | people |
+//! | `GET /v1/signatures/{digest}` | → the minisign signature of a manifest, as text; 404 where it has none | all |
 //! | `GET /v1/blobs/{digest}` | → the bytes of a manifest or an index | nodes |
 //! | `PUT /v1/blobs/{digest}` | bytes → 204; refused when the digest does not match | people |
 //! | `POST /v1/chunks/fetch` | `ChunkList` → frames (see [`FRAME_HEADER_LEN`]) in the order asked | nodes |
@@ -30,6 +31,9 @@ pub const MAX_FRAME_LEN: usize = 80 * 1024;
 
 /// Most bytes of a manifest or an index: the index of a part of 128 TiB is larger, but a body has to fit into memory.
 pub const MAX_BLOB_LEN: usize = 512 * 1024 * 1024;
+
+/// Most bytes of a signature with its comments.
+pub const MAX_SIGNATURE_LEN: usize = 4096;
 
 /// What an image is an image of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -126,6 +130,9 @@ pub struct ImageSummary {
 pub struct Tag {
     /// Digest of a manifest in the repository.
     pub digest: Digest,
+    /// minisign signature of that manifest, to be kept with it; without it, what is kept stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signature: Option<String>,
 }
 
 /// Digests of chunks, [`MAX_CHUNK_LIST`] at most.

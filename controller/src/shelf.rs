@@ -22,6 +22,7 @@ use bedplate_images::manifest::ManifestError;
 use bedplate_images::pack::oci::{Artifact, Descriptor, OciError, is_sha256, sha256, sha256_of, unpack_index};
 use bedplate_images::pack::offer::{OfferError, offer};
 use bedplate_images::pack::{MAX_TABLE_LEN, PackError, Table};
+use bedplate_images::trust::TrustError;
 use bedplate_images::{Store, StoreError};
 
 /// Blobs that nothing names are of a push under way, or of one that broke off and may be taken up again.
@@ -56,6 +57,9 @@ pub enum ShelfError {
     /// The image store.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// What came as a signature.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// The operating system.
     #[error("cannot {what} {path}: {cause}")]
     Io {
@@ -127,7 +131,10 @@ impl Shelf {
         let note = self.dir.join("images").join(image.hex());
         if let Ok(digest) = fs::read_to_string(&note)
             && let Ok(bytes) = self.whole(&digest)
-            && Artifact::parse(&bytes).is_ok_and(|artifact| self.has_all(&artifact))
+            && let Ok(artifact) = Artifact::parse(&bytes)
+            && self.has_all(&artifact)
+            // It may have been signed, or signed anew, since.
+            && artifact.signature == self.store.signature(image)?
         {
             return Ok((digest, bytes));
         }
@@ -288,6 +295,9 @@ impl Shelf {
         let image = bedplate_images::digest_of(&config);
         self.store.sync()?;
         self.store.put_blob_as(&image, &config)?;
+        if let Some(signature) = &artifact.signature {
+            self.store.put_signature(&image, signature)?;
+        }
         self.store.set_tag(tag, &image)?;
         let (digest, _) = self.note(&image, bytes)?;
         Ok((image, digest))

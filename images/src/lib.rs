@@ -18,6 +18,7 @@ pub mod index;
 pub mod manifest;
 pub mod pack;
 pub mod store;
+pub mod trust;
 
 pub use digest::digest_of;
 pub use frame::{CHUNK_SIZE, MAX_FRAME_LEN};

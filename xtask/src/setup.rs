@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 /// Beside those that the image recipes name.
-const PACKAGES: [(&str, &str); 8] = [
+const PACKAGES: [(&str, &str); 9] = [
     ("qemu-system-x86", "emulated machines"),
     ("ipxe", "first stage of network boot"),
     ("ovmf", "UEFI firmware of emulated machines"),
@@ -14,6 +14,7 @@ const PACKAGES: [(&str, &str); 8] = [
     ("libc6-dev", "static programs"),
     ("docker-registry", "somebody else's registry to push images to"),
     ("xz-utils", "packed disk images"),
+    ("minisign", "signatures of somebody else's making"),
 ];
 
 /// Installs what is missing, in one go, and says so in one line.

@@ -14,12 +14,14 @@ use crate::output::{self, Format, PrintError};
 use crate::place::{PlaceError, StoreArgs};
 use registry::RegistryArgs;
 pub use registry::RegistryError;
+pub use sign::SignError;
 
 pub(crate) mod import;
 mod local;
 mod pull;
 mod push;
 mod registry;
+mod sign;
 
 /// `bedplate image …`
 #[derive(Debug, clap::Args)]
@@ -163,6 +165,24 @@ enum Action {
     Verify {
         /// Name or digest; all names where none is given
         name: Option<String>,
+        /// First check that the image was signed with this minisign public key
+        #[arg(long, value_name = "FILE", requires = "name")]
+        key: Option<PathBuf>,
+    },
+    /// Sign an image: its manifest, which names all of its content by digest
+    #[command(
+        after_help = "Where STORE/trust has public keys (*.pub), nothing boots that none of them signed: here, on a \
+                            control node or on a node, whose stores are STATE/images."
+    )]
+    Sign {
+        /// Its name or digest
+        name: String,
+        /// The secret key that `minisign -G` made; its password is asked for, if it has one
+        #[arg(long, value_name = "FILE", required_unless_present = "signature")]
+        key: Option<PathBuf>,
+        /// Take this signature, made with `minisign -S` of the file STORE/blobs/{first two digits}/{digest}, instead
+        #[arg(long, value_name = "FILE", conflicts_with = "key")]
+        signature: Option<PathBuf>,
     },
     /// Write a part of an image to a file
     Export {
@@ -197,6 +217,9 @@ pub enum Error {
     /// A registry.
     #[error(transparent)]
     Registry(#[from] RegistryError),
+    /// A signature.
+    #[error(transparent)]
+    Sign(#[from] SignError),
     /// Something else than a registry.
     #[error("{0:?} is no place in a registry: write oci://HOST[:PORT]/NAME[:TAG], or --as NAME for the control node")]
     NoRegistry(String),
@@ -280,7 +303,19 @@ pub fn run(args: Args, format: Format) -> Result<(), Error> {
         Action::Push { name, to, peer, .. } => push::run(&Store::open(dir)?, &name, to, &peer.control, format)?,
         Action::Pull { name, to, peer, .. } => pull::run(&Store::create(dir)?, &name, to, &peer.control, format)?,
         Action::Gc { grace } => local::gc(&Store::open(dir)?, Duration::from_secs(grace), format)?,
-        Action::Verify { name } => local::verify(&Store::open(dir)?, name, format)?,
+        Action::Verify { name, key } => {
+            let store = Store::open(dir)?;
+            if let (Some(name), Some(key)) = (&name, &key) {
+                sign::verify(&store, name, key)?;
+            }
+            local::verify(&store, name, format)?;
+        }
+        Action::Sign { name, key, signature } => match (key, signature) {
+            (Some(key), _) => sign::sign(&Store::open(dir)?, &name, &key)?,
+            (None, Some(file)) => sign::attach(&Store::open(dir)?, &name, &file)?,
+            // The command line asks for one of them.
+            (None, None) => {}
+        },
         Action::Export { name, file, part, format } => local::export(&Store::open(dir)?, &name, &part, file, format)?,
     }
     Ok(())

@@ -6,6 +6,7 @@ use bedplate_api::client::{Client, Endpoint};
 use bedplate_api::image::MAX_CHUNK_LIST;
 use bedplate_images::{CHUNK_SIZE, Store};
 
+use super::sign::SignError;
 use super::{Error, note_moved, print_one, tag_for};
 use crate::control::Session;
 use crate::output::{self, Format};
@@ -24,6 +25,9 @@ pub(super) fn run(
         let digest = client.image(name).await?.digest;
         let tag = tag_for(name, to, &digest)?;
         fetch(store, &digest, name, client).await?;
+        if let Some(signature) = client.signature(&digest).await? {
+            store.put_signature(&digest, &signature).map_err(SignError::from)?;
+        }
         Ok::<_, Error>((tag, digest))
     })?;
     let before = store.tag(&tag).ok();

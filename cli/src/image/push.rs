@@ -24,7 +24,7 @@ pub(super) fn run(
     let session = Session::open(endpoint)?;
     let image = session.run(async |client| {
         send(store, &digest, name, client).await?;
-        Ok::<_, Error>(client.tag_image(&tag, digest).await?)
+        Ok::<_, Error>(client.tag_signed_image(&tag, digest, store.signature(&digest)?).await?)
     })?;
     Ok(print_one(&image, format)?)
 }

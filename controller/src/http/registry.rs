@@ -64,7 +64,7 @@ impl From<ShelfError> for OciRefusal {
             E::Digest(_) | E::Mismatch { .. } => (S::BAD_REQUEST, "DIGEST_INVALID"),
             E::UnknownUpload => (S::NOT_FOUND, "BLOB_UPLOAD_UNKNOWN"),
             E::TooLarge => (S::PAYLOAD_TOO_LARGE, "SIZE_INVALID"),
-            E::Oci(_) => (S::BAD_REQUEST, "MANIFEST_INVALID"),
+            E::Oci(_) | E::Trust(_) => (S::BAD_REQUEST, "MANIFEST_INVALID"),
             E::Store(StoreError::TagName(_)) => (S::BAD_REQUEST, "NAME_INVALID"),
             E::Store(StoreError::TagMissing { .. } | StoreError::BlobMissing { .. }) => (S::NOT_FOUND, "NAME_UNKNOWN"),
             E::Store(StoreError::FrameRefused { .. } | StoreError::BlobRefused { .. }) => {

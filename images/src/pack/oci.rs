@@ -35,6 +35,8 @@ pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
 /// Annotation with a BLAKE3 digest: of the image on the OCI manifest, of the plain index on an index.
 pub const DIGEST: &str = "bedplate.digest";
+/// Annotation with the minisign signature of the image's manifest, on the OCI manifest.
+pub const SIGNATURE: &str = "bedplate.signature";
 
 /// Registries take no longer OCI manifests; that is packs for about 600 GiB of content.
 pub const MAX_OCI_MANIFEST_LEN: usize = 4 << 20;
@@ -152,6 +154,8 @@ pub struct Artifact {
     pub indexes: Vec<Descriptor>,
     /// The packs.
     pub packs: Vec<Descriptor>,
+    /// The signature of the image's manifest, if it has one; as it came.
+    pub signature: Option<String>,
 }
 
 impl Artifact {
@@ -180,18 +184,20 @@ impl Artifact {
                 other => return Err(OciError::Layer(other.chars().take(100).collect())),
             }
         }
-        Ok(Self { manifest: manifest.config, indexes, packs })
+        let signature = manifest.annotations.get(SIGNATURE).cloned();
+        Ok(Self { manifest: manifest.config, indexes, packs, signature })
     }
 
     /// The bytes of the OCI manifest of the image `image`.
     pub fn encode(&self, image: &Digest) -> Result<Vec<u8>, OciError> {
+        let signature = self.signature.as_ref().map(|text| (SIGNATURE.to_owned(), text.clone()));
         let manifest = OciManifest {
             schema_version: 2,
             media_type: Some(OCI_MANIFEST.to_owned()),
             artifact_type: Some(ARTIFACT.to_owned()),
             config: self.manifest.clone(),
             layers: self.indexes.iter().chain(&self.packs).cloned().collect(),
-            annotations: BTreeMap::from([(DIGEST.to_owned(), image.to_string())]),
+            annotations: [(DIGEST.to_owned(), image.to_string())].into_iter().chain(signature).collect(),
         };
         let bytes = serde_json::to_vec(&manifest)?;
         if bytes.len() > MAX_OCI_MANIFEST_LEN {
@@ -276,6 +282,7 @@ mod tests {
             manifest: Descriptor::of(MANIFEST, b"{}"),
             indexes: vec![Descriptor::of(INDEX, b"index")],
             packs: vec![Descriptor::of(PACK, b"pack"), Descriptor::of(PACK, b"another")],
+            signature: None,
         }
     }
 

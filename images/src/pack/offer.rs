@@ -58,7 +58,7 @@ pub fn offer(
     let bytes = store.blob(image)?;
     let manifest = Descriptor::of(oci::MANIFEST, &bytes);
     keep(&manifest.digest, &bytes)?;
-    Ok(Artifact { manifest, indexes, packs })
+    Ok(Artifact { manifest, indexes, packs, signature: store.signature(image)? })
 }
 
 #[cfg(test)]

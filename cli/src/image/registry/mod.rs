@@ -12,6 +12,7 @@ use std::time::Duration;
 use bedplate_api::error::with_causes;
 use bedplate_images::StoreError;
 use bedplate_images::pack::oci::{Descriptor, OciError};
+use bedplate_images::trust::TrustError;
 use bytes::{Bytes, BytesMut};
 use docker_credential::{CredentialRetrievalError, DockerCredential};
 use futures_util::StreamExt;
@@ -120,6 +121,9 @@ pub enum RegistryError {
     /// The local store.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// What came as a signature.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// The process is out of threads or descriptors.
     #[error("cannot set up what speaks with a registry: {0}")]
     Setup(io::Error),

@@ -78,6 +78,9 @@ impl Registry {
             }
         }
         store.put_blob_as(&image, &bytes)?;
+        if let Some(signature) = &artifact.signature {
+            store.put_signature(&image, signature)?;
+        }
         let chunks = store.distinct_chunks(&image)?;
         let missing = store.missing(&chunks);
         store.need_space("the pull", missing.len() as u64 * CHUNK_SIZE as u64)?;

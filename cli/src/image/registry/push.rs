@@ -97,7 +97,7 @@ impl Registry {
         let bytes = store.blob(image)?;
         let descriptor = Descriptor::of(oci::MANIFEST, &bytes);
         self.put_blob(&descriptor, bytes).await?;
-        let artifact = Artifact { manifest: descriptor, indexes, packs };
+        let artifact = Artifact { manifest: descriptor, indexes, packs, signature: store.signature(image)? };
         let bytes = artifact.encode(image).map_err(self.oci())?;
         let kind = oci::OCI_MANIFEST.parse().map_err(|_| RegistryError::NoTag(self.image()))?;
         self.client.push_manifest_raw(&self.reference, bytes, kind).await.map_err(self.talk("push"))?;

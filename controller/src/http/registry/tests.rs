@@ -148,7 +148,7 @@ fn blobs(store: &Store, digest: &Digest) -> (Artifact, Vec<Vec<u8>>) {
     let indexes = indexes.map(|part| keep(oci::INDEX, oci::pack_index(&store.blob(&part.index).unwrap()).unwrap()));
     let indexes = indexes.collect();
     let manifest = keep(oci::MANIFEST, store.blob(digest).unwrap());
-    (Artifact { manifest, indexes, packs }, blobs)
+    (Artifact { manifest, indexes, packs, signature: None }, blobs)
 }
 
 #[tokio::test]
