@@ -8,6 +8,7 @@ use std::sync::Mutex;
 use bedplate_api::Digest;
 use bedplate_images::pack::Entry;
 use bedplate_images::pack::oci::{self, Artifact, Descriptor};
+use bedplate_images::store::is_tag_name;
 use bedplate_images::{CHUNK_SIZE, Store, StoreError};
 use futures_util::{StreamExt, TryStreamExt};
 use oci_client::RegistryOperation;
@@ -33,6 +34,10 @@ pub(in crate::image) fn run(
     let lease = store.lease()?;
     let registry = Registry::open(from, args)?;
     let tag = to.unwrap_or_else(|| registry.short_name().to_owned());
+    // Better said before the work than after it.
+    if !is_tag_name(&tag) {
+        return Err(StoreError::TagName(tag).into());
+    }
     let digest = registry.runtime.block_on(registry.fetch(store))?;
     let before = store.tag(&tag).ok();
     store.set_tag(&tag, &digest)?;
