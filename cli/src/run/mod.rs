@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use bedplate_images::disk::DiskError;
+use bedplate_images::trust::TrustError;
 use bedplate_images::{Store, StoreError};
 
 use crate::console::{self, End, Keys};
@@ -105,6 +106,9 @@ pub enum Error {
     /// The store, or what is in it.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Nobody signed it whom this store trusts.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// The disk cannot be made or used.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -135,6 +139,7 @@ pub fn run(args: Args) -> Result<u8, Error> {
     let store = Store::create(args.store.dir()?)?;
     let lease = store.lease()?;
     let source = Source::open(&store, &args.image)?;
+    store.check_trust(&source.digest)?;
     let name = args.name.clone().unwrap_or_else(|| source.name());
     let run_dir = RunDir::create(store.dir(), &name)?;
     match program {

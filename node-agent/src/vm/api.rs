@@ -59,7 +59,7 @@ fn client(socket: &Path) -> Result<reqwest::Client, VmmError> {
     if !files::is_socket(socket) {
         return Err(VmmError::NoSocket(socket.to_owned()));
     }
-    Ok(reqwest::Client::builder().no_proxy().timeout(TIMEOUT).unix_socket(socket.to_owned()).build()?)
+    Ok(bedplate_api::client::plain_http().timeout(TIMEOUT).unix_socket(socket.to_owned()).build()?)
 }
 
 async fn checked(response: reqwest::Response) -> Result<reqwest::Response, VmmError> {
