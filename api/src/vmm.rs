@@ -23,7 +23,11 @@
 //! | `PUT /bedplate/power-button` | no body; presses the ACPI power button |
 //! | `PUT /bedplate/stop` | no body; ends the VM at once, the process exits with code 0 |
 
+mod limits;
+
 use serde::{Deserialize, Serialize};
+
+pub use limits::{RateLimiter, TokenBucket};
 
 /// Body of every error answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,9 +102,12 @@ pub struct Drive {
     /// Whether a flush of the guest reaches the host's disk.
     #[serde(default)]
     pub cache_type: CacheType,
-    /// Accepted for Firecracker's clients; both values use the same engine.
+    /// The way to a raw file or block device. Absent: `Sync`. A copy-on-write disk has one way of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_engine: Option<IoEngine>,
+    /// How much may be read and written in a time. Absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
 }
 
 /// What a flush does.
@@ -113,11 +120,12 @@ pub enum CacheType {
     Writeback,
 }
 
-/// Firecracker's choice of block engine.
+/// How requests reach a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs)]
 pub enum IoEngine {
+    /// One system call for each.
     Sync,
+    /// io_uring, in batches. Where the host has none, as `Sync`, with a warning.
     Async,
 }
 
@@ -182,6 +190,12 @@ pub struct NetworkInterface {
     /// MAC address that the guest uses. Absent: one made from the tap's name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_mac: Option<String>,
+    /// How much the guest may receive in a time. Absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// How much it may send.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_rate_limiter: Option<RateLimiter>,
 }
 
 /// Sockets between host and guest.
@@ -198,10 +212,14 @@ pub struct Vsock {
     pub vsock_id: Option<String>,
 }
 
-/// A source of randomness for the guest. It has no settings.
+/// A source of randomness for the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Entropy {}
+pub struct Entropy {
+    /// How much the guest may draw in a time. Absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
+}
 
 /// Where the serial console goes, if the command line did not say it.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]

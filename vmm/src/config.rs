@@ -4,9 +4,13 @@
 use std::collections::HashSet;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
+use std::time::Duration;
 
-use bedplate_api::vmm::{CacheType, Drive, MachineConfig, NetworkInterface, VmConfig, Vsock};
+use bedplate_api::vmm::{
+    CacheType, Drive, IoEngine, MachineConfig, NetworkInterface, RateLimiter, TokenBucket, VmConfig, Vsock,
+};
 use bedplate_devices::virtio::block::Cache;
+use bedplate_devices::virtio::limiter::{BucketConfig, LimiterConfig, LimiterUpdate};
 
 use crate::boot::{BootConfig, CmdlineError, RootDevice, compose_cmdline};
 
@@ -37,7 +41,7 @@ pub struct Config {
     /// Sockets between host and guest.
     pub vsock: Option<VsockConfig>,
     /// A source of randomness.
-    pub entropy: bool,
+    pub entropy: Option<EntropyConfig>,
 }
 
 /// One disk.
@@ -48,6 +52,8 @@ pub struct DriveConfig {
     pub path: PathBuf,
     pub read_only: bool,
     pub cache: Cache,
+    pub engine: IoEngine,
+    pub limits: LimiterConfig,
 }
 
 /// One network interface.
@@ -57,6 +63,15 @@ pub struct NetConfig {
     pub id: String,
     pub tap: String,
     pub mac: [u8; 6],
+    pub rx_limits: LimiterConfig,
+    pub tx_limits: LimiterConfig,
+}
+
+/// A source of randomness.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct EntropyConfig {
+    pub limits: LimiterConfig,
 }
 
 /// Sockets between host and guest.
@@ -134,10 +149,12 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
         drives: drives.into_iter().map(drive).collect::<Result<_, _>>()?,
         nets: spec.network_interfaces.iter().map(net).collect::<Result<_, _>>()?,
         vsock: spec.vsock.as_ref().map(vsock).transpose()?,
-        entropy: spec.entropy.is_some(),
+        entropy: spec.entropy.as_ref().map(|entropy| EntropyConfig { limits: limits(entropy.rate_limiter) }),
     };
-    let devices =
-        config.drives.len() + config.nets.len() + usize::from(config.vsock.is_some()) + usize::from(config.entropy);
+    let devices = config.drives.len()
+        + config.nets.len()
+        + usize::from(config.vsock.is_some())
+        + usize::from(config.entropy.is_some());
     if devices > MAX_DEVICES { Err(ConfigError::TooManyDevices(devices)) } else { Ok(config) }
 }
 
@@ -185,7 +202,24 @@ pub fn drive(drive: &Drive) -> Result<DriveConfig, ConfigError> {
         CacheType::Unsafe => Cache::Unsafe,
         CacheType::Writeback => Cache::Writeback,
     };
-    Ok(DriveConfig { id, path, read_only: drive.is_read_only, cache })
+    let (engine, limits) = (drive.io_engine.unwrap_or(IoEngine::Sync), limits(drive.rate_limiter));
+    Ok(DriveConfig { id, path, read_only: drive.is_read_only, cache, engine, limits })
+}
+
+/// Any limiter can be built.
+pub fn limits(limiter: Option<RateLimiter>) -> LimiterConfig {
+    let LimiterUpdate { bandwidth, operations } = limits_update(limiter.unwrap_or_default());
+    LimiterConfig { bandwidth, operations }
+}
+
+/// What a change of a limiter asks for.
+pub fn limits_update(limiter: RateLimiter) -> LimiterUpdate {
+    let bucket = |bucket: TokenBucket| BucketConfig {
+        size: bucket.size,
+        one_time_burst: bucket.one_time_burst.unwrap_or(0),
+        refill_time: Duration::from_millis(bucket.refill_time),
+    };
+    LimiterUpdate { bandwidth: limiter.bandwidth.map(bucket), operations: limiter.ops.map(bucket) }
 }
 
 /// Checks that no drive writes to what is another one, too: two caches in the guest would ruin it. What cannot be
@@ -229,7 +263,8 @@ pub fn net(net: &NetworkInterface) -> Result<NetConfig, ConfigError> {
         Some(text) => parse_mac(text).ok_or_else(|| ConfigError::Mac { id: id.clone(), mac: text.clone() })?,
         None => mac_of(&tap),
     };
-    Ok(NetConfig { id, tap, mac })
+    let (rx_limits, tx_limits) = (limits(net.rx_rate_limiter), limits(net.tx_rate_limiter));
+    Ok(NetConfig { id, tap, mac, rx_limits, tx_limits })
 }
 
 /// Checks the vsock device.
@@ -319,6 +354,8 @@ mod tests {
             path: path.into(),
             read_only,
             cache: Cache::Writeback,
+            engine: IoEngine::Sync,
+            limits: LimiterConfig::NONE,
         };
         let check = |one: bool, two: bool| {
             separate(&[drive("a", &disk, one), drive("b", &other, false), drive("c", &link, two)])
@@ -352,8 +389,13 @@ mod tests {
 
     #[test]
     fn an_interface_without_mac_gets_one_that_is_local_and_stays() {
-        let interface =
-            |tap: &str| NetworkInterface { iface_id: "e".into(), host_dev_name: tap.into(), guest_mac: None };
+        let interface = |tap: &str| NetworkInterface {
+            iface_id: "e".into(),
+            host_dev_name: tap.into(),
+            guest_mac: None,
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
+        };
         let mac = net(&interface("tap0")).unwrap().mac;
         assert_eq!(mac[0] & 3, 2);
         assert_eq!(net(&interface("tap0")).unwrap().mac, mac);

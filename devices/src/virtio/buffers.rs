@@ -83,6 +83,36 @@ impl Buffers {
         self.len -= self.pieces.drain(..pieces).map(|piece| piece.iov_len).sum::<usize>();
     }
 
+    /// Makes this the list of the pieces of `view`, which must be over the same memory.
+    pub fn set(&mut self, view: View<'_>) {
+        self.clear();
+        self.pieces.extend(view.iovecs());
+        self.len = view.len;
+    }
+
+    /// Forgets the first `bytes` bytes, or all if there are fewer.
+    pub fn drop_bytes(&mut self, bytes: usize) {
+        let mut left = bytes.min(self.len);
+        self.len -= left;
+        let whole = self.pieces.iter().take_while(|piece| {
+            let fits = piece.iov_len <= left;
+            left -= if fits { piece.iov_len } else { 0 };
+            fits
+        });
+        let whole = whole.count();
+        self.pieces.drain(..whole);
+        if let Some(first) = self.pieces.first_mut() {
+            first.iov_base = first.iov_base.wrapping_byte_add(left);
+            first.iov_len -= left;
+        }
+    }
+
+    /// The pieces as the kernel takes them, as many as it takes at once. They are valid guest memory, which the guest
+    /// may write to at any time, for as long as this list is neither changed nor dropped.
+    pub fn iovecs(&self) -> &[iovec] {
+        &self.pieces[..self.pieces.len().min(MAX_IOVECS)]
+    }
+
     /// How many pieces there are.
     pub fn pieces(&self) -> usize {
         self.pieces.len()
@@ -150,6 +180,11 @@ impl<'a> View<'a> {
         })
     }
 
+    /// The pieces of the stretch as the kernel takes them.
+    fn iovecs(self) -> impl Iterator<Item = iovec> {
+        self.slices().map(|slice| iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() })
+    }
+
     /// Copies guest bytes to `data`; returns how many there were.
     pub fn copy_to(self, data: &mut [u8]) -> usize {
         let mut done = 0;
@@ -188,11 +223,7 @@ impl<'a> View<'a> {
     fn with_iovecs<R>(self, extra: Option<iovec>, call: impl FnOnce(&[iovec]) -> R) -> R {
         let mut iovecs = [const { MaybeUninit::<iovec>::uninit() }; MAX_IOVECS];
         let mut count = 0;
-        let pieces = self.slices().map(|slice| {
-            let iov_base = slice.ptr_guard_mut().as_ptr().cast();
-            iovec { iov_base, iov_len: slice.len() }
-        });
-        for (place, piece) in iovecs.iter_mut().zip(pieces.chain(extra)) {
+        for (place, piece) in iovecs.iter_mut().zip(self.iovecs().chain(extra)) {
             place.write(piece);
             count += 1;
         }
@@ -326,6 +357,13 @@ mod tests {
         assert!(rest.split_value::<u32>().is_none());
         assert!(all.split_at(8).unwrap().1.is_empty());
         assert_eq!(buffers.memory.read_obj::<u8>(GuestAddress(0x100)).unwrap(), b'h');
+        let mut others = Buffers::new(Arc::clone(&buffers.memory));
+        others.set(back);
+        assert_eq!((others.len(), others.iovecs().len()), (4, 3));
+        others.drop_bytes(2);
+        assert_eq!((others.len(), others.view().copy_to(&mut data), &data[..2]), (2, 2, &b"gh"[..]));
+        others.drop_bytes(9);
+        assert!(others.is_empty() && others.iovecs().is_empty());
         buffers.drop_front(1);
         assert_eq!((buffers.len(), buffers.view().copy_to(&mut data)), (5, 5));
     }

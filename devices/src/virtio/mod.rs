@@ -20,6 +20,8 @@ pub mod block;
 mod buffers;
 #[cfg(test)]
 mod contract_tests;
+mod inbox;
+pub mod limiter;
 pub mod net;
 pub mod pci;
 mod queue;
@@ -28,6 +30,7 @@ pub mod vsock;
 mod worker;
 
 pub use buffers::{Buffers, OutsideRam, View};
+use inbox::Inbox;
 pub use queue::{Answer, Chain, ChainFault, Drained, QueueConfig, QueueError, Virtqueue};
 pub use worker::{Handler, MAX_TOKEN, Session, Worker};
 
@@ -41,6 +44,8 @@ pub struct Active {
     pub queues: Vec<Option<Virtqueue>>,
     /// Negotiated feature bits.
     pub features: u64,
+    /// To the driver, for what concerns no queue.
+    pub interrupt: Arc<dyn Interrupt>,
 }
 
 /// From a device to its driver. Called from worker threads.

@@ -118,6 +118,9 @@ impl Session {
         for drive in &config.drives {
             self.warn_of_length(drive);
         }
+        for warning in machine.devices().warnings() {
+            self.log.write(LogLevel::Warning, warning);
+        }
         let console = console.serve(machine.serial(), &self.leave)?;
         self.vm = Some(Running { machine, paused: false, _console: console });
         self.log.write(LogLevel::Info, "the VM runs");
