@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use proptest::prelude::*;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::balloon::{Balloon, BalloonConfig};
 use super::block::{Block, BlockConfig, Medium, RawFile};
 use super::limiter::LimiterConfig;
 use super::net::{Net, NetConfig};
@@ -51,6 +52,12 @@ fn net() -> Subject<Net<Wire>> {
 
 fn rng() -> Subject<Rng> {
     Subject { device: Rng::new(LimiterConfig::NONE).unwrap(), served: &[0], relax: Box::new(|| ()) }
+}
+
+fn balloon() -> Subject<Balloon> {
+    let stats_interval = std::time::Duration::from_secs(1);
+    let config = BalloonConfig { stats_interval, hinting: true, reporting: true, ..BalloonConfig::default() };
+    Subject { device: Balloon::new(config).unwrap(), served: &[0, 1], relax: Box::new(|| ()) }
 }
 
 fn vsock() -> Subject<Vsock> {
@@ -247,4 +254,4 @@ macro_rules! contract {
     )*};
 }
 
-contract!(block, block_ring, net, rng, vsock);
+contract!(balloon, block, block_ring, net, rng, vsock);

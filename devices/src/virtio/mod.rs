@@ -16,6 +16,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use crate::metrics::DeviceMetrics;
 
+pub mod balloon;
 pub mod block;
 mod buffers;
 #[cfg(test)]
@@ -26,6 +27,7 @@ pub mod net;
 pub mod pci;
 mod queue;
 pub mod rng;
+mod timer;
 pub mod vsock;
 mod worker;
 
