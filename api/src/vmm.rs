@@ -16,17 +16,29 @@
 //! | `PUT /network-interfaces/{id}` | [`NetworkInterface`] |
 //! | `PUT /vsock` | [`Vsock`] |
 //! | `PUT /entropy` | [`Entropy`] |
+//! | `PUT /balloon` | [`Balloon`] |
 //! | `PUT /serial` | [`SerialDevice`] |
 //! | `PUT /logger` | [`Logger`] |
 //! | `PUT /metrics` | [`Metrics`] |
+//! | `GET /balloon` | → [`Balloon`] |
+//! | `PATCH /balloon` | [`BalloonUpdate`]; after the start only, as all that follow of the balloon |
+//! | `GET`, `PATCH /balloon/statistics` | → [`BalloonStats`], [`BalloonStatsUpdate`] |
+//! | `PATCH /balloon/hinting/start`, `/stop` | [`HintingStart`], or no body |
+//! | `GET /balloon/hinting/status` | → [`HintingStatus`] |
 //! | `GET /bedplate/status` | → [`Status`] |
 //! | `PUT /bedplate/power-button` | no body; presses the ACPI power button |
 //! | `PUT /bedplate/stop` | no body; ends the VM at once, the process exits with code 0 |
 
+mod balloon;
+mod devices;
 mod limits;
+
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use balloon::{Balloon, BalloonStats, BalloonStatsUpdate, BalloonUpdate, HintingStart, HintingStatus};
+pub use devices::DeviceStatus;
 pub use limits::{RateLimiter, TokenBucket};
 
 /// Body of every error answer.
@@ -58,6 +70,9 @@ pub struct VmConfig {
     /// A source of randomness for the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entropy: Option<Entropy>,
+    /// Memory that the guest gives back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
     /// Where the serial console goes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<SerialDevice>,
@@ -349,6 +364,9 @@ pub struct Status {
     pub uptime_seconds: u64,
     /// Why vCPUs left the guest, summed over all of them.
     pub exits: ExitCounts,
+    /// What each device counts: `block_{drive_id}`, `net_{iface_id}`, `balloon`, `entropy`, `vsock`.
+    #[serde(default)]
+    pub devices: BTreeMap<String, DeviceStatus>,
 }
 
 /// How often vCPUs left the guest.

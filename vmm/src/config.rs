@@ -7,8 +7,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bedplate_api::vmm::{
-    CacheType, Drive, IoEngine, MachineConfig, NetworkInterface, RateLimiter, TokenBucket, VmConfig, Vsock,
+    Balloon, CacheType, Drive, IoEngine, MachineConfig, NetworkInterface, RateLimiter, TokenBucket, VmConfig, Vsock,
 };
+use bedplate_devices::virtio::balloon::BalloonConfig;
 use bedplate_devices::virtio::block::Cache;
 use bedplate_devices::virtio::limiter::{BucketConfig, LimiterConfig, LimiterUpdate};
 
@@ -20,7 +21,7 @@ pub const MAX_VCPUS: u8 = 8;
 pub const MIN_MEMORY_MIB: u64 = 16;
 /// MiB of RAM, at most: a TiB, far from the end of what a processor addresses.
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
-/// Drives, network interfaces and the two others share 31 slots of the PCI bus.
+/// Drives, network interfaces and the three others share 31 slots of the PCI bus.
 const MAX_DEVICES: usize = 31;
 /// Context ids below are the host's and the hypervisor's.
 const FIRST_GUEST_CID: u32 = 3;
@@ -42,6 +43,8 @@ pub struct Config {
     pub vsock: Option<VsockConfig>,
     /// A source of randomness.
     pub entropy: Option<EntropyConfig>,
+    /// A memory balloon; none only where there is no room for the one that nobody asked for.
+    pub balloon: Option<BalloonConfig>,
 }
 
 /// One disk.
@@ -117,6 +120,9 @@ pub enum ConfigError {
     Tap { id: String, name: String },
     #[error("vsock: guest_cid {0} is reserved: give {FIRST_GUEST_CID} or more, below 4294967295")]
     Cid(u32),
+    /// Firecracker's words.
+    #[error("Amount of pages requested is too large.")]
+    Balloon,
     #[error("{what}: the path is empty: name a file")]
     EmptyPath { what: String },
     #[error("{0} devices are too many: the PCI bus has room for {MAX_DEVICES}")]
@@ -142,20 +148,46 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
     };
     let mut drives: Vec<_> = spec.drives.iter().collect();
     drives.sort_by_key(|drive| !drive.is_root_device);
-    let config = Config {
+    let memory_mib = spec.machine_config.mem_size_mib;
+    let mut config = Config {
         vcpus: spec.machine_config.vcpu_count,
-        memory_mib: spec.machine_config.mem_size_mib,
+        memory_mib,
         boot,
         drives: drives.into_iter().map(drive).collect::<Result<_, _>>()?,
         nets: spec.network_interfaces.iter().map(net).collect::<Result<_, _>>()?,
         vsock: spec.vsock.as_ref().map(vsock).transpose()?,
         entropy: spec.entropy.as_ref().map(|entropy| EntropyConfig { limits: limits(entropy.rate_limiter) }),
+        balloon: spec.balloon.as_ref().map(|spec| balloon(spec, memory_mib)).transpose()?,
     };
-    let devices = config.drives.len()
-        + config.nets.len()
-        + usize::from(config.vsock.is_some())
-        + usize::from(config.entropy.is_some());
+    let others = [config.vsock.is_some(), config.entropy.is_some(), config.balloon.is_some()];
+    let devices = config.drives.len() + config.nets.len() + others.iter().filter(|there| **there).count();
+    if config.balloon.is_none() && devices < MAX_DEVICES {
+        config.balloon = Some(BalloonConfig { reporting: true, ..BalloonConfig::default() });
+    }
     if devices > MAX_DEVICES { Err(ConfigError::TooManyDevices(devices)) } else { Ok(config) }
+}
+
+/// Checks the memory balloon of a VM with so much memory.
+///
+/// # Errors
+/// It is larger than the memory.
+pub fn balloon(balloon: &Balloon, memory_mib: u64) -> Result<BalloonConfig, ConfigError> {
+    Ok(BalloonConfig {
+        target: balloon_pages(balloon.amount_mib, memory_mib)?,
+        deflate_on_oom: balloon.deflate_on_oom,
+        stats_interval: Duration::from_secs(balloon.stats_polling_interval_s.into()),
+        hinting: balloon.free_page_hinting,
+        reporting: balloon.free_page_reporting,
+    })
+}
+
+/// Pages of a balloon of `mib` MiB in a VM with so much memory.
+///
+/// # Errors
+/// It is larger than the memory.
+pub fn balloon_pages(mib: u32, memory_mib: u64) -> Result<u32, ConfigError> {
+    // A MiB has 256 pages of 4 KiB.
+    mib.checked_mul(256).filter(|_| u64::from(mib) <= memory_mib).ok_or(ConfigError::Balloon)
 }
 
 /// Checks vCPUs and memory.
@@ -385,6 +417,25 @@ mod tests {
                 format!(r#", "network-interfaces": [{{"iface_id": "e", "host_dev_name": "t", "guest_mac": "{mac}"}}]"#);
             assert!(error(&text).contains("guest_mac"), "{mac}");
         }
+    }
+
+    #[test]
+    fn a_vm_reports_free_pages_unless_it_is_told_not_to() {
+        let balloon = |text: &str| validate(&spec(text)).unwrap().balloon.unwrap();
+        assert_eq!(balloon(""), BalloonConfig { reporting: true, ..BalloonConfig::default() });
+        let asked = r#", "balloon": {"amount_mib": 16, "deflate_on_oom": true, "stats_polling_interval_s": 5 X}"#;
+        assert_eq!(
+            balloon(&asked.replace('X', "")),
+            BalloonConfig {
+                target: 4096,
+                deflate_on_oom: true,
+                stats_interval: Duration::from_secs(5),
+                hinting: false,
+                reporting: true
+            }
+        );
+        assert!(!balloon(&asked.replace('X', r#", "free_page_reporting": false"#)).reporting);
+        assert!(error(&asked.replace("16", "129").replace('X', "")).contains("too large"));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The control thread: one `poll` over signals, the API's socket and its connections, and the end of the machine.
 
+mod balloon;
 mod commands;
 mod fault;
 mod http;

@@ -57,6 +57,9 @@ pub fn start(config: &Config, serial_out: Box<dyn Write + Send>, ended: &EventFd
     if let Some(entropy) = &config.entropy {
         attach.rng(entropy)?;
     }
+    if let Some(balloon) = config.balloon {
+        attach.balloon(balloon)?;
+    }
     let devices = attach.devices;
 
     // What the guest is told, and what it boots.

@@ -10,6 +10,7 @@ use bedplate_devices::Memory;
 use bedplate_devices::host::PciHost;
 use bedplate_devices::pci::PciRoot;
 use bedplate_devices::virtio::VirtioDevice;
+use bedplate_devices::virtio::balloon::{Balloon, BalloonConfig};
 use bedplate_devices::virtio::block::{Block, BlockConfig, OpenError};
 use bedplate_devices::virtio::net::{Net, NetConfig, Tap, TapError};
 use bedplate_devices::virtio::pci::{VirtioPciDevice, VirtioPciError};
@@ -17,7 +18,8 @@ use bedplate_devices::virtio::rng::Rng;
 use bedplate_devices::virtio::vsock::{Vsock, VsockConfig, VsockError};
 use bedplate_images::disk::DiskError;
 
-use super::{BuildError, Devices};
+use super::BuildError;
+use super::devices::{Counts, Devices};
 use crate::block;
 use crate::config::{self, DriveConfig, EntropyConfig};
 
@@ -105,6 +107,7 @@ impl Attach<'_> {
         };
         let device = Block::over(medium, config).map_err(BuildError::Host)?;
         self.devices.disks.insert(drive.id.clone(), device.control());
+        self.count(format!("block_{}", drive.id), &device, Counts::Block(Arc::clone(device.block_metrics())));
         self.devices.warnings.extend(warning);
         self.virtio(device)
     }
@@ -119,18 +122,35 @@ impl Attach<'_> {
         let config = NetConfig { mac: net.mac, mtu: None, rx_limits: net.rx_limits, tx_limits: net.tx_limits };
         let device = Net::new(tap, config).map_err(BuildError::Host)?;
         self.devices.nets.insert(net.id.clone(), device.control());
+        self.count(format!("net_{}", net.id), &device, Counts::Net(Arc::clone(device.net_metrics())));
         self.virtio(device)
     }
 
-    pub fn vsock(&self, vsock: &config::VsockConfig) -> Result<(), BuildError> {
+    pub fn vsock(&mut self, vsock: &config::VsockConfig) -> Result<(), BuildError> {
         let path = vsock.path.clone();
         socket::remove_dead(&path).map_err(|source| DeviceError::SocketInUse { path, source })?;
         let config = VsockConfig { guest_cid: vsock.cid, uds_path: vsock.path.clone() };
-        self.virtio(Vsock::new(config).map_err(DeviceError::Vsock)?)
+        let device = Vsock::new(config).map_err(DeviceError::Vsock)?;
+        self.count("vsock".into(), &device, Counts::Vsock);
+        self.virtio(device)
     }
 
-    pub fn rng(&self, entropy: &EntropyConfig) -> Result<(), BuildError> {
-        self.virtio(Rng::new(entropy.limits).map_err(BuildError::Host)?)
+    pub fn rng(&mut self, entropy: &EntropyConfig) -> Result<(), BuildError> {
+        let device = Rng::new(entropy.limits).map_err(BuildError::Host)?;
+        self.count("entropy".into(), &device, Counts::Rng(Arc::clone(device.bytes())));
+        self.virtio(device)
+    }
+
+    pub fn balloon(&mut self, balloon: BalloonConfig) -> Result<(), BuildError> {
+        let device = Balloon::new(balloon).map_err(BuildError::Host)?;
+        self.devices.balloon = Some(device.control());
+        self.count("balloon".into(), &device, Counts::Balloon(Arc::clone(device.balloon_metrics())));
+        self.virtio(device)
+    }
+
+    /// Notes what a device counts.
+    fn count(&mut self, name: String, device: &dyn VirtioDevice, counts: Counts) {
+        self.devices.counts.insert(name, (Arc::clone(device.metrics()), counts));
     }
 
     fn virtio(&self, device: impl VirtioDevice + 'static) -> Result<(), BuildError> {
