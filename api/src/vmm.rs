@@ -20,6 +20,8 @@
 //! | `PUT /serial` | [`SerialDevice`] |
 //! | `PUT /logger` | [`Logger`] |
 //! | `PUT /metrics` | [`Metrics`] |
+//! | `PUT /hotplug/memory` | [`MemoryHotplug`] |
+//! | `GET`, `PATCH /hotplug/memory` | → [`MemoryHotplugStatus`], [`MemoryHotplugUpdate`]; after the start only |
 //! | `GET /balloon` | → [`Balloon`] |
 //! | `PATCH /balloon` | [`BalloonUpdate`]; after the start only, as all that follow of the balloon |
 //! | `GET`, `PATCH /balloon/statistics` | → [`BalloonStats`], [`BalloonStatsUpdate`] |
@@ -31,6 +33,7 @@
 
 mod balloon;
 mod devices;
+mod hotplug;
 mod limits;
 
 use std::collections::BTreeMap;
@@ -39,6 +42,7 @@ use serde::{Deserialize, Serialize};
 
 pub use balloon::{Balloon, BalloonStats, BalloonStatsUpdate, BalloonUpdate, HintingStart, HintingStatus};
 pub use devices::DeviceStatus;
+pub use hotplug::{MemoryHotplug, MemoryHotplugStatus, MemoryHotplugUpdate};
 pub use limits::{RateLimiter, TokenBucket};
 
 /// Body of every error answer.
@@ -73,6 +77,9 @@ pub struct VmConfig {
     /// Memory that the guest gives back.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<Balloon>,
+    /// Memory that can be added while the VM runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_hotplug: Option<MemoryHotplug>,
     /// Where the serial console goes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<SerialDevice>,
@@ -364,7 +371,7 @@ pub struct Status {
     pub uptime_seconds: u64,
     /// Why vCPUs left the guest, summed over all of them.
     pub exits: ExitCounts,
-    /// What each device counts: `block_{drive_id}`, `net_{iface_id}`, `balloon`, `entropy`, `vsock`.
+    /// What each device counts: `block_{drive_id}`, `net_{iface_id}`, `balloon`, `entropy`, `memory_hotplug`, `vsock`.
     #[serde(default)]
     pub devices: BTreeMap<String, DeviceStatus>,
 }

@@ -11,8 +11,10 @@ use bedplate_benches::{Pair, Unit, nanos};
 use bedplate_devices::virtio::block::{Backend, Block, BlockConfig, Cache, Medium, RawFile};
 use criterion::Criterion;
 
-use crate::disks::{MemoryDisk, Offsets, contents, file_in};
+use crate::disks::{MemoryDisk, Offsets, contents, direct_file_in, file_in};
 use crate::driver::{Load, Pipeline};
+
+const PAGE: usize = 4096;
 
 const LOADS: [(&str, Load); 6] = [
     ("random read of 4 KiB, depth 1", Load { depth: 1, len: 4 << 10, write: false }),
@@ -39,6 +41,19 @@ pub fn benchmark(c: &mut Criterion) {
             Err(error) => println!("skipped: {place}: no file can be made in {}: {error}\n", directory.display()),
         }
     }
+    direct(c, Path::new(env!("CARGO_TARGET_TMPDIR")));
+}
+
+/// Past the page cache, so that each request waits for the host's disk.
+fn direct(c: &mut Criterion, directory: &Path) {
+    let disk = match direct_file_in(directory) {
+        Ok(disk) => disk,
+        Err(error) => return println!("skipped: no file can be opened past the page cache: {error}\n"),
+    };
+    for (name, load) in LOADS {
+        file(c, &format!("disk itself, {name}"), load, &disk, false);
+        file(c, &format!("disk itself, io_uring, {name}"), load, &disk, true);
+    }
 }
 
 fn memory(c: &mut Criterion, what: &str, load: Load) {
@@ -62,15 +77,18 @@ fn memory(c: &mut Criterion, what: &str, load: Load) {
 
 fn file(c: &mut Criterion, what: &str, load: Load, disk: &File, uring: bool) {
     let mut offsets = Offsets::new(load.len);
-    let mut buffer = vec![0x5a; load.len as usize];
+    // On a page, as `O_DIRECT` wants it.
+    let mut space = vec![0x5a; load.len as usize + PAGE];
+    let start = space.as_ptr().align_offset(PAGE);
+    let buffer = &mut space[start..][..load.len as usize];
     let call = |count| {
         nanos(|| {
             for _ in 0..count {
                 let offset = offsets.pick();
                 if load.write {
-                    disk.write_all_at(&buffer, offset).unwrap();
+                    disk.write_all_at(buffer, offset).unwrap();
                 } else {
-                    disk.read_exact_at(&mut buffer, offset).unwrap();
+                    disk.read_exact_at(buffer, offset).unwrap();
                 }
             }
         })

@@ -1,6 +1,8 @@
 //! What was asked for → what will be built: every check that needs no host, with words for people. Only [`separate`]
 //! looks at files.
 
+mod hotplug;
+
 use std::collections::HashSet;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
@@ -13,6 +15,7 @@ use bedplate_devices::virtio::balloon::BalloonConfig;
 use bedplate_devices::virtio::block::Cache;
 use bedplate_devices::virtio::limiter::{BucketConfig, LimiterConfig, LimiterUpdate};
 
+pub use self::hotplug::{HotplugConfig, HotplugError, memory_hotplug};
 use crate::boot::{BootConfig, CmdlineError, RootDevice, compose_cmdline};
 
 /// vCPUs of one VM, at most.
@@ -21,7 +24,7 @@ pub const MAX_VCPUS: u8 = 8;
 pub const MIN_MEMORY_MIB: u64 = 16;
 /// MiB of RAM, at most: a TiB, far from the end of what a processor addresses.
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
-/// Drives, network interfaces and the three others share 31 slots of the PCI bus.
+/// Drives, network interfaces and the four others share 31 slots of the PCI bus.
 const MAX_DEVICES: usize = 31;
 /// Context ids below are the host's and the hypervisor's.
 const FIRST_GUEST_CID: u32 = 3;
@@ -45,6 +48,8 @@ pub struct Config {
     pub entropy: Option<EntropyConfig>,
     /// A memory balloon; none only where there is no room for the one that nobody asked for.
     pub balloon: Option<BalloonConfig>,
+    /// Memory that can be added.
+    pub hotplug: Option<HotplugConfig>,
 }
 
 /// One disk.
@@ -120,6 +125,8 @@ pub enum ConfigError {
     Tap { id: String, name: String },
     #[error("vsock: guest_cid {0} is reserved: give {FIRST_GUEST_CID} or more, below 4294967295")]
     Cid(u32),
+    #[error(transparent)]
+    Hotplug(#[from] HotplugError),
     /// Firecracker's words.
     #[error("Amount of pages requested is too large.")]
     Balloon,
@@ -158,8 +165,9 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
         vsock: spec.vsock.as_ref().map(vsock).transpose()?,
         entropy: spec.entropy.as_ref().map(|entropy| EntropyConfig { limits: limits(entropy.rate_limiter) }),
         balloon: spec.balloon.as_ref().map(|spec| balloon(spec, memory_mib)).transpose()?,
+        hotplug: spec.memory_hotplug.as_ref().map(memory_hotplug).transpose()?,
     };
-    let others = [config.vsock.is_some(), config.entropy.is_some(), config.balloon.is_some()];
+    let others = [config.vsock.is_some(), config.entropy.is_some(), config.balloon.is_some(), config.hotplug.is_some()];
     let devices = config.drives.len() + config.nets.len() + others.iter().filter(|there| **there).count();
     if config.balloon.is_none() && devices < MAX_DEVICES {
         config.balloon = Some(BalloonConfig { reporting: true, ..BalloonConfig::default() });

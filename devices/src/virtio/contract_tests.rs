@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::balloon::{Balloon, BalloonConfig};
 use super::block::{Block, BlockConfig, Medium, RawFile};
 use super::limiter::LimiterConfig;
+use super::mem::{Mem, MemConfig};
 use super::net::{Net, NetConfig};
 use super::rng::Rng;
 use super::vsock::{Vsock, VsockConfig};
@@ -40,6 +41,13 @@ fn block_ring() -> Subject<Block<RawFile>> {
     let ring = backend.ring().inspect_err(|error| println!("skipped: no io_uring here: {error}")).ok();
     let device = Block::over(Medium { backend, ring }, BlockConfig { queues: 4, ..Default::default() }).unwrap();
     Subject { device, served: &[0, 1, 2, 3], relax: Box::new(|| ()) }
+}
+
+fn mem() -> Subject<Mem> {
+    let config = MemConfig { address: Machine::RAM as u64 / 2, len: 4 << 20, block: 1 << 20 };
+    let device = Mem::new(config).unwrap();
+    device.control().request(2 << 20);
+    Subject { device, served: &[0], relax: Box::new(|| ()) }
 }
 
 fn net() -> Subject<Net<Wire>> {
@@ -254,4 +262,4 @@ macro_rules! contract {
     )*};
 }
 
-contract!(balloon, block, block_ring, net, rng, vsock);
+contract!(balloon, block, block_ring, mem, net, rng, vsock);

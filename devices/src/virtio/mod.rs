@@ -23,6 +23,7 @@ mod buffers;
 mod contract_tests;
 mod inbox;
 pub mod limiter;
+pub mod mem;
 pub mod net;
 pub mod pci;
 mod queue;

@@ -6,6 +6,7 @@ mod balloon;
 mod block;
 mod boot;
 mod ends;
+mod hotplug;
 mod network;
 mod refusals;
 mod serial;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         Scenario { name: "synced_data_survives_kill_9", run: block::survives_kill },
         Scenario { name: "free_pages_go_back_to_the_node", run: balloon::reports_free_pages },
         Scenario { name: "a_balloon_is_inflated_and_says_how_it_is", run: balloon::inflates_and_says_how_it_is },
+        Scenario { name: "memory_is_added_and_taken_away", run: hotplug::grows_and_shrinks },
         Scenario { name: "network_both_ways_in_bulk", run: network::host_and_guest },
         Scenario { name: "guests_reach_each_other", run: network::guest_and_guest },
         Scenario { name: "vsock_both_ways", run: vsock::both_ways },

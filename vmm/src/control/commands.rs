@@ -2,10 +2,12 @@
 
 use bedplate_api::vmm::{
     ActionType, Balloon, BalloonStats, BootSource, Drive, Entropy, HintingStatus, InstanceInfo, Logger, MachineConfig,
-    MachineConfigPatch, Metrics, NetworkInterface, SerialDevice, Status, TargetState, Version, VmConfig, Vsock,
+    MachineConfigPatch, MemoryHotplugStatus, Metrics, NetworkInterface, SerialDevice, Status, TargetState, Version,
+    VmConfig, Vsock,
 };
 
 use super::balloon::BalloonCommand;
+use super::hotplug::HotplugCommand;
 
 /// One request, understood.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,6 +35,8 @@ pub(super) enum Command {
     SetMetrics(Metrics),
     /// Each at its own time.
     Balloon(BalloonCommand),
+    /// Likewise.
+    Hotplug(HotplugCommand),
     /// `InstanceStart` before the start, the others after it.
     Act(ActionType),
     /// After the start.
@@ -56,4 +60,5 @@ pub(super) enum Answer {
     Balloon(Balloon),
     BalloonStats(Box<BalloonStats>),
     Hinting(HintingStatus),
+    Hotplug(MemoryHotplugStatus),
 }

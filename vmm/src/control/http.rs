@@ -169,6 +169,7 @@ async fn answer(
         Ok(Answer::Balloon(body)) => json(StatusCode::OK, &body),
         Ok(Answer::BalloonStats(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Hinting(body)) => json(StatusCode::OK, &body),
+        Ok(Answer::Hotplug(body)) => json(StatusCode::OK, &body),
         Err(fault) => json(fault.status, &fault.body()),
     })
 }

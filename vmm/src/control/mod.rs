@@ -3,6 +3,7 @@
 mod balloon;
 mod commands;
 mod fault;
+mod hotplug;
 mod http;
 mod log;
 mod routes;

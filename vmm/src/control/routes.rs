@@ -8,6 +8,7 @@ use bedplate_api::vmm::{Action, Drive, NetworkInterface, VmStateChange};
 use super::balloon;
 use super::commands::Command;
 use super::fault::Fault;
+use super::hotplug;
 
 /// Understands a request; the wording of faults is Firecracker's where clients may look at it.
 pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command, Fault> {
@@ -42,6 +43,9 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
         ("PATCH", ["vm"]) => json(body).map(|change: VmStateChange| Command::ChangeState(change.state)),
         ("PUT", ["bedplate", "power-button"]) => Ok(Command::PressPowerButton),
         ("PUT", ["bedplate", "stop"]) => Ok(Command::Stop),
+        (method, ["hotplug", "memory"]) => {
+            hotplug::parse(method, body).map_or_else(unknown, |command| command.map(Command::Hotplug))
+        }
         (method, ["balloon", path @ ..]) => {
             balloon::parse(method, path, body).map_or_else(unknown, |command| command.map(Command::Balloon))
         }

@@ -216,6 +216,7 @@ impl Session {
                 Ok(Answer::Done)
             }
             Command::Balloon(command) => self.execute_balloon(command),
+            Command::Hotplug(command) => self.execute_hotplug(command),
             Command::ChangeState(target) => self.running()?.change_state(target).map(done),
             configuring => self.before_start()?.configure(configuring).map(done),
         }
@@ -359,10 +360,12 @@ impl<'a> Line<'a> {
         let mut devices = BTreeMap::<_, BTreeMap<_, u64>>::new();
         for (name, device) in &status.devices {
             // Of drives and interfaces also the sum.
-            let kind = name.split_once('_').map_or(name.as_str(), |(kind, _)| kind);
+            let kind = ["block", "net"]
+                .into_iter()
+                .find(|kind| name.strip_prefix(kind).is_some_and(|rest| rest.starts_with('_')));
             for (counter, value) in &device.counters {
                 devices.entry(name.as_str()).or_default().insert(counter.as_str(), *value);
-                if kind != name {
+                if let Some(kind) = kind {
                     *devices.entry(kind).or_default().entry(counter.as_str()).or_default() += value;
                 }
             }

@@ -23,7 +23,10 @@ use crate::memory::{Ram, layout};
 /// The host cannot give what is asked, or a file is not what it should be. Nothing is left running.
 pub fn start(config: &Config, serial_out: Box<dyn Write + Send>, ended: &EventFd) -> Result<Machine, BuildError> {
     // Memory, and the VM around it with interrupt controllers and timer.
-    let ram = Ram::new(config.memory_mib)?;
+    let mut ram = Ram::new(config.memory_mib)?;
+    if let Some(hotplug) = config.hotplug {
+        ram = ram.with_hotplug(hotplug.total_mib)?;
+    }
     let vm = Vm::new(Arc::clone(&ram.memory))?;
     let interrupts = vm.interrupts();
     let mmio64 = ram.mmio64(vm.address_bits())?;
@@ -59,6 +62,9 @@ pub fn start(config: &Config, serial_out: Box<dyn Write + Send>, ended: &EventFd
     }
     if let Some(balloon) = config.balloon {
         attach.balloon(balloon)?;
+    }
+    if let (Some(hotplug), Some(region)) = (config.hotplug, ram.hotplug()) {
+        attach.mem(hotplug, region)?;
     }
     let devices = attach.devices;
 

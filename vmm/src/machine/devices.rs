@@ -7,6 +7,7 @@ use bedplate_api::vmm::DeviceStatus;
 use bedplate_devices::metrics::{Counter, DeviceMetrics};
 use bedplate_devices::virtio::balloon::{BalloonControl, BalloonMetrics};
 use bedplate_devices::virtio::block::{Backend, BlockControl, BlockMetrics};
+use bedplate_devices::virtio::mem::{MemControl, MemMetrics};
 use bedplate_devices::virtio::net::{NetControl, NetMetrics};
 
 /// What changes a disk while its VM runs.
@@ -18,6 +19,7 @@ pub struct Devices {
     pub(super) disks: BTreeMap<String, DiskControl>,
     pub(super) nets: BTreeMap<String, NetControl>,
     pub(super) balloon: Option<BalloonControl>,
+    pub(super) mem: Option<MemControl>,
     pub(super) counts: BTreeMap<String, (Arc<DeviceMetrics>, Counts)>,
     /// What the host could not do as it was asked for, in words.
     pub(super) warnings: Vec<String>,
@@ -28,6 +30,7 @@ pub(super) enum Counts {
     Block(Arc<BlockMetrics>),
     Net(Arc<NetMetrics>),
     Balloon(Arc<BalloonMetrics>),
+    Mem(Arc<MemMetrics>),
     Rng(Arc<Counter>),
     Vsock,
 }
@@ -46,6 +49,11 @@ impl Devices {
     /// The memory balloon.
     pub const fn balloon(&self) -> Option<&BalloonControl> {
         self.balloon.as_ref()
+    }
+
+    /// The memory that can be added.
+    pub const fn mem(&self) -> Option<&MemControl> {
+        self.mem.as_ref()
     }
 
     /// What the host could not do as it was asked for and does otherwise.
@@ -98,6 +106,11 @@ impl Counts {
                 ("reported_bytes", &balloon.reported_bytes),
                 ("hinted_bytes", &balloon.hinted_bytes),
                 ("stats_updates_count", &balloon.stats_updates),
+            ],
+            Self::Mem(mem) => vec![
+                ("plugged_blocks", &mem.plugged),
+                ("unplugged_blocks", &mem.unplugged),
+                ("refused_requests", &mem.refused),
             ],
             Self::Rng(bytes) => vec![("entropy_bytes", bytes)],
             Self::Vsock => Vec::new(),

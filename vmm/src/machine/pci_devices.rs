@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -12,6 +13,7 @@ use bedplate_devices::pci::PciRoot;
 use bedplate_devices::virtio::VirtioDevice;
 use bedplate_devices::virtio::balloon::{Balloon, BalloonConfig};
 use bedplate_devices::virtio::block::{Block, BlockConfig, OpenError};
+use bedplate_devices::virtio::mem::{Mem, MemConfig};
 use bedplate_devices::virtio::net::{Net, NetConfig, Tap, TapError};
 use bedplate_devices::virtio::pci::{VirtioPciDevice, VirtioPciError};
 use bedplate_devices::virtio::rng::Rng;
@@ -21,7 +23,7 @@ use bedplate_images::disk::DiskError;
 use super::BuildError;
 use super::devices::{Counts, Devices};
 use crate::block;
-use crate::config::{self, DriveConfig, EntropyConfig};
+use crate::config::{self, DriveConfig, EntropyConfig, HotplugConfig};
 
 /// Why a device cannot be attached.
 #[derive(Debug, thiserror::Error)]
@@ -145,6 +147,14 @@ impl Attach<'_> {
         let device = Balloon::new(balloon).map_err(BuildError::Host)?;
         self.devices.balloon = Some(device.control());
         self.count("balloon".into(), &device, Counts::Balloon(Arc::clone(device.balloon_metrics())));
+        self.virtio(device)
+    }
+
+    pub fn mem(&mut self, hotplug: HotplugConfig, region: Range<u64>) -> Result<(), BuildError> {
+        let (len, block) = (region.end - region.start, hotplug.block_mib << 20);
+        let device = Mem::new(MemConfig { address: region.start, len, block }).map_err(BuildError::Host)?;
+        self.devices.mem = Some(device.control());
+        self.count("memory_hotplug".into(), &device, Counts::Mem(Arc::clone(device.mem_metrics())));
         self.virtio(device)
     }
 
