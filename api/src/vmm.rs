@@ -16,14 +16,34 @@
 //! | `PUT /network-interfaces/{id}` | [`NetworkInterface`] |
 //! | `PUT /vsock` | [`Vsock`] |
 //! | `PUT /entropy` | [`Entropy`] |
+//! | `PUT /balloon` | [`Balloon`] |
 //! | `PUT /serial` | [`SerialDevice`] |
 //! | `PUT /logger` | [`Logger`] |
 //! | `PUT /metrics` | [`Metrics`] |
+//! | `PUT /hotplug/memory` | [`MemoryHotplug`] |
+//! | `GET`, `PATCH /hotplug/memory` | → [`MemoryHotplugStatus`], [`MemoryHotplugUpdate`]; after the start only |
+//! | `GET /balloon` | → [`Balloon`] |
+//! | `PATCH /balloon` | [`BalloonUpdate`]; after the start only, as all that follow of the balloon |
+//! | `GET`, `PATCH /balloon/statistics` | → [`BalloonStats`], [`BalloonStatsUpdate`] |
+//! | `PATCH /balloon/hinting/start`, `/stop` | [`HintingStart`], or no body |
+//! | `GET /balloon/hinting/status` | → [`HintingStatus`] |
 //! | `GET /bedplate/status` | → [`Status`] |
 //! | `PUT /bedplate/power-button` | no body; presses the ACPI power button |
 //! | `PUT /bedplate/stop` | no body; ends the VM at once, the process exits with code 0 |
 
+mod balloon;
+mod devices;
+mod hotplug;
+mod limits;
+
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
+
+pub use balloon::{Balloon, BalloonStats, BalloonStatsUpdate, BalloonUpdate, HintingStart, HintingStatus};
+pub use devices::DeviceStatus;
+pub use hotplug::{MemoryHotplug, MemoryHotplugStatus, MemoryHotplugUpdate};
+pub use limits::{RateLimiter, TokenBucket};
 
 /// Body of every error answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +74,12 @@ pub struct VmConfig {
     /// A source of randomness for the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entropy: Option<Entropy>,
+    /// Memory that the guest gives back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
+    /// Memory that can be added while the VM runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_hotplug: Option<MemoryHotplug>,
     /// Where the serial console goes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<SerialDevice>,
@@ -98,9 +124,12 @@ pub struct Drive {
     /// Whether a flush of the guest reaches the host's disk.
     #[serde(default)]
     pub cache_type: CacheType,
-    /// Accepted for Firecracker's clients; both values use the same engine.
+    /// The way to a raw file or block device. Absent: `Sync`. A copy-on-write disk has one way of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_engine: Option<IoEngine>,
+    /// How much may be read and written in a time. Absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
 }
 
 /// What a flush does.
@@ -113,11 +142,12 @@ pub enum CacheType {
     Writeback,
 }
 
-/// Firecracker's choice of block engine.
+/// How requests reach a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs)]
 pub enum IoEngine {
+    /// One system call for each.
     Sync,
+    /// io_uring, in batches. Where the host has none, as `Sync`, with a warning.
     Async,
 }
 
@@ -182,6 +212,12 @@ pub struct NetworkInterface {
     /// MAC address that the guest uses. Absent: one made from the tap's name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_mac: Option<String>,
+    /// How much the guest may receive in a time. Absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// How much it may send.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_rate_limiter: Option<RateLimiter>,
 }
 
 /// Sockets between host and guest.
@@ -198,10 +234,14 @@ pub struct Vsock {
     pub vsock_id: Option<String>,
 }
 
-/// A source of randomness for the guest. It has no settings.
+/// A source of randomness for the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Entropy {}
+pub struct Entropy {
+    /// How much the guest may draw in a time. Absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
+}
 
 /// Where the serial console goes, if the command line did not say it.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -331,6 +371,9 @@ pub struct Status {
     pub uptime_seconds: u64,
     /// Why vCPUs left the guest, summed over all of them.
     pub exits: ExitCounts,
+    /// What each device counts: `block_{drive_id}`, `net_{iface_id}`, `balloon`, `entropy`, `memory_hotplug`, `vsock`.
+    #[serde(default)]
+    pub devices: BTreeMap<String, DeviceStatus>,
 }
 
 /// How often vCPUs left the guest.

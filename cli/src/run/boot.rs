@@ -104,6 +104,8 @@ pub(super) fn config(args: &Args, kernel: Kernel, disk: PathBuf, net: Option<&Ne
         iface_id: "eth0".to_owned(),
         host_dev_name: net.tap().to_owned(),
         guest_mac: Some(net.mac.clone()),
+        rx_rate_limiter: None,
+        tx_rate_limiter: None,
     });
     VmConfig {
         boot_source: Some(BootSource {
@@ -120,6 +122,7 @@ pub(super) fn config(args: &Args, kernel: Kernel, disk: PathBuf, net: Option<&Ne
             is_read_only: false,
             cache_type: Default::default(),
             io_engine: None,
+            rate_limiter: None,
         }],
         machine_config: MachineConfig { vcpu_count: args.cpus, mem_size_mib: args.memory, ..MachineConfig::default() },
         network_interfaces: interface.into_iter().collect(),

@@ -11,7 +11,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     for len in bytes.iter().take(4) {
         let _ = peer.send(&vec![0; 12 + usize::from(*len) * 16]);
     }
-    let net = Net::new(wire, NetConfig { mac: [2, 0, 0, 0, 0, 1], mtu: None });
+    let net = Net::new(wire, NetConfig::default()).expect("descriptors are left");
     let mut hostile = Hostile::new(Driver::attach(net));
     let (driver, mut queues) = hostile.run(bytes);
     while peer.recv(&mut [0; 64]).is_ok() {}

@@ -12,7 +12,7 @@ use std::thread::{self, JoinHandle};
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Active, Virtqueue};
+use super::{Active, Interrupt, Virtqueue};
 use crate::metrics::DeviceMetrics;
 
 /// Tags of events: queues by number, then the order to stop, then the handler's own.
@@ -54,6 +54,8 @@ pub struct Session<'a, 'b> {
     pub features: u64,
     /// The device's counters.
     pub metrics: &'a DeviceMetrics,
+    /// To the driver, for what concerns no queue.
+    pub interrupt: &'a dyn Interrupt,
     ops: &'a mut EventOps<'b>,
 }
 
@@ -211,8 +213,8 @@ fn run<H: Handler>(mut manager: EventManager<Runner<H>>, runner: Runner<H>) -> R
 
 impl<H: Handler> Runner<H> {
     fn with_session(&mut self, ops: &mut EventOps<'_>, call: impl FnOnce(&mut H, &mut Session<'_, '_>)) {
-        let Active { queues, features, .. } = &mut self.active;
-        let mut session = Session { queues, features: *features, metrics: &self.metrics, ops };
+        let Active { queues, features, interrupt } = &mut self.active;
+        let mut session = Session { queues, features: *features, metrics: &self.metrics, interrupt: &**interrupt, ops };
         call(&mut self.handler, &mut session);
     }
 

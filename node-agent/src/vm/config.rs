@@ -29,6 +29,7 @@ pub fn vm_config(spec: &VmSpec, boot: &Bootable, disk: &Path, nic: Option<&Nic>)
             is_read_only: false,
             cache_type: CacheType::Writeback,
             io_engine: None,
+            rate_limiter: None,
         }],
         machine_config: MachineConfig { vcpu_count: spec.cpus, mem_size_mib: spec.memory_mib, ..Default::default() },
         network_interfaces: nic
@@ -36,10 +37,12 @@ pub fn vm_config(spec: &VmSpec, boot: &Bootable, disk: &Path, nic: Option<&Nic>)
                 iface_id: "eth0".to_owned(),
                 host_dev_name: nic.tap.clone(),
                 guest_mac: Some(format_mac(nic.mac)),
+                rx_rate_limiter: None,
+                tx_rate_limiter: None,
             })
             .into_iter()
             .collect(),
-        entropy: Some(Entropy {}),
+        entropy: Some(Entropy::default()),
         ..Default::default()
     }
 }

@@ -66,6 +66,14 @@ impl GuestSpec {
         self
     }
 
+    /// Sets more of the disk that was added last, such as its `rate_limiter`.
+    pub fn drive_option(mut self, name: &str, value: Value) -> Self {
+        if let Some(drive) = self.config["drives"].as_array_mut().and_then(|drives| drives.last_mut()) {
+            drive[name] = value;
+        }
+        self
+    }
+
     /// Adds a network interface on the tap `tap`.
     pub fn network(mut self, tap: &str, mac: &str) -> Self {
         if let Some(cards) = self.config["network-interfaces"].as_array_mut() {
@@ -202,6 +210,13 @@ impl Guest {
         let (got, answer) = unix_http::request(&self.file("api.sock"), method, path, body)?;
         ensure!(got == status, "{method} {path}: {got} instead of {status}: {answer}");
         Ok(answer)
+    }
+
+    /// What a device has counted, by its name in `GET /bedplate/status`.
+    pub fn count(&self, device: &str, counter: &str) -> Result<u64> {
+        let status: Value = serde_json::from_str(&self.api("GET", "/bedplate/status", "", 200)?)?;
+        let value = status["devices"][device][counter].as_u64();
+        value.with_context(|| format!("there is no counter {counter} of {device} in {status}"))
     }
 
     /// Waits until the VMM has ended; its exit code and the reason in its exit file.

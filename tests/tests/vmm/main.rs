@@ -2,9 +2,11 @@
 //! typed in the guest.
 
 mod api;
+mod balloon;
 mod block;
 mod boot;
 mod ends;
+mod hotplug;
 mod network;
 mod refusals;
 mod sandbox;
@@ -18,7 +20,7 @@ use bedplate_tests::inside::{BZIMAGE, ELF};
 use bedplate_tests::suite::{self, NodeSpec, Scenario};
 
 fn main() -> ExitCode {
-    let node = NodeSpec { memory_mib: 4096, programs: &["bedplate-vmm"], patience: Duration::from_secs(400) };
+    let node = NodeSpec { memory_mib: 4096, programs: &["bedplate-vmm"], patience: Duration::from_secs(600) };
     let scenarios = [
         Scenario { name: "boots_the_bzimage_as_shipped", run: || boot::boots(BZIMAGE) },
         Scenario { name: "boots_the_elf_kernel", run: || boot::boots(ELF) },
@@ -31,10 +33,17 @@ fn main() -> ExitCode {
         Scenario { name: "pauses_and_resumes", run: ends::pause_and_resume },
         Scenario { name: "stop_ends_it_at_once", run: ends::stop },
         Scenario { name: "a_kernel_panic_ends_it", run: ends::panic },
-        Scenario { name: "a_raw_disk_is_read_and_written", run: block::raw },
+        Scenario { name: "a_raw_disk_is_read_and_written", run: || block::raw("Sync") },
+        Scenario { name: "a_raw_disk_is_read_and_written_through_io_uring", run: || block::raw("Async") },
+        Scenario { name: "what_is_discarded_is_a_hole", run: block::discard },
+        Scenario { name: "a_file_that_shrinks_fails_its_own_reads_only", run: block::shrinks },
+        Scenario { name: "a_limited_disk_is_slow", run: block::limited },
         Scenario { name: "a_read_only_disk_refuses_writes", run: block::read_only },
         Scenario { name: "a_copy_on_write_disk_leaves_its_image_alone", run: block::copy_on_write },
         Scenario { name: "synced_data_survives_kill_9", run: block::survives_kill },
+        Scenario { name: "free_pages_go_back_to_the_node", run: balloon::reports_free_pages },
+        Scenario { name: "a_balloon_is_inflated_and_says_how_it_is", run: balloon::inflates_and_says_how_it_is },
+        Scenario { name: "memory_is_added_and_taken_away", run: hotplug::grows_and_shrinks },
         Scenario { name: "network_both_ways_in_bulk", run: network::host_and_guest },
         Scenario { name: "guests_reach_each_other", run: network::guest_and_guest },
         Scenario { name: "vsock_both_ways", run: vsock::both_ways },

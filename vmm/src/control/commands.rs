@@ -1,9 +1,13 @@
 //! Everything that can be asked of a VM process.
 
 use bedplate_api::vmm::{
-    ActionType, BootSource, Drive, Entropy, InstanceInfo, Logger, MachineConfig, MachineConfigPatch, Metrics,
-    NetworkInterface, SerialDevice, Status, TargetState, Version, VmConfig, Vsock,
+    ActionType, Balloon, BalloonStats, BootSource, Drive, Entropy, HintingStatus, InstanceInfo, Logger, MachineConfig,
+    MachineConfigPatch, MemoryHotplugStatus, Metrics, NetworkInterface, SerialDevice, Status, TargetState, Version,
+    VmConfig, Vsock,
 };
+
+use super::balloon::BalloonCommand;
+use super::hotplug::HotplugCommand;
 
 /// One request, understood.
 #[derive(Debug, Clone, PartialEq)]
@@ -29,6 +33,10 @@ pub(super) enum Command {
     SetSerial(SerialDevice),
     SetLogger(Logger),
     SetMetrics(Metrics),
+    /// Each at its own time.
+    Balloon(BalloonCommand),
+    /// Likewise.
+    Hotplug(HotplugCommand),
     /// `InstanceStart` before the start, the others after it.
     Act(ActionType),
     /// After the start.
@@ -49,4 +57,8 @@ pub(super) enum Answer {
     Config(Box<VmConfig>),
     Machine(MachineConfig),
     Status(Status),
+    Balloon(Balloon),
+    BalloonStats(Box<BalloonStats>),
+    Hinting(HintingStatus),
+    Hotplug(MemoryHotplugStatus),
 }

@@ -1,7 +1,9 @@
 //! The control thread: one `poll` over signals, the API's socket and its connections, and the end of the machine.
 
+mod balloon;
 mod commands;
 mod fault;
+mod hotplug;
 mod http;
 mod log;
 mod routes;

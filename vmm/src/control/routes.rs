@@ -5,12 +5,15 @@ use serde::de::DeserializeOwned;
 
 use bedplate_api::vmm::{Action, Drive, NetworkInterface, VmStateChange};
 
+use super::balloon;
 use super::commands::Command;
 use super::fault::Fault;
+use super::hotplug;
 
 /// Understands a request; the wording of faults is Firecracker's where clients may look at it.
 pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command, Fault> {
     let segments: Vec<&str> = path.split('/').filter(|segment| !segment.is_empty()).collect();
+    let unknown = || Err(Fault::bad_request(format!("Invalid request method and/or path: {method} {path}.")));
     match (method.as_str(), segments.as_slice()) {
         ("GET", _) if !body.is_empty() => Err(Fault::bad_request("GET request cannot have a body.")),
         ("GET", []) => Ok(Command::DescribeInstance),
@@ -40,11 +43,17 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
         ("PATCH", ["vm"]) => json(body).map(|change: VmStateChange| Command::ChangeState(change.state)),
         ("PUT", ["bedplate", "power-button"]) => Ok(Command::PressPowerButton),
         ("PUT", ["bedplate", "stop"]) => Ok(Command::Stop),
-        _ => Err(Fault::bad_request(format!("Invalid request method and/or path: {method} {path}."))),
+        (method, ["hotplug", "memory"]) => {
+            hotplug::parse(method, body).map_or_else(unknown, |command| command.map(Command::Hotplug))
+        }
+        (method, ["balloon", path @ ..]) => {
+            balloon::parse(method, path, body).map_or_else(unknown, |command| command.map(Command::Balloon))
+        }
+        _ => unknown(),
     }
 }
 
-fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
+pub(super) fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
     crate::json::object(body).map_err(|error| {
         Fault::bad_request(format!("An error occurred when deserializing the json body of a request: {error}."))
     })

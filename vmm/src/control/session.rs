@@ -1,5 +1,6 @@
 //! What a VM process knows: a configuration that is being put together, then a machine that runs.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
@@ -10,6 +11,7 @@ use bedplate_api::vmm::{
 };
 use bedplate_devices::virtio::block::SECTOR;
 use bedplate_images::disk::Disk;
+use serde::Serialize;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::commands::{Answer, Command};
@@ -46,7 +48,7 @@ pub enum StartError {
 /// The process's state, owned by the control thread.
 pub struct Session {
     id: String,
-    spec: VmConfig,
+    pub(super) spec: VmConfig,
     /// Until the start.
     console: Option<Console>,
     vm: Option<Running>,
@@ -62,8 +64,8 @@ pub struct Session {
 }
 
 /// Dropped in this order: the console delivers the last output of a machine that runs no more.
-struct Running {
-    machine: Machine,
+pub(super) struct Running {
+    pub(super) machine: Machine,
     paused: bool,
     _console: Serving,
 }
@@ -126,6 +128,9 @@ impl Session {
         };
         for drive in &config.drives {
             self.warn_of_length(drive);
+        }
+        for warning in machine.devices().warnings() {
+            self.log.write(LogLevel::Warning, warning);
         }
         let console = console.serve(machine.serial(), &self.leave)?;
         sandbox::narrow(sandbox::Thread::Control);
@@ -220,16 +225,18 @@ impl Session {
                 self.running()?.machine.press_power_button();
                 Ok(Answer::Done)
             }
+            Command::Balloon(command) => self.execute_balloon(command),
+            Command::Hotplug(command) => self.execute_hotplug(command),
             Command::ChangeState(target) => self.running()?.change_state(target).map(done),
             configuring => self.before_start()?.configure(configuring).map(done),
         }
     }
 
-    fn before_start(&mut self) -> Result<&mut Self, Fault> {
+    pub(super) fn before_start(&mut self) -> Result<&mut Self, Fault> {
         if self.vm.is_some() { Err(Fault::bad_request(AFTER_START)) } else { Ok(self) }
     }
 
-    fn running(&mut self) -> Result<&mut Running, Fault> {
+    pub(super) fn running(&mut self) -> Result<&mut Running, Fault> {
         self.vm.as_mut().ok_or_else(|| Fault::bad_request(BEFORE_START))
     }
 
@@ -311,7 +318,7 @@ impl Session {
     fn flush_metrics(&mut self) -> Result<(), Fault> {
         let status = self.status();
         let Some(file) = &mut self.metrics else { return Ok(()) };
-        let mut line = serde_json::to_vec(&status).map_err(Fault::bad_request)?;
+        let mut line = serde_json::to_vec(&Line::new(&status)).map_err(Fault::bad_request)?;
         line.push(b'\n');
         file.write_all(&line).map_err(|error| Fault::bad_request(format!("metrics cannot be written: {error}")))
     }
@@ -331,6 +338,7 @@ impl Session {
             pid: std::process::id(),
             uptime_seconds: self.vm.as_ref().map_or(0, |vm| vm.machine.uptime().as_secs()),
             exits: self.vm.as_ref().map_or(ExitCounts::default(), |vm| vm.machine.exits()),
+            devices: self.vm.as_ref().map(|vm| vm.machine.devices().status()).unwrap_or_default(),
         }
     }
 }
@@ -365,6 +373,34 @@ fn around(mut sandbox: Sandbox, config: &Config) -> Sandbox {
     sandbox
 }
 
+/// A line of metrics: the status, and what devices count also where Firecracker's readers look for it.
+#[derive(Serialize)]
+struct Line<'a> {
+    #[serde(flatten)]
+    status: &'a Status,
+    #[serde(flatten)]
+    devices: BTreeMap<&'a str, BTreeMap<&'a str, u64>>,
+}
+
+impl<'a> Line<'a> {
+    fn new(status: &'a Status) -> Self {
+        let mut devices = BTreeMap::<_, BTreeMap<_, u64>>::new();
+        for (name, device) in &status.devices {
+            // Of drives and interfaces also the sum.
+            let kind = ["block", "net"]
+                .into_iter()
+                .find(|kind| name.strip_prefix(kind).is_some_and(|rest| rest.starts_with('_')));
+            for (counter, value) in &device.counters {
+                devices.entry(name.as_str()).or_default().insert(counter.as_str(), *value);
+                if let Some(kind) = kind {
+                    *devices.entry(kind).or_default().entry(counter.as_str()).or_default() += value;
+                }
+            }
+        }
+        Self { status, devices }
+    }
+}
+
 fn done((): ()) -> Answer {
     Answer::Done
 }
@@ -384,5 +420,33 @@ fn replace<T>(items: &mut Vec<T>, item: T, id: impl Fn(&T) -> &String) {
     match items.iter().position(|other| id(other) == id(&item)) {
         Some(at) => items[at] = item,
         None => items.push(item),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bedplate_api::vmm::DeviceStatus;
+
+    use super::*;
+
+    #[test]
+    fn a_line_of_metrics_has_each_device_and_the_sums() {
+        let device = |reads: u64| DeviceStatus {
+            counters: BTreeMap::from([("read_count".to_owned(), reads)]),
+            ..DeviceStatus::default()
+        };
+        let names = [("block_a", 2), ("block_b_c", 3), ("balloon", 7)];
+        let status = Status {
+            id: "vm".into(),
+            state: RunState::Running,
+            pid: 1,
+            uptime_seconds: 0,
+            exits: ExitCounts::default(),
+            devices: names.into_iter().map(|(name, reads)| (name.to_owned(), device(reads))).collect(),
+        };
+        let line = serde_json::to_value(Line::new(&status)).unwrap();
+        let reads = |name: &str| line[name]["read_count"].as_u64();
+        assert_eq!(["block_a", "block_b_c", "block", "balloon"].map(reads), [Some(2), Some(3), Some(5), Some(7)]);
+        assert_eq!((&line["id"], &line["devices"]["balloon"]["read_count"]), (&"vm".into(), &7.into()));
     }
 }

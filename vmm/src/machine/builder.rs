@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::lifecycle::Lifecycle;
 use super::pci_devices::Attach;
 use super::vcpu::Buses;
-use super::{BuildError, Machine, platform};
+use super::{BuildError, Devices, Machine, platform};
 use crate::acpi;
 use crate::boot;
 use crate::config::Config;
@@ -29,7 +29,10 @@ pub fn start(
     sandbox: Option<&Sandbox>,
 ) -> Result<Machine, BuildError> {
     // Memory, and the VM around it with interrupt controllers and timer.
-    let ram = Ram::new(config.memory_mib)?;
+    let mut ram = Ram::new(config.memory_mib)?;
+    if let Some(hotplug) = config.hotplug {
+        ram = ram.with_hotplug(hotplug.total_mib)?;
+    }
     let vm = Vm::new(Arc::clone(&ram.memory))?;
     let interrupts = vm.interrupts();
     let mmio64 = ram.mmio64(vm.address_bits())?;
@@ -49,7 +52,8 @@ pub fn start(
     let pci = PciRoot::new(&buses.mmio, vec![mmio64.clone(), layout::MMIO32]);
     buses.mmio.insert(layout::ECAM, pci::ECAM_LEN, pci.ecam())?;
     buses.ports.insert(pci::CONFIG_PORT, pci::CONFIG_PORTS, pci.config_ports())?;
-    let attach = Attach { pci: &pci, host: Arc::new(interrupts.clone()), memory: &ram.memory };
+    let (host, devices) = (Arc::new(interrupts.clone()), Devices::default());
+    let mut attach = Attach { pci: &pci, host, memory: &ram.memory, vcpus: config.vcpus, devices };
     for drive in &config.drives {
         attach.drive(drive)?;
     }
@@ -59,9 +63,16 @@ pub fn start(
     if let Some(vsock) = &config.vsock {
         attach.vsock(vsock)?;
     }
-    if config.entropy {
-        attach.rng()?;
+    if let Some(entropy) = &config.entropy {
+        attach.rng(entropy)?;
     }
+    if let Some(balloon) = config.balloon {
+        attach.balloon(balloon)?;
+    }
+    if let (Some(hotplug), Some(region)) = (config.hotplug, ram.hotplug()) {
+        attach.mem(hotplug, region)?;
+    }
+    let devices = attach.devices;
 
     // What the guest is told, and what it boots.
     let description = acpi::Description { vcpus: config.vcpus, mmio32: layout::MMIO32, mmio64 };
@@ -78,6 +89,6 @@ pub fn start(
     if let Some(sandbox) = sandbox {
         sandbox.enter()?;
     }
-    Machine { _vm: vm, ram, buses, life, pci, serial, power, threads: Vec::new(), counters: Vec::new(), started: None }
-        .run(vcpus)
+    let (threads, counters) = (Vec::new(), Vec::new());
+    Machine { _vm: vm, ram, buses, life, pci, devices, serial, power, threads, counters, started: None }.run(vcpus)
 }

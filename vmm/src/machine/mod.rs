@@ -6,6 +6,7 @@
 pub mod bare;
 pub mod builder;
 pub mod counters;
+mod devices;
 pub mod lifecycle;
 mod pci_devices;
 mod platform;
@@ -31,6 +32,7 @@ use counters::ExitCounters;
 use lifecycle::Lifecycle;
 use vcpu::Buses;
 
+pub use devices::{Devices, DiskControl};
 pub use pci_devices::DeviceError;
 pub use platform::SerialLine;
 
@@ -68,6 +70,7 @@ pub struct Machine {
     buses: Buses,
     life: Arc<Lifecycle>,
     pci: PciRoot,
+    devices: Devices,
     serial: SerialLine,
     power: Arc<Mutex<AcpiPm>>,
     threads: Vec<JoinHandle<()>>,
@@ -127,6 +130,11 @@ impl Machine {
     /// Presses the ACPI power button.
     pub fn press_power_button(&self) {
         self.power.lock().unwrap_or_else(|e| e.into_inner()).press_power_button();
+    }
+
+    /// Its devices.
+    pub const fn devices(&self) -> &Devices {
+        &self.devices
     }
 
     /// The serial port.

@@ -9,6 +9,7 @@ use super::tap::Link;
 use super::{HEADER_LEN, MAX_FRAME_LEN, NetMetrics};
 use crate::Memory;
 use crate::metrics::DeviceMetrics;
+use crate::virtio::limiter::Limiter;
 use crate::virtio::{Buffers, Chain, Virtqueue};
 
 /// Frames that are handed over, and faulty chains that are returned, before other events are looked at: a driver that
@@ -24,6 +25,8 @@ pub(super) enum Next {
     Frame,
     /// The driver has to offer buffers first, and will notify.
     Buffers,
+    /// The limiter has to have credit, and will say when.
+    Credit,
     /// Nothing: the link has failed.
     Nothing,
 }
@@ -60,6 +63,7 @@ impl Receiver {
         &mut self,
         link: &impl Link,
         queue: &mut Virtqueue,
+        limiter: &mut Limiter,
         metrics: &DeviceMetrics,
         counts: &NetMetrics,
     ) -> Next {
@@ -82,8 +86,13 @@ impl Receiver {
                 next = Next::Buffers;
                 break;
             }
+            if !limiter.ready() {
+                counts.rx_throttled.increment();
+                next = Next::Credit;
+                break;
+            }
             match self.receive(link, queue, counts) {
-                Ok(()) => {}
+                Ok(len) => limiter.pay(len as u64),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
@@ -118,12 +127,13 @@ impl Receiver {
         }
     }
 
-    fn receive(&mut self, link: &impl Link, queue: &mut Virtqueue, counts: &NetMetrics) -> io::Result<()> {
+    /// Hands one frame over; how many bytes it had.
+    fn receive(&mut self, link: &impl Link, queue: &mut Virtqueue, counts: &NetMetrics) -> io::Result<usize> {
         let view = self.buffers.view();
         let len = view.read_once(link.as_fd(), &mut self.overflow)?;
         if len > view.len() || len < HEADER_LEN {
             counts.rx_dropped.increment();
-            return Ok(());
+            return Ok(0);
         }
         let mut left = len;
         let mut chains = 0;
@@ -145,7 +155,7 @@ impl Receiver {
         self.buffers.drop_front(pieces);
         counts.rx_frames.increment();
         counts.rx_bytes.add((len - HEADER_LEN) as u64);
-        Ok(())
+        Ok(len - HEADER_LEN)
     }
 
     /// Gives the buffers in hand back to the queue they came from.
@@ -163,6 +173,7 @@ mod tests {
 
     use super::*;
     use crate::testing::{Machine, Wire};
+    use crate::virtio::limiter::LimiterConfig;
     use crate::virtio::{Interrupt, QueueConfig};
 
     struct Silent;
@@ -188,7 +199,8 @@ mod tests {
         let mut queue =
             Virtqueue::new(0, ring, &machine.memory, Arc::clone(&notify), Arc::new(Silent), Arc::clone(&metrics));
         let mut receiver = Receiver::new(&machine.memory, true);
-        let mut run = || (receiver.run(&wire, &mut queue, &metrics, &counts), queue.state().next_used);
+        let mut limiter = Limiter::open(LimiterConfig::NONE).unwrap();
+        let mut run = || (receiver.run(&wire, &mut queue, &mut limiter, &metrics, &counts), queue.state().next_used);
         for round in 1..=3 {
             assert_eq!(run(), (Next::Frame, 256 * round));
             assert_eq!(notify.read().unwrap(), 1, "nobody would come back");
