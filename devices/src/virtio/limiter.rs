@@ -85,6 +85,11 @@ impl Bucket {
     }
 
     fn refill(&mut self, now: Instant) {
+        // A full bucket gains nothing, not even a part of a token.
+        if self.credit >= i128::from(self.size) {
+            self.since = now;
+            return;
+        }
         let nanos = now.saturating_duration_since(self.since).as_nanos();
         if nanos >= self.refill && self.credit >= 0 {
             (self.credit, self.since) = (i128::from(self.size), now);
@@ -255,6 +260,15 @@ mod tests {
             let count = run(&mut limiter(Some((1 << 20, 0, 1000)), None), bytes, Duration::from_secs(10));
             assert!((expected..=expected + (1 << 20) / bytes + 2).contains(&count), "{bytes}: {count}");
         }
+    }
+
+    #[test]
+    fn a_full_bucket_gains_nothing() {
+        let mut limiter = limiter(None, Some((4, 0, 200)));
+        let late = Instant::now() + Duration::from_millis(45);
+        assert!((0..4).all(|_| admit_at(&mut limiter, 1, late).is_none()));
+        assert!(admit_at(&mut limiter, 1, late + Duration::from_millis(45)).is_some(), "a token takes 50 ms");
+        assert!(admit_at(&mut limiter, 1, late + Duration::from_millis(50)).is_none());
     }
 
     #[test]
