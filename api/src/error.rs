@@ -69,7 +69,13 @@ pub fn with_causes(error: &dyn Error) -> String {
             line = format!("{line}: {cause}");
         }
     }
-    line
+    in_one_line(&line)
+}
+
+/// What others say, a registry for one, may have several lines, or mean to paint on the reader's terminal.
+fn in_one_line(text: &str) -> String {
+    let words = text.split(|c: char| c.is_control()).map(str::trim).filter(|part| !part.is_empty());
+    words.collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
@@ -91,5 +97,7 @@ mod tests {
         let io = || io::Error::other("no such file");
         assert_eq!(with_causes(&Failure::Told(io())), "no kernel at k: no such file");
         assert_eq!(with_causes(&Failure::Untold(io())), "no kernel: no such file");
+        let foreign = Failure::Untold(io::Error::other("{\"errors\": 1}\n\x1b[31mred\r\n"));
+        assert_eq!(with_causes(&foreign), "no kernel: {\"errors\": 1} [31mred");
     }
 }
