@@ -71,7 +71,7 @@ mod tests {
     fn the_vmms_own_word_counts_then_its_status_and_stderr() {
         let state = tempfile::tempdir().unwrap();
         let dir = VmDir::new(state.path(), VmId::random());
-        fs::create_dir_all(dir.path()).unwrap();
+        fs::create_dir_all(dir.vmm()).unwrap();
         let unknown = read(&dir, None, None);
         assert_eq!(unknown.reason, ExitReason::HostFault);
         fs::write(dir.stderr(), "starting\ncannot open /dev/kvm: permission denied\n\n").unwrap();
