@@ -1,9 +1,28 @@
-//! A copy-on-write disk of `images` as what a block device reads from and writes to.
+//! What block devices read from and write to: a file of the host, or a copy-on-write disk of `images`.
 
 use std::io;
 
-use bedplate_devices::virtio::block::Backend;
+use bedplate_devices::virtio::block::{Backend, RawFile};
 use bedplate_images::disk::Disk;
+
+use crate::config::DriveConfig;
+use crate::machine::DeviceError;
+
+/// Opens what holds a drive.
+///
+/// # Errors
+/// It is not there, may not be opened, or is no disk.
+pub fn open(drive: &DriveConfig) -> Result<Box<dyn Backend>, DeviceError> {
+    let (id, path) = (|| drive.id.clone(), &drive.path);
+    let metadata =
+        std::fs::metadata(path).map_err(|source| DeviceError::Path { id: id(), path: path.clone(), source })?;
+    if metadata.is_dir() {
+        let disk = Disk::open(path).map_err(|source| DeviceError::ImageDisk { id: id(), source })?;
+        return Ok(Box::new(ImageDisk::new(disk)));
+    }
+    let file = RawFile::open(path, drive.read_only).map_err(|source| DeviceError::Drive { id: id(), source })?;
+    Ok(Box::new(file))
+}
 
 /// The child of an image. Every chunk that the guest reads is verified on the way.
 pub struct ImageDisk {

@@ -1,33 +1,49 @@
 //! What was asked for → what will be built: every check that needs no host, with words for people. Only [`separate`]
-//! looks at files.
+//! looks at files, and [`validate`] at one with a template of processors.
 
 use std::collections::HashSet;
+use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 
-use bedplate_api::vmm::{CacheType, Drive, MachineConfig, NetworkInterface, VmConfig, Vsock};
+use bedplate_api::vmm::{
+    CacheType, CpuConfig, CpuConfigSource, CpuTemplate, Drive, HugePages, MachineConfig, NetworkInterface, VmConfig,
+    Vsock,
+};
 use bedplate_devices::virtio::block::Cache;
 
 use crate::boot::{BootConfig, CmdlineError, RootDevice, compose_cmdline};
+use crate::files;
+use crate::json;
+use crate::kvm::{self, Topology};
+use crate::memory::Pages;
 
-/// vCPUs of one VM, at most.
-pub const MAX_VCPUS: u8 = 8;
+/// vCPUs of one VM, at most: as many as Firecracker gives.
+pub const MAX_VCPUS: u8 = 32;
 /// MiB of RAM, at least: below it not even a small kernel fits.
 pub const MIN_MEMORY_MIB: u64 = 16;
 /// MiB of RAM, at most: a TiB, far from the end of what a processor addresses.
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
+/// Bytes of a file with a template: some hundred modifiers, of a hundred bytes each.
+const MAX_TEMPLATE: u64 = 1 << 20;
 /// Drives, network interfaces and the two others share 31 slots of the PCI bus.
 const MAX_DEVICES: usize = 31;
+/// The least that IPv4 can do with (RFC 791).
+const MIN_MTU: u16 = 68;
 /// Context ids below are the host's and the hypervisor's.
 const FIRST_GUEST_CID: u32 = 3;
 
 /// A VM that can be built, as far as can be said without the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Number of vCPUs.
-    pub vcpus: u8,
+    /// vCPUs and cores.
+    pub topology: Topology,
+    /// What the processors are.
+    pub kvm: kvm::VmConfig,
     /// RAM.
     pub memory_mib: u64,
+    /// What it is made of.
+    pub pages: Pages,
     /// Kernel, initial RAM disk, command line.
     pub boot: BootConfig,
     /// Root device first.
@@ -57,6 +73,7 @@ pub struct NetConfig {
     pub id: String,
     pub tap: String,
     pub mac: [u8; 6],
+    pub mtu: Option<u16>,
 }
 
 /// Sockets between host and guest.
@@ -79,8 +96,16 @@ pub enum ConfigError {
     Vcpus(u8),
     #[error("mem_size_mib {0} is not offered: give {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}")]
     Memory(u64),
-    #[error("{0} is not offered: leave it out or set it to false")]
-    NotOffered(&'static str),
+    #[error("vcpu_count {0} with smt leaves a core with one thread: give 1 or an even number")]
+    OddVcpus(u8),
+    #[error("mem_size_mib {0} is not a number of huge pages of 2 MiB: give an even number")]
+    OddMemory(u64),
+    #[error("cpu_template {0:?} is not offered: put the bits that you need into cpu-config")]
+    Template(CpuTemplate),
+    #[error("cpu-config {path}: {source}; correct it")]
+    CpuConfigFile { path: String, source: io::Error },
+    #[error("network interface {id:?}: mtu {mtu} is not offered: give {MIN_MTU} to 65535")]
+    Mtu { id: String, mtu: u16 },
     #[error("{what} {name:?} exists twice: give each its own")]
     Twice { what: &'static str, name: String },
     #[error("{what} {name:?} is not a name: give 1 to 64 letters, digits, underscores and hyphens")]
@@ -118,6 +143,7 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
     distinct("drive_id", spec.drives.iter().map(|d| d.drive_id.as_str()))?;
     distinct("iface_id", spec.network_interfaces.iter().map(|n| n.iface_id.as_str()))?;
     distinct("host_dev_name", spec.network_interfaces.iter().map(|n| n.host_dev_name.as_str()))?;
+    distinct("guest_mac", spec.network_interfaces.iter().filter_map(|n| n.guest_mac.as_deref()))?;
     let root = root_device(&spec.drives)?;
     let cmdline = compose_cmdline(source.boot_args.as_deref(), root.as_ref())?;
     let boot = BootConfig {
@@ -128,8 +154,20 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
     let mut drives: Vec<_> = spec.drives.iter().collect();
     drives.sort_by_key(|drive| !drive.is_root_device);
     let config = Config {
-        vcpus: spec.machine_config.vcpu_count,
+        topology: Topology {
+            vcpus: spec.machine_config.vcpu_count,
+            threads_per_core: if spec.machine_config.smt && spec.machine_config.vcpu_count > 1 { 2 } else { 1 },
+        },
+        kvm: kvm::VmConfig {
+            cpu: spec.cpu_config.as_ref().map(cpu).transpose()?.unwrap_or_default(),
+            log_dirty_pages: spec.machine_config.track_dirty_pages,
+        },
         memory_mib: spec.machine_config.mem_size_mib,
+        pages: match spec.machine_config.huge_pages {
+            HugePages::None => Pages::Normal,
+            HugePages::Transparent => Pages::Transparent,
+            HugePages::Of2Mib => Pages::Huge,
+        },
         boot,
         drives: drives.into_iter().map(drive).collect::<Result<_, _>>()?,
         nets: spec.network_interfaces.iter().map(net).collect::<Result<_, _>>()?,
@@ -152,11 +190,26 @@ pub fn machine(spec: &MachineConfig) -> Result<(), ConfigError> {
     if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&spec.mem_size_mib) {
         return Err(ConfigError::Memory(spec.mem_size_mib));
     }
-    match (spec.smt, spec.track_dirty_pages) {
-        (true, _) => Err(ConfigError::NotOffered("smt")),
-        (_, true) => Err(ConfigError::NotOffered("track_dirty_pages")),
-        _ => Ok(()),
+    if spec.smt && spec.vcpu_count > 1 && !spec.vcpu_count.is_multiple_of(2) {
+        return Err(ConfigError::OddVcpus(spec.vcpu_count));
     }
+    if spec.huge_pages != HugePages::None && !spec.mem_size_mib.is_multiple_of(2) {
+        return Err(ConfigError::OddMemory(spec.mem_size_mib));
+    }
+    match spec.cpu_template {
+        None | Some(CpuTemplate::None) => Ok(()),
+        Some(template) => Err(ConfigError::Template(template)),
+    }
+}
+
+/// The template itself, wherever it stands.
+fn cpu(source: &CpuConfigSource) -> Result<CpuConfig, ConfigError> {
+    let path = match source {
+        CpuConfigSource::Template(config) => return Ok(config.clone()),
+        CpuConfigSource::Path(path) => path,
+    };
+    let read = || json::object(&files::read_all(path.as_ref(), MAX_TEMPLATE)?).map_err(io::Error::other);
+    read().map_err(|source| ConfigError::CpuConfigFile { path: path.clone(), source })
 }
 
 fn root_device(drives: &[Drive]) -> Result<Option<RootDevice>, ConfigError> {
@@ -229,7 +282,10 @@ pub fn net(net: &NetworkInterface) -> Result<NetConfig, ConfigError> {
         Some(text) => parse_mac(text).ok_or_else(|| ConfigError::Mac { id: id.clone(), mac: text.clone() })?,
         None => mac_of(&tap),
     };
-    Ok(NetConfig { id, tap, mac })
+    if let Some(mtu) = net.mtu.filter(|mtu| *mtu < MIN_MTU) {
+        return Err(ConfigError::Mtu { id, mtu });
+    }
+    Ok(NetConfig { id, tap, mac, mtu: net.mtu })
 }
 
 /// Checks the vsock device.
@@ -334,15 +390,23 @@ mod tests {
     #[test]
     fn what_cannot_be_built_is_named() {
         assert!(validate(&VmConfig::default()).unwrap_err().to_string().contains("boot source"));
-        assert!(error(r#", "machine-config": {"vcpu_count": 9, "mem_size_mib": 64}"#).contains("vcpu_count 9"));
+        assert!(error(r#", "machine-config": {"vcpu_count": 33, "mem_size_mib": 64}"#).contains("vcpu_count 33"));
         assert!(error(r#", "machine-config": {"vcpu_count": 0, "mem_size_mib": 64}"#).contains("vcpu_count 0"));
         assert!(error(r#", "machine-config": {"vcpu_count": 1, "mem_size_mib": 1}"#).contains("mem_size_mib 1"));
+        let machine =
+            |more: &str| error(&format!(r#", "machine-config": {{"vcpu_count": 3, "mem_size_mib": 65{more}}}"#));
+        assert!(machine(r#", "smt": true"#).contains("vcpu_count 3 with smt"));
+        assert!(machine(r#", "huge_pages": "2M""#).contains("even"));
+        assert!(machine(r#", "cpu_template": "T2CL""#).contains("T2CL"));
+        assert!(error(r#", "cpu-config": "/nowhere/template""#).contains("cpu-config /nowhere/template: No such file"));
         let drive = r#"{"drive_id": "a", "path_on_host": "d", "is_root_device": true}"#;
         assert!(error(&format!(r#", "drives": [{drive}, {drive}]"#)).contains("exists twice"));
         let other = drive.replace(r#""a""#, r#""b""#);
         assert!(error(&format!(r#", "drives": [{drive}, {other}]"#)).contains("both are the root device"));
         assert!(error(&format!(r#", "drives": [{}]"#, drive.replace(r#""a""#, r#""a/b""#))).contains("not a name"));
         assert!(error(r#", "vsock": {"guest_cid": 2, "uds_path": "v"}"#).contains("guest_cid 2"));
+        let small = r#", "network-interfaces": [{"iface_id": "e", "host_dev_name": "t", "mtu": 67}]"#;
+        assert!(error(small).contains("mtu 67"));
         for mac in ["", "06:00:00:00:00", "01:00:00:00:00:01", "06:00:00:00:00:0g", "+6:00:00:00:00:00"] {
             let text =
                 format!(r#", "network-interfaces": [{{"iface_id": "e", "host_dev_name": "t", "guest_mac": "{mac}"}}]"#);
@@ -352,8 +416,12 @@ mod tests {
 
     #[test]
     fn an_interface_without_mac_gets_one_that_is_local_and_stays() {
-        let interface =
-            |tap: &str| NetworkInterface { iface_id: "e".into(), host_dev_name: tap.into(), guest_mac: None };
+        let interface = |tap: &str| NetworkInterface {
+            iface_id: "e".into(),
+            host_dev_name: tap.into(),
+            guest_mac: None,
+            mtu: None,
+        };
         let mac = net(&interface("tap0")).unwrap().mac;
         assert_eq!(mac[0] & 3, 2);
         assert_eq!(net(&interface("tap0")).unwrap().mac, mac);

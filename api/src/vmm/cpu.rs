@@ -222,7 +222,8 @@ mod tests {
         assert!(error(r#"{"msr_modifiers": [{"addr": "10", "bitmap": "0b1"}]}"#).contains("begins with 0x"));
         let long = "1".repeat(65);
         assert!(
-            error(&format!(r#"{{"msr_modifiers": [{{"addr": "0x10", "bitmap": "{long}"}}]}}"#)).contains("more than 64")
+            error(&format!(r#"{{"msr_modifiers": [{{"addr": "0x10", "bitmap": "{long}"}}]}}"#))
+                .contains("more than 64")
         );
         assert!(error(r#"{"msr_modifiers": [{"addr": "0x10", "bitmap": "0b2"}]}"#).contains("'2'"));
         assert!(error(r#"{"kvm_capabilities": ["!x"]}"#).contains("!x"));

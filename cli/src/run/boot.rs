@@ -79,6 +79,7 @@ pub(super) fn config(args: &Args, kernel: Kernel, disk: PathBuf, net: Option<&Ne
         iface_id: "eth0".to_owned(),
         host_dev_name: net.tap().to_owned(),
         guest_mac: Some(net.mac.clone()),
+        mtu: None,
     });
     VmConfig {
         boot_source: Some(BootSource {

@@ -226,6 +226,11 @@ impl Virtqueue {
         self.queue.state()
     }
 
+    /// To the driver.
+    pub fn interrupt(&self) -> &Arc<dyn Interrupt> {
+        &self.interrupt
+    }
+
     /// Shows every available chain to `serve`, returns the served ones to the driver, and interrupts it once, if it
     /// wants to be. All devices work through this loop.
     pub fn drain(&mut self, mut serve: impl FnMut(&mut Chain) -> Answer) -> Drained {

@@ -1,8 +1,9 @@
 //! Everything that can be asked of a VM process.
 
 use bedplate_api::vmm::{
-    ActionType, BootSource, Drive, Entropy, InstanceInfo, Logger, MachineConfig, MachineConfigPatch, Metrics,
-    NetworkInterface, SerialDevice, Status, TargetState, Version, VmConfig, Vsock,
+    ActionType, BootSource, CpuConfig, Drive, DrivePatch, Entropy, InstanceInfo, Logger, MachineConfig,
+    MachineConfigPatch, Metrics, NetworkInterface, NetworkInterfacePatch, SerialDevice, SnapshotCreate, SnapshotLoad,
+    Status, TargetState, Version, VmConfig, Vsock,
 };
 
 /// One request, understood.
@@ -18,10 +19,11 @@ pub(super) enum Command {
     DescribeMachine,
     /// Always.
     DescribeStatus,
-    /// Before the start, as all below up to `SetMetrics`.
+    /// Before the start, as all below up to `LoadSnapshot`.
     SetBootSource(BootSource),
     SetMachine(MachineConfig),
     PatchMachine(MachineConfigPatch),
+    SetCpu(CpuConfig),
     PutDrive(Drive),
     PutNetworkInterface(NetworkInterface),
     SetVsock(Vsock),
@@ -29,11 +31,22 @@ pub(super) enum Command {
     SetSerial(SerialDevice),
     SetLogger(Logger),
     SetMetrics(Metrics),
+    /// Refused: there are no snapshots.
+    LoadSnapshot(SnapshotLoad),
     /// `InstanceStart` before the start, the others after it.
     Act(ActionType),
     /// After the start.
     ChangeState(TargetState),
-    /// After the start.
+    /// After the start, as all below up to `PressPowerButton`.
+    PatchDrive(DrivePatch),
+    PatchNetworkInterface(NetworkInterfacePatch),
+    /// Refused: devices cannot be taken away.
+    Unplug {
+        what: &'static str,
+        id: String,
+    },
+    /// Refused: there are no snapshots.
+    CreateSnapshot(SnapshotCreate),
     PressPowerButton,
     /// Always.
     Stop,

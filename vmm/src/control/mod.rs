@@ -1,12 +1,15 @@
 //! The control thread: one `poll` over signals, the API's socket and its connections, and the end of the machine.
 
+mod change;
 mod commands;
+mod configure;
 mod fault;
 mod http;
 mod log;
 mod routes;
 mod session;
 mod signals;
+mod startup;
 
 use std::cell::RefCell;
 use std::io;
@@ -17,17 +20,19 @@ use bedplate_api::vmm::Exit;
 use rustix::event::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::EventFd;
 
-pub use http::{ListenError, Server};
-pub use session::{Session, StartError};
+pub use http::{DEFAULT_MAX_BODY, ListenError, Server};
+pub use session::{Session, Settings, StartError};
 pub use signals::{Signal, Signals};
+pub use startup::StartTimes;
 
 /// Serves until the VM has ended; says how. Without a VM, until one was started and has ended, or a signal ends it all.
 ///
 /// # Errors
 /// The host refuses to wait for events.
-pub fn run(session: Session, mut server: Option<Server>, signals: &Signals) -> io::Result<Exit> {
+pub fn run(mut session: Session, mut server: Option<Server>, signals: &Signals) -> io::Result<Exit> {
     let leave = session.leave().try_clone()?;
     let ended = session.ended().try_clone()?;
+    session.note_startup();
     let session = Rc::new(RefCell::new(session));
     loop {
         {

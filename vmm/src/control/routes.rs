@@ -1,9 +1,14 @@
 //! Method, path and body → [`Command`].
 
+use std::fmt::Display;
+
 use hyper::Method;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use bedplate_api::vmm::{Action, Drive, NetworkInterface, VmStateChange};
+use bedplate_api::vmm::{
+    Action, Drive, DrivePatch, MachineConfigPatch, NetworkInterface, NetworkInterfacePatch, SnapshotLoad, VmStateChange,
+};
 
 use super::commands::Command;
 use super::fault::Fault;
@@ -18,36 +23,82 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
         ("GET", ["vm", "config"]) => Ok(Command::DescribeConfig),
         ("GET", ["machine-config"]) => Ok(Command::DescribeMachine),
         ("GET", ["bedplate", "status"]) => Ok(Command::DescribeStatus),
+
+        ("PUT", ["bedplate", "power-button"]) => Ok(Command::PressPowerButton),
+        ("PUT", ["bedplate", "stop"]) => Ok(Command::Stop),
+        ("PUT", _) if body.is_empty() => Err(Fault::bad_request("Empty PUT request.")),
+        ("PUT", ["actions"]) => json(body).map(|action: Action| Command::Act(action.action_type)),
         ("PUT", ["boot-source"]) => json(body).map(Command::SetBootSource),
         ("PUT", ["machine-config"]) => json(body).map(Command::SetMachine),
-        ("PATCH", ["machine-config"]) => json(body).map(Command::PatchMachine),
-        ("PUT", ["drives", id]) => {
-            let drive: Drive = json(body)?;
-            same_id(id, &drive.drive_id)?;
-            Ok(Command::PutDrive(drive))
-        }
-        ("PUT", ["network-interfaces", id]) => {
-            let interface: NetworkInterface = json(body)?;
-            same_id(id, &interface.iface_id)?;
-            Ok(Command::PutNetworkInterface(interface))
-        }
+        ("PUT", ["cpu-config"]) => json(body).map(Command::SetCpu),
+        ("PUT", ["drives", id]) => put_drive(id, json(body)?),
+        ("PUT", ["network-interfaces", id]) => put_network_interface(id, json(body)?),
         ("PUT", ["vsock"]) => json(body).map(Command::SetVsock),
         ("PUT", ["entropy"]) => json(body).map(Command::SetEntropy),
         ("PUT", ["serial"]) => json(body).map(Command::SetSerial),
         ("PUT", ["logger"]) => json(body).map(Command::SetLogger),
         ("PUT", ["metrics"]) => json(body).map(Command::SetMetrics),
-        ("PUT", ["actions"]) => json(body).map(|action: Action| Command::Act(action.action_type)),
+        ("PUT", ["snapshot", "create"]) => json(body).map(Command::CreateSnapshot),
+        ("PUT", ["snapshot", "load"]) => load_snapshot(json(body)?),
+
+        ("PATCH", _) if body.is_empty() => Err(Fault::bad_request("Empty PATCH request.")),
+        ("PATCH", ["machine-config"]) => patch_machine(json(body)?),
+        ("PATCH", ["drives", id]) => patch_drive(id, json(body)?),
+        ("PATCH", ["network-interfaces", id]) => patch_network_interface(id, json(body)?),
         ("PATCH", ["vm"]) => json(body).map(|change: VmStateChange| Command::ChangeState(change.state)),
-        ("PUT", ["bedplate", "power-button"]) => Ok(Command::PressPowerButton),
-        ("PUT", ["bedplate", "stop"]) => Ok(Command::Stop),
+
+        ("DELETE", _) if !body.is_empty() => Err(Fault::bad_request("DELETE request cannot have a body.")),
+        ("DELETE", ["drives", id]) => Ok(Command::Unplug { what: "drive", id: (*id).into() }),
+        ("DELETE", ["network-interfaces", id]) => Ok(Command::Unplug { what: "network interface", id: (*id).into() }),
+
+        (_, ["drives" | "network-interfaces"]) => Err(Fault::bad_request("The ID cannot be empty.")),
         _ => Err(Fault::bad_request(format!("Invalid request method and/or path: {method} {path}."))),
     }
 }
 
-fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
-    crate::json::object(body).map_err(|error| {
-        Fault::bad_request(format!("An error occurred when deserializing the json body of a request: {error}."))
-    })
+fn json<T: DeserializeOwned + Serialize>(body: &[u8]) -> Result<T, Fault> {
+    crate::json::object(body).map_err(not_understood)
+}
+
+fn not_understood(error: impl Display) -> Fault {
+    Fault::bad_request(format!("An error occurred when deserializing the json body of a request: {error}."))
+}
+
+fn put_drive(id: &str, drive: Drive) -> Result<Command, Fault> {
+    same_id(id, &drive.drive_id)?;
+    Ok(Command::PutDrive(drive))
+}
+
+fn patch_drive(id: &str, patch: DrivePatch) -> Result<Command, Fault> {
+    same_id(id, &patch.drive_id)?;
+    Ok(Command::PatchDrive(patch))
+}
+
+fn put_network_interface(id: &str, interface: NetworkInterface) -> Result<Command, Fault> {
+    same_id(id, &interface.iface_id)?;
+    Ok(Command::PutNetworkInterface(interface))
+}
+
+fn patch_network_interface(id: &str, patch: NetworkInterfacePatch) -> Result<Command, Fault> {
+    same_id(id, &patch.iface_id)?;
+    Ok(Command::PatchNetworkInterface(patch))
+}
+
+fn patch_machine(patch: MachineConfigPatch) -> Result<Command, Fault> {
+    if patch == MachineConfigPatch::default() {
+        return Err(Fault::bad_request("Empty PATCH request."));
+    }
+    Ok(Command::PatchMachine(patch))
+}
+
+fn load_snapshot(load: SnapshotLoad) -> Result<Command, Fault> {
+    match (&load.mem_backend, &load.mem_file_path) {
+        (None, None) => Err(not_understood("missing field: either `mem_backend` or `mem_file_path` is required")),
+        (Some(_), Some(_)) => {
+            Err(not_understood("too many fields: either `mem_backend` or `mem_file_path` exclusively is required"))
+        }
+        _ => Ok(Command::LoadSnapshot(load)),
+    }
 }
 
 fn same_id(in_path: &str, in_body: &str) -> Result<(), Fault> {
@@ -81,8 +132,18 @@ mod tests {
         assert!(parse("PUT", "/drives/a", "{").unwrap_err().contains("deserializing the json body"));
         assert!(parse("PUT", "/drives/a", &drive.replace("path_on", "path_of")).unwrap_err().contains("path_of_host"));
         assert!(parse("PUT", "/boot-source", r#"["k"]"#).unwrap_err().contains("an array where"));
-        assert!(parse("DELETE", "/drives/a", "").unwrap_err().contains("Invalid request method"));
+        assert!(parse("POST", "/drives/a", "").unwrap_err().contains("Invalid request method"));
         assert!(parse("GET", "/nowhere", "").unwrap_err().contains("Invalid request method"));
+        assert!(parse("PUT", "/drives", drive).unwrap_err().contains("ID cannot be empty"));
+        assert_eq!(parse("PUT", "/logger", "").unwrap_err(), "Empty PUT request.");
+        assert_eq!(parse("PATCH", "/vm", "").unwrap_err(), "Empty PATCH request.");
+        assert_eq!(parse("PATCH", "/machine-config", "{}").unwrap_err(), "Empty PATCH request.");
+        let load = |more: &str| parse("PUT", "/snapshot/load", &format!(r#"{{"snapshot_path": "s" {more}}}"#));
+        assert!(load("").unwrap_err().contains("either `mem_backend` or `mem_file_path` is required"));
+        let backend = r#", "mem_backend": {"backend_type": "File", "backend_path": "m"}, "huge_pages": "2M""#;
+        assert!(load(&format!(r#"{backend}, "mem_file_path": "m""#)).unwrap_err().contains("too many fields"));
+        assert!(matches!(load(backend), Ok(Command::LoadSnapshot(_))));
+        assert!(parse("PUT", "/cpu-config", r#"{"reg_modifiers": []}"#).unwrap_err().contains("reg_modifiers"));
         assert!(parse("GET", "/version", "{}").unwrap_err().contains("cannot have a body"));
         assert!(parse("PUT", "/actions", r#"{"action_type": "Explode"}"#).unwrap_err().contains("Explode"));
     }

@@ -1,22 +1,26 @@
-//! What a VM process knows: a configuration that is being put together, then a machine that runs.
+//! What a VM process knows: a configuration that is being put together, then a machine that runs. Which command may come
+//! when stands here; what the commands do, in `configure` before the start, and in `change` after it.
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use bedplate_api::vmm::{
-    ActionType, Exit, ExitCounts, ExitReason, InstanceInfo, LogLevel, Logger, MachineConfig, MachineConfigPatch,
-    Metrics, RunState, SerialDevice, Status, TargetState, Version, VmConfig,
+    ActionType, Exit, ExitCounts, ExitReason, InstanceInfo, LogLevel, MetricsLine, RunState, Status, TargetState,
+    Version, VmConfig,
 };
-use bedplate_devices::virtio::block::SECTOR;
+use bedplate_devices::platform::Booted;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::commands::{Answer, Command};
 use super::fault::Fault;
 use super::log::Log;
 use super::signals::Signal;
-use crate::config::{self, ConfigError, DriveConfig};
+use super::startup::{StartTimes, StartupTimes, cpu_time};
+use crate::config::{self, ConfigError};
 use crate::console::{Console, ConsoleError, Serving, Target};
 use crate::files;
+use crate::machine::builder::Outlets;
 use crate::machine::{BuildError, Machine, builder};
 
 const NAME: &str = "Bedplate";
@@ -40,15 +44,27 @@ pub enum StartError {
     Host(#[from] io::Error),
 }
 
+/// What the command line says of the process.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// Name of the VM.
+    pub id: String,
+    /// The guest finds a boot timer.
+    pub boot_timer: bool,
+    /// When the process began.
+    pub start: StartTimes,
+}
+
 /// The process's state, owned by the control thread.
 pub struct Session {
-    id: String,
-    spec: VmConfig,
+    settings: Settings,
+    startup: StartupTimes,
+    pub(super) spec: VmConfig,
     /// Until the start.
-    console: Option<Console>,
-    vm: Option<Running>,
-    log: Log,
-    metrics: Option<File>,
+    pub(super) console: Option<Console>,
+    pub(super) vm: Option<Running>,
+    pub(super) log: Log,
+    pub(super) metrics: Option<File>,
     leave: EventFd,
     ended: EventFd,
     /// Set where the process shall end without a VM.
@@ -56,8 +72,8 @@ pub struct Session {
 }
 
 /// Dropped in this order: the console delivers the last output of a machine that runs no more.
-struct Running {
-    machine: Machine,
+pub(super) struct Running {
+    pub machine: Machine,
     paused: bool,
     _console: Serving,
 }
@@ -67,14 +83,15 @@ impl Session {
     ///
     /// # Errors
     /// The host has no descriptors left.
-    pub fn new(id: String, console: Console) -> io::Result<Self> {
+    pub fn new(settings: Settings, console: Console) -> io::Result<Self> {
         let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         Ok(Self {
-            id,
+            log: Log::new(&settings.id),
+            settings,
+            startup: StartupTimes::default(),
             spec: VmConfig::default(),
             console: Some(console),
             vm: None,
-            log: Log::default(),
             metrics: None,
             leave: event()?,
             ended: event()?,
@@ -101,13 +118,15 @@ impl Session {
     }
 
     fn start(&mut self) -> Result<(), StartError> {
+        let booted = self.settings.boot_timer.then(|| boot_timer(self.log.clone()));
         let config = config::validate(&self.spec)?;
         config::separate(&config.drives)?;
         let console = match self.console.take() {
             Some(console) => console,
             None => Console::open(&Target::Off, None)?,
         };
-        let machine = match builder::start(&config, Box::new(console.sink()), &self.ended) {
+        let outlets = Outlets { serial: Box::new(console.sink()), ended: &self.ended, booted };
+        let machine = match builder::start(&config, outlets) {
             Ok(machine) => machine,
             Err(error) => {
                 // To be tried again after a correction.
@@ -124,22 +143,15 @@ impl Session {
         Ok(())
     }
 
-    /// A disk has whole sectors; Firecracker accepts such a file, too, and says so.
-    fn warn_of_length(&mut self, drive: &DriveConfig) {
-        let Some(file) = std::fs::metadata(&drive.path).ok().filter(|file| file.is_file()) else { return };
-        let (id, path, len) = (&drive.id, drive.path.display(), file.len());
-        let message = if len == 0 {
-            format!("drive {id:?}: {path} has 0 bytes; the guest sees a disk without sectors. Give the file a size")
-        } else if !len.is_multiple_of(SECTOR) {
-            format!(
-                "drive {id:?}: {path} has {len} bytes, which is no multiple of {SECTOR}; the guest does not see the \
-                 last {} of them. Pad the file to whole sectors",
-                len % SECTOR
-            )
-        } else {
-            return;
-        };
-        self.log.write(LogLevel::Warning, &message);
+    /// The process can be used from now on.
+    pub(super) fn note_startup(&mut self) {
+        self.startup = self.settings.start.until_now();
+        let StartupTimes { elapsed_us, cpu_us } = self.startup;
+        for (what, time) in [("process startup time", elapsed_us), ("process startup processor time", cpu_us)] {
+            if let Some(time) = time {
+                self.log.write(LogLevel::Info, &format!("{what}: {time} us"));
+            }
+        }
     }
 
     pub(super) const fn leave(&self) -> &EventFd {
@@ -187,7 +199,7 @@ impl Session {
         match command {
             Command::DescribeInstance => Ok(Answer::Instance(InstanceInfo {
                 app_name: NAME.into(),
-                id: self.id.clone(),
+                id: self.settings.id.clone(),
                 state: self.state(),
                 vmm_version: VERSION.into(),
             })),
@@ -211,6 +223,11 @@ impl Session {
                 Ok(Answer::Done)
             }
             Command::ChangeState(target) => self.running()?.change_state(target).map(done),
+            Command::PatchDrive(patch) => self.after_start()?.patch_drive(&patch).map(done),
+            Command::PatchNetworkInterface(patch) => self.after_start()?.patch_network_interface(&patch).map(done),
+            Command::Unplug { what, id } => self.after_start()?.unplug(what, &id).map(done),
+            Command::CreateSnapshot(_) => self.after_start()?.no_snapshots("Create").map(done),
+            Command::LoadSnapshot(_) => self.before_start()?.no_snapshots("Load").map(done),
             configuring => self.before_start()?.configure(configuring).map(done),
         }
     }
@@ -219,89 +236,28 @@ impl Session {
         if self.vm.is_some() { Err(Fault::bad_request(AFTER_START)) } else { Ok(self) }
     }
 
+    fn after_start(&mut self) -> Result<&mut Self, Fault> {
+        if self.vm.is_some() { Ok(self) } else { Err(Fault::bad_request(BEFORE_START)) }
+    }
+
     fn running(&mut self) -> Result<&mut Running, Fault> {
         self.vm.as_mut().ok_or_else(|| Fault::bad_request(BEFORE_START))
     }
 
-    /// The commands that only change the configuration. Each is checked as far as it can be alone.
-    fn configure(&mut self, command: Command) -> Result<(), Fault> {
-        let spec = &mut self.spec;
-        match command {
-            Command::SetBootSource(source) => spec.boot_source = Some(source),
-            Command::SetMachine(machine) => return self.set_machine(machine),
-            Command::PatchMachine(patch) => {
-                let machine = patched(&spec.machine_config, &patch);
-                return self.set_machine(machine);
-            }
-            Command::PutDrive(drive) => {
-                config::drive(&drive).map_err(Fault::bad_request)?;
-                replace(&mut spec.drives, drive, |drive| &drive.drive_id);
-            }
-            Command::PutNetworkInterface(interface) => {
-                config::net(&interface).map_err(Fault::bad_request)?;
-                replace(&mut spec.network_interfaces, interface, |interface| &interface.iface_id);
-            }
-            Command::SetVsock(vsock) => {
-                config::vsock(&vsock).map_err(Fault::bad_request)?;
-                spec.vsock = Some(vsock);
-            }
-            Command::SetEntropy(entropy) => spec.entropy = Some(entropy),
-            Command::SetSerial(serial) => {
-                self.set_serial(&serial).map_err(Fault::bad_request)?;
-                self.spec.serial = Some(serial);
-            }
-            Command::SetLogger(logger) => {
-                self.set_logger(&logger).map_err(Fault::bad_request)?;
-                self.spec.logger = Some(logger);
-            }
-            Command::SetMetrics(metrics) => {
-                self.set_metrics(&metrics).map_err(Fault::bad_request)?;
-                self.spec.metrics = Some(metrics);
-            }
-            other => unreachable!("{other:?} is no configuration: execute() has its own arm for it"),
-        }
-        Ok(())
-    }
-
-    fn set_machine(&mut self, machine: MachineConfig) -> Result<(), Fault> {
-        config::machine(&machine).map_err(Fault::bad_request)?;
-        self.spec.machine_config = machine;
-        Ok(())
-    }
-
-    fn set_logger(&mut self, logger: &Logger) -> Result<(), StartError> {
-        let path = || logger.log_path.clone().unwrap_or_default();
-        self.log = Log::open(logger).map_err(|source| StartError::File { what: "log_path", path: path(), source })?;
-        Ok(())
-    }
-
-    fn set_metrics(&mut self, metrics: &Metrics) -> Result<(), StartError> {
-        let path = metrics.metrics_path.clone();
-        let file = files::append_to(path.as_ref()).map_err(|source| StartError::File {
-            what: "metrics_path",
-            path,
-            source,
-        })?;
-        self.metrics = Some(file);
-        Ok(())
-    }
-
-    fn set_serial(&mut self, serial: &SerialDevice) -> Result<(), StartError> {
-        if let Some(path) = &serial.serial_out_path {
-            let target = Target::File(path.into());
-            match &mut self.console {
-                // Its log stays.
-                Some(console) => console.redirect(&target)?,
-                None => self.console = Some(Console::open(&target, None)?),
-            }
-        }
-        Ok(())
-    }
-
     fn flush_metrics(&mut self) -> Result<(), Fault> {
-        let status = self.status();
-        let Some(file) = &mut self.metrics else { return Ok(()) };
-        let mut line = serde_json::to_vec(&status).map_err(Fault::bad_request)?;
+        let mut status = self.status();
+        let (Some(spec), Some(file)) = (&self.spec.metrics, &mut self.metrics) else { return Ok(()) };
+        if !spec.emit_id {
+            status.id.clear();
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let line = MetricsLine {
+            // Reaches to the year 584 million.
+            utc_timestamp_ms: now.as_millis() as u64,
+            properties: spec.properties.clone(),
+            status,
+        };
+        let mut line = serde_json::to_vec(&line).map_err(Fault::bad_request)?;
         line.push(b'\n');
         file.write_all(&line).map_err(|error| Fault::bad_request(format!("metrics cannot be written: {error}")))
     }
@@ -316,9 +272,11 @@ impl Session {
 
     fn status(&self) -> Status {
         Status {
-            id: self.id.clone(),
+            id: self.settings.id.clone(),
             state: self.state(),
             pid: std::process::id(),
+            process_startup_time_us: self.startup.elapsed_us,
+            process_startup_time_cpu_us: self.startup.cpu_us,
             uptime_seconds: self.vm.as_ref().map_or(0, |vm| vm.machine.uptime().as_secs()),
             exits: self.vm.as_ref().map_or(ExitCounts::default(), |vm| vm.machine.exits()),
         }
@@ -342,20 +300,14 @@ fn done((): ()) -> Answer {
     Answer::Done
 }
 
-fn patched(machine: &MachineConfig, patch: &MachineConfigPatch) -> MachineConfig {
-    MachineConfig {
-        vcpu_count: patch.vcpu_count.unwrap_or(machine.vcpu_count),
-        mem_size_mib: patch.mem_size_mib.unwrap_or(machine.mem_size_mib),
-        smt: patch.smt.unwrap_or(machine.smt),
-        track_dirty_pages: patch.track_dirty_pages.unwrap_or(machine.track_dirty_pages),
-        huge_pages: patch.huge_pages.unwrap_or(machine.huge_pages),
-    }
-}
-
-/// Puts `item` in the place of the one with the same id, or at the end.
-fn replace<T>(items: &mut Vec<T>, item: T, id: impl Fn(&T) -> &String) {
-    match items.iter().position(|other| id(other) == id(&item)) {
-        Some(at) => items[at] = item,
-        None => items.push(item),
-    }
+/// Says how long the guest took to boot, in wall time and in processor time of this process.
+fn boot_timer(log: Log) -> Booted {
+    let (started, cpu_started) = (Instant::now(), cpu_time());
+    Box::new(move || {
+        let (us, cpu_us) = (started.elapsed().as_micros(), (cpu_time() - cpu_started).as_micros());
+        let (ms, cpu_ms) = (us / 1000, cpu_us / 1000);
+        // As Firecracker says it: tools look for it.
+        let message = format!("Guest-boot-time = {us:>6} us {ms} ms, {cpu_us:>6} CPU us {cpu_ms} CPU ms");
+        log.write(LogLevel::Info, &message);
+    })
 }

@@ -1,9 +1,11 @@
 //! How a configuration becomes a running VM, from top to bottom.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::Arc;
 
 use bedplate_devices::pci::{self, PciRoot};
+use bedplate_devices::platform::Booted;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::lifecycle::Lifecycle;
@@ -16,36 +18,50 @@ use crate::config::Config;
 use crate::kvm::{Vm, install_kick_signal};
 use crate::memory::{Ram, layout};
 
-/// Builds and starts the VM that `config` describes. The guest's serial output goes to `serial_out`, which must not
-/// block; `ended` is signalled when the VM has ended.
+/// Where a VM's outputs go.
+pub struct Outlets<'a> {
+    /// The guest's serial output; must not block.
+    pub serial: Box<dyn Write + Send>,
+    /// Signalled when the VM has ended.
+    pub ended: &'a EventFd,
+    /// There is a boot timer, and this is told its time. Called once, on a vCPU's thread.
+    pub booted: Option<Booted>,
+}
+
+/// Builds and starts the VM that `config` describes.
 ///
 /// # Errors
 /// The host cannot give what is asked, or a file is not what it should be. Nothing is left running.
-pub fn start(config: &Config, serial_out: Box<dyn Write + Send>, ended: &EventFd) -> Result<Machine, BuildError> {
+pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildError> {
     // Memory, and the VM around it with interrupt controllers and timer.
-    let ram = Ram::new(config.memory_mib)?;
-    let vm = Vm::new(Arc::clone(&ram.memory))?;
+    let ram = Ram::new(config.memory_mib, config.pages)?;
+    let vm = Vm::new(Arc::clone(&ram.memory), &config.kvm)?;
     let interrupts = vm.interrupts();
     let mmio64 = ram.mmio64(vm.address_bits())?;
 
     // What can end it.
     install_kick_signal()?;
-    let life = Arc::new(Lifecycle::new(ended.try_clone().map_err(BuildError::Host)?));
+    let life = Arc::new(Lifecycle::new(outlets.ended.try_clone().map_err(BuildError::Host)?));
 
-    // The platform: devices at fixed ports.
+    // The platform: devices at fixed places.
     let buses = Buses::new();
-    let serial = platform::attach_serial(&buses.ports, &interrupts, serial_out)?;
+    let serial = platform::attach_serial(&buses.ports, &interrupts, outlets.serial)?;
     platform::attach_rtc(&buses.ports)?;
     platform::attach_i8042(&buses.ports, &life)?;
     let power = platform::attach_acpi(&buses.ports, &interrupts, &life)?;
+
+    if let Some(booted) = outlets.booted {
+        platform::attach_boot_timer(&buses.mmio, booted)?;
+    }
 
     // PCI, and on it the devices, in the order in which the guest shall see them.
     let pci = PciRoot::new(&buses.mmio, vec![mmio64.clone(), layout::MMIO32]);
     buses.mmio.insert(layout::ECAM, pci::ECAM_LEN, pci.ecam())?;
     buses.ports.insert(pci::CONFIG_PORT, pci::CONFIG_PORTS, pci.config_ports())?;
     let attach = Attach { pci: &pci, host: Arc::new(interrupts.clone()), memory: &ram.memory };
+    let mut disks = BTreeMap::new();
     for drive in &config.drives {
-        attach.drive(drive)?;
+        disks.insert(drive.id.clone(), attach.drive(drive)?);
     }
     for net in &config.nets {
         attach.net(net)?;
@@ -58,15 +74,15 @@ pub fn start(config: &Config, serial_out: Box<dyn Write + Send>, ended: &EventFd
     }
 
     // What the guest is told, and what it boots.
-    let description = acpi::Description { vcpus: config.vcpus, mmio32: layout::MMIO32, mmio64 };
+    let description = acpi::Description { vcpus: config.topology.vcpus, mmio32: layout::MMIO32, mmio64 };
     let rsdp = acpi::write(&ram.memory, &description)?;
     let entry = boot::load(&ram, &config.boot, rsdp)?;
 
     // Processors, the first of them at the kernel's entry, the others waiting for it.
-    let vcpus = vm.create_vcpus(config.vcpus)?;
+    let vcpus = vm.create_vcpus(config.topology)?;
     if let Some(first) = vcpus.first() {
         first.enter_at(entry)?;
     }
-    Machine { _vm: vm, ram, buses, life, pci, serial, power, threads: Vec::new(), counters: Vec::new(), started: None }
-        .run(vcpus)
+    let (threads, counters) = (Vec::new(), Vec::new());
+    Machine { _vm: vm, ram, buses, life, pci, disks, serial, power, threads, counters, started: None }.run(vcpus)
 }

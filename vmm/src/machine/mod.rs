@@ -12,6 +12,7 @@ mod platform;
 pub mod ports;
 pub mod vcpu;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -30,7 +31,7 @@ use counters::ExitCounters;
 use lifecycle::Lifecycle;
 use vcpu::Buses;
 
-pub use pci_devices::DeviceError;
+pub use pci_devices::{DeviceError, DiskControl};
 pub use platform::SerialLine;
 
 /// Why no VM could be built.
@@ -65,6 +66,8 @@ pub struct Machine {
     buses: Buses,
     life: Arc<Lifecycle>,
     pci: PciRoot,
+    /// By `drive_id`.
+    disks: BTreeMap<String, DiskControl>,
     serial: SerialLine,
     power: Arc<Mutex<AcpiPm>>,
     threads: Vec<JoinHandle<()>>,
@@ -116,6 +119,11 @@ impl Machine {
     /// Lets the vCPUs go on.
     pub fn resume(&self) {
         self.life.resume();
+    }
+
+    /// What changes the disk of a drive; none where there is no such drive.
+    pub fn disk(&self, drive_id: &str) -> Option<&DiskControl> {
+        self.disks.get(drive_id)
     }
 
     /// Presses the ACPI power button.

@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use bedplate_api::socket;
@@ -10,15 +10,15 @@ use bedplate_devices::Memory;
 use bedplate_devices::host::PciHost;
 use bedplate_devices::pci::PciRoot;
 use bedplate_devices::virtio::VirtioDevice;
-use bedplate_devices::virtio::block::{Backend, Block, BlockConfig, OpenError, RawFile};
+use bedplate_devices::virtio::block::{Backend, Block, BlockConfig, BlockControl, OpenError};
 use bedplate_devices::virtio::net::{Net, NetConfig, Tap, TapError};
 use bedplate_devices::virtio::pci::{VirtioPciDevice, VirtioPciError};
 use bedplate_devices::virtio::rng::Rng;
 use bedplate_devices::virtio::vsock::{Vsock, VsockConfig, VsockError};
-use bedplate_images::disk::{Disk, DiskError};
+use bedplate_images::disk::DiskError;
 
 use super::BuildError;
-use crate::block::ImageDisk;
+use crate::block;
 use crate::config::{self, DriveConfig};
 
 /// Why a device cannot be attached.
@@ -84,6 +84,9 @@ pub enum DeviceError {
     Transport(#[from] VirtioPciError),
 }
 
+/// What changes a disk while its VM runs.
+pub type DiskControl = BlockControl<Box<dyn Backend>>;
+
 /// What every attachment needs.
 pub(super) struct Attach<'a> {
     pub pci: &'a PciRoot,
@@ -92,20 +95,13 @@ pub(super) struct Attach<'a> {
 }
 
 impl Attach<'_> {
-    pub fn drive(&self, drive: &DriveConfig) -> Result<(), BuildError> {
-        let id = || drive.id.clone();
-        let path = Path::new(&drive.path);
-        let metadata =
-            std::fs::metadata(path).map_err(|source| DeviceError::Path { id: id(), path: path.into(), source })?;
+    pub fn drive(&self, drive: &DriveConfig) -> Result<DiskControl, BuildError> {
+        let backend = block::open(drive)?;
         let config = BlockConfig { read_only: drive.read_only, cache: drive.cache, serial: drive.id.clone() };
-        if metadata.is_dir() {
-            let disk = Disk::open(path).map_err(|source| DeviceError::ImageDisk { id: id(), source })?;
-            self.block(ImageDisk::new(disk), config)
-        } else {
-            let file =
-                RawFile::open(path, drive.read_only).map_err(|source| DeviceError::Drive { id: id(), source })?;
-            self.block(file, config)
-        }
+        let device = Block::new(backend, config);
+        let control = device.control();
+        self.virtio(device)?;
+        Ok(control)
     }
 
     pub fn net(&self, net: &config::NetConfig) -> Result<(), BuildError> {
@@ -115,7 +111,7 @@ impl Attach<'_> {
             return Err(DeviceError::NoTap { id, tap }.into());
         }
         let tap = Tap::open(&tap).map_err(|source| DeviceError::Net { id, source })?;
-        self.virtio(Net::new(tap, NetConfig { mac: net.mac, mtu: None }))
+        self.virtio(Net::new(tap, NetConfig { mac: net.mac, mtu: net.mtu }))
     }
 
     pub fn vsock(&self, vsock: &config::VsockConfig) -> Result<(), BuildError> {
@@ -127,10 +123,6 @@ impl Attach<'_> {
 
     pub fn rng(&self) -> Result<(), BuildError> {
         self.virtio(Rng::new())
-    }
-
-    fn block<B: Backend + 'static>(&self, backend: B, config: BlockConfig) -> Result<(), BuildError> {
-        self.virtio(Block::new(backend, config))
     }
 
     fn virtio(&self, device: impl VirtioDevice + 'static) -> Result<(), BuildError> {

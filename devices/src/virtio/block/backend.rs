@@ -76,3 +76,37 @@ pub trait Backend: Send {
         Ok(())
     }
 }
+
+impl<B: Backend + ?Sized> Backend for Box<B> {
+    fn size(&self) -> u64 {
+        (**self).size()
+    }
+
+    fn read_at(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        (**self).read_at(offset, data)
+    }
+
+    fn write_at(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
+        (**self).write_at(offset, data)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        (**self).flush()
+    }
+
+    fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        (**self).discard(offset, len)
+    }
+
+    fn write_zeroes(&mut self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        (**self).write_zeroes(offset, len, unmap)
+    }
+
+    fn read_to_guest(&mut self, offset: u64, into: View<'_>, bounce: &mut [u8]) -> io::Result<()> {
+        (**self).read_to_guest(offset, into, bounce)
+    }
+
+    fn write_from_guest(&mut self, offset: u64, from: View<'_>, bounce: &mut [u8]) -> io::Result<()> {
+        (**self).write_from_guest(offset, from, bounce)
+    }
+}

@@ -5,13 +5,15 @@
 //! that succeeded, or at once for drivers that did not negotiate flushing.
 
 mod backend;
+mod control;
 mod file;
 mod request;
 #[cfg(test)]
 mod tests;
 
 use std::io;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
@@ -20,9 +22,10 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 pub use self::backend::Backend;
+pub use self::control::BlockControl;
 pub use self::file::{OpenError, RawFile};
 use self::request::{Disk, ID_LEN};
-use super::{Active, Handler, Session, VirtioDevice, Virtqueue, Worker, read_image};
+use super::{Active, Handler, Interrupt, Session, VirtioDevice, Virtqueue, Worker, read_image};
 use crate::metrics::{Counter, DeviceMetrics};
 
 /// Bytes of a sector: the unit of all requests.
@@ -75,9 +78,29 @@ pub struct BlockMetrics {
 /// A virtio block device.
 pub struct Block<B: Backend> {
     features: u64,
-    config: [u8; CONFIG_LEN],
+    shared: Arc<Shared<B>>,
     block_metrics: Arc<BlockMetrics>,
     worker: Worker<BlockHandler<B>>,
+}
+
+/// What the device's three users share: registers on vCPU threads, the worker, and [`BlockControl`] on another.
+struct Shared<B> {
+    /// Held by the worker while it drains the queue; taken before `interrupt`.
+    disk: Mutex<Disk<B>>,
+    /// Sectors, as the configuration space has them.
+    sectors: AtomicU64,
+    /// While there is a driver to be told of changes.
+    interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
+}
+
+impl<B> Shared<B> {
+    fn disk(&self) -> MutexGuard<'_, Disk<B>> {
+        self.disk.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn interrupt(&self) -> MutexGuard<'_, Option<Arc<dyn Interrupt>>> {
+        self.interrupt.lock().unwrap_or_else(|e| e.into_inner())
+    }
 }
 
 impl<B: Backend + 'static> Block<B> {
@@ -90,8 +113,15 @@ impl<B: Backend + 'static> Block<B> {
         serial.iter_mut().zip(config.serial.bytes()).for_each(|(to, from)| *to = from);
         let features = features(&config);
         let disk = Disk::new(backend, sectors, serial, config, Arc::clone(&metrics), Arc::clone(&block_metrics));
-        let worker = Worker::new("block", BlockHandler { disk }, metrics);
-        Self { features, config: config_space(sectors), block_metrics, worker }
+        let (disk, sectors) = (Mutex::new(disk), AtomicU64::new(sectors));
+        let shared = Arc::new(Shared { disk, sectors, interrupt: Mutex::default() });
+        let worker = Worker::new("block", BlockHandler { shared: Arc::clone(&shared) }, metrics);
+        Self { features, shared, block_metrics, worker }
+    }
+
+    /// A handle to change the disk while the device works.
+    pub fn control(&self) -> BlockControl<B> {
+        BlockControl::new(Arc::clone(&self.shared))
     }
 
     /// The counters that only a block device has.
@@ -148,14 +178,18 @@ impl<B: Backend + 'static> VirtioDevice for Block<B> {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        read_image(&self.config, offset, data);
+        read_image(&config_space(self.shared.sectors.load(Ordering::SeqCst)), offset, data);
     }
 
     fn activate(&mut self, active: Active) -> io::Result<()> {
-        self.worker.start(active)
+        let interrupt = active.queues.iter().flatten().next().map(|queue| Arc::clone(queue.interrupt()));
+        self.worker.start(active)?;
+        *self.shared.interrupt() = interrupt;
+        Ok(())
     }
 
     fn stop(&mut self) -> Vec<Virtqueue> {
+        *self.shared.interrupt() = None;
         self.worker.stop()
     }
 
@@ -165,22 +199,22 @@ impl<B: Backend + 'static> VirtioDevice for Block<B> {
 }
 
 struct BlockHandler<B> {
-    disk: Disk<B>,
+    shared: Arc<Shared<B>>,
 }
 
 impl<B: Backend + 'static> Handler for BlockHandler<B> {
     fn started(&mut self, session: &mut Session<'_, '_>) {
-        self.disk.set_flush_negotiated(session.features & 1 << VIRTIO_BLK_F_FLUSH != 0);
+        self.shared.disk().set_flush_negotiated(session.features & 1 << VIRTIO_BLK_F_FLUSH != 0);
     }
 
     fn notified(&mut self, queue: usize, session: &mut Session<'_, '_>) {
-        let disk = &mut self.disk;
         if let Some(queue) = session.queue(queue) {
+            let mut disk = self.shared.disk();
             queue.drain(|chain| disk.serve(chain));
         }
     }
 
     fn stopping(&mut self, _session: &mut Session<'_, '_>) {
-        self.disk.settle();
+        self.shared.disk().settle();
     }
 }

@@ -70,7 +70,12 @@ impl<B: Backend> Disk<B> {
         self.write_through = self.config.cache == Cache::Writeback && !negotiated;
     }
 
-    /// The device stops: what was written becomes durable, unless that was never promised.
+    /// Puts `backend` in the place of what the disk was.
+    pub(super) fn replace(&mut self, backend: B, sectors: u64) {
+        (self.backend, self.sectors) = (backend, sectors);
+    }
+
+    /// The device stops, or the disk is replaced: what was written becomes durable, unless that was never promised.
     pub(super) fn settle(&mut self) {
         if self.dirty && self.config.cache == Cache::Writeback {
             self.dirty = false;
