@@ -3,12 +3,13 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::net::Ipv4Addr;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 
 use bedplate_api::vmm::{
-    CacheType, CpuConfig, CpuConfigSource, CpuTemplate, Drive, HugePages, MachineConfig, NetworkInterface, VmConfig,
-    Vsock,
+    CacheType, CpuConfig, CpuConfigSource, CpuTemplate, Drive, HugePages, MachineConfig, MmdsConfig, NetworkInterface,
+    VmConfig, Vsock,
 };
 use bedplate_devices::virtio::block::Cache;
 
@@ -28,6 +29,8 @@ pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 const MAX_TEMPLATE: u64 = 1 << 20;
 /// Drives, network interfaces and the two others share 31 slots of the PCI bus.
 const MAX_DEVICES: usize = 31;
+/// Where the guest's metadata is if nobody says where.
+const MMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 /// The least that IPv4 can do with (RFC 791).
 const MIN_MTU: u16 = 68;
 /// Context ids below are the host's and the hypervisor's.
@@ -74,6 +77,8 @@ pub struct NetConfig {
     pub tap: String,
     pub mac: [u8; 6],
     pub mtu: Option<u16>,
+    /// Where the guest reaches its metadata over it.
+    pub metadata: Option<Ipv4Addr>,
 }
 
 /// Sockets between host and guest.
@@ -104,6 +109,17 @@ pub enum ConfigError {
     Template(CpuTemplate),
     #[error("cpu-config {path}: {source}; correct it")]
     CpuConfigFile { path: String, source: io::Error },
+    #[error(
+        "MMDS config error: The list of network interface IDs that allow forwarding MMDS requests is empty: name one in \
+         network_interfaces"
+    )]
+    MmdsNowhere,
+    #[error("MMDS config error: there is no network interface {0:?}: configure it first, or take it off the list")]
+    MmdsInterface(String),
+    #[error(
+        "MMDS config error: The MMDS IPv4 address is not link local: {0}; give one from 169.254.1.0 to 169.254.254.255"
+    )]
+    MmdsAddress(Ipv4Addr),
     #[error("network interface {id:?}: mtu {mtu} is not offered: give {MIN_MTU} to 65535")]
     Mtu { id: String, mtu: u16 },
     #[error("{what} {name:?} exists twice: give each its own")]
@@ -153,7 +169,7 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
     };
     let mut drives: Vec<_> = spec.drives.iter().collect();
     drives.sort_by_key(|drive| !drive.is_root_device);
-    let config = Config {
+    let mut config = Config {
         topology: Topology {
             vcpus: spec.machine_config.vcpu_count,
             threads_per_core: if spec.machine_config.smt && spec.machine_config.vcpu_count > 1 { 2 } else { 1 },
@@ -174,6 +190,11 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
         vsock: spec.vsock.as_ref().map(vsock).transpose()?,
         entropy: spec.entropy.is_some(),
     };
+    if let Some(mmds) = &spec.mmds_config {
+        let address = mmds_address(mmds, &spec.network_interfaces)?;
+        let named = config.nets.iter_mut().filter(|net| mmds.network_interfaces.contains(&net.id));
+        named.for_each(|net| net.metadata = Some(address));
+    }
     let devices =
         config.drives.len() + config.nets.len() + usize::from(config.vsock.is_some()) + usize::from(config.entropy);
     if devices > MAX_DEVICES { Err(ConfigError::TooManyDevices(devices)) } else { Ok(config) }
@@ -285,7 +306,25 @@ pub fn net(net: &NetworkInterface) -> Result<NetConfig, ConfigError> {
     if let Some(mtu) = net.mtu.filter(|mtu| *mtu < MIN_MTU) {
         return Err(ConfigError::Mtu { id, mtu });
     }
-    Ok(NetConfig { id, tap, mac, mtu: net.mtu })
+    Ok(NetConfig { id, tap, mac, mtu: net.mtu, metadata: None })
+}
+
+/// Checks how the guest reaches its metadata; returns at which address.
+///
+/// # Errors
+/// No interface is named, or one that is not there, or the address is none that only a link has.
+pub fn mmds_address(mmds: &MmdsConfig, interfaces: &[NetworkInterface]) -> Result<Ipv4Addr, ConfigError> {
+    if mmds.network_interfaces.is_empty() {
+        return Err(ConfigError::MmdsNowhere);
+    }
+    let known = |id: &&String| interfaces.iter().any(|interface| interface.iface_id == **id);
+    if let Some(id) = mmds.network_interfaces.iter().find(|id| !known(id)) {
+        return Err(ConfigError::MmdsInterface(id.clone()));
+    }
+    let address = mmds.ipv4_address.unwrap_or(MMDS_ADDRESS);
+    // The first and the last 256 are reserved (RFC 3927, 2.1).
+    let usable = address.is_link_local() && (1..=254).contains(&address.octets()[2]);
+    if usable { Ok(address) } else { Err(ConfigError::MmdsAddress(address)) }
 }
 
 /// Checks the vsock device.
@@ -405,6 +444,16 @@ mod tests {
         assert!(error(&format!(r#", "drives": [{drive}, {other}]"#)).contains("both are the root device"));
         assert!(error(&format!(r#", "drives": [{}]"#, drive.replace(r#""a""#, r#""a/b""#))).contains("not a name"));
         assert!(error(r#", "vsock": {"guest_cid": 2, "uds_path": "v"}"#).contains("guest_cid 2"));
+        let mmds = |more: &str| {
+            error(&format!(
+                r#", "network-interfaces": [{{"iface_id": "e", "host_dev_name": "t"}}], "mmds-config": {{{more}}}"#
+            ))
+        };
+        assert!(mmds(r#""network_interfaces": []"#).contains("is empty"));
+        assert!(mmds(r#""network_interfaces": ["e", "f"]"#).contains(r#"no network interface "f""#));
+        for address in ["10.0.0.1", "169.254.0.9", "169.254.255.1"] {
+            assert!(mmds(&format!(r#""network_interfaces": ["e"], "ipv4_address": "{address}""#)).contains(address));
+        }
         let small = r#", "network-interfaces": [{"iface_id": "e", "host_dev_name": "t", "mtu": 67}]"#;
         assert!(error(small).contains("mtu 67"));
         for mac in ["", "06:00:00:00:00", "01:00:00:00:00:01", "06:00:00:00:00:0g", "+6:00:00:00:00:00"] {

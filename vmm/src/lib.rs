@@ -20,3 +20,4 @@ pub mod json;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod metadata;

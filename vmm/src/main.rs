@@ -61,6 +61,12 @@ struct Args {
     /// Append counters to this file or FIFO
     #[arg(long, value_name = "PATH")]
     metrics_path: Option<String>,
+    /// Let the guest's metadata (MMDS) begin with this JSON file
+    #[arg(long, value_name = "PATH")]
+    metadata: Option<PathBuf>,
+    /// Most metadata, as JSON without spaces; unless given, as much as --http-api-max-payload-size says
+    #[arg(long, value_name = "BYTES")]
+    mmds_size_limit: Option<usize>,
     /// Give the guest a boot timer: a byte of 123, written to 0xc0000000, logs the time since the start
     #[arg(long)]
     boot_timer: bool,
@@ -135,11 +141,15 @@ fn run(args: &Args) -> Result<Exit> {
         cpu_us: args.start_time_cpu_us,
         parent_cpu_us: args.parent_cpu_time_us,
     };
-    let settings = Settings { id: args.id.clone(), boot_timer: args.boot_timer, start };
+    let mmds_size_limit = args.mmds_size_limit.unwrap_or(args.http_api_max_payload_size);
+    let settings = Settings { id: args.id.clone(), boot_timer: args.boot_timer, start, mmds_size_limit };
     let mut session = Session::new(settings, console)?;
     session.set_logger(&logger(args))?;
     if let Some(path) = &args.metrics_path {
         session.set_metrics(&Metrics { metrics_path: path.clone(), emit_id: false, properties: None })?;
+    }
+    if let Some(path) = &args.metadata {
+        session.load_metadata(path)?;
     }
     let default_sock = args.config_file.is_none().then_some(Path::new(DEFAULT_API_SOCK));
     let api_sock = args.api_sock.as_deref().or(default_sock);

@@ -150,6 +150,32 @@ fn a_disk_gets_another_file_while_the_vm_runs() {
 }
 
 #[test]
+fn metadata_is_put_merged_and_limited() {
+    let api = Api::new();
+    assert_eq!(api.ask("GET", "/mmds", ""), (200, "{}".into()));
+    assert_eq!(api.refusal("PATCH", "/mmds", "{}"), "MMDS error: The MMDS data store is not initialized.");
+    api.put("/mmds", r#"{"a": {"b": 1, "c": [1, 2]}}"#);
+    assert_eq!(api.ask("PATCH", "/mmds", r#"{"a": {"b": null, "d": "e"}}"#).0, 204);
+    assert_eq!(api.ask("GET", "/mmds", ""), (200, r#"{"a":{"c":[1,2],"d":"e"}}"#.into()));
+    let large = format!(r#"{{"x": "{}"}}"#, "y".repeat(51_000));
+    api.put("/mmds", &large);
+    let (status, said) = api.ask("PATCH", "/mmds", &large.replace('x', "z"));
+    assert_eq!(status, 413);
+    assert!(said.contains("MMDS limit exceeded error: The MMDS patch request doesn't fit."), "{said}");
+    assert!(api.refusal("PUT", "/mmds/config", r#"{"network_interfaces": []}"#).contains("is empty"));
+    assert!(
+        api.refusal("PUT", "/mmds/config", r#"{"network_interfaces": ["n"]}"#).contains(r#"no network interface "n""#)
+    );
+    api.put("/network-interfaces/n", r#"{"iface_id": "n", "host_dev_name": "t", "mtu": 1400}"#);
+    let config = r#"{"network_interfaces": ["n"], "version": "V2", "ipv4_address": "169.254.3.3"}"#;
+    api.put("/mmds/config", config);
+    assert!(api.refusal("PUT", "/mmds/config", &config.replace("254.3", "255.3")).contains("not link local"));
+    assert!(api.ask("GET", "/vm/config", "").1.contains(r#""mmds-config":{"version":"V2""#));
+    assert!(api.refusal("PUT", "/mmds/nowhere", "{}").contains("Invalid request method and/or path"));
+    api.stop();
+}
+
+#[test]
 fn bodies_that_are_wrong_are_answered_in_words() {
     let api = Api::new();
     for (path, body, words) in [
@@ -237,6 +263,7 @@ fn names_and_options_are_checked() {
     assert!(said(&["--describe-snapshot", "x"]).contains("snapshots are not offered"));
     assert!(said(&["--seccomp-filter", "f"]).contains("seccomp filter f cannot be set"));
     assert!(said(&["--seccomp-filter", "f", "--no-seccomp"]).contains("cannot be used with"));
+    assert!(said(&["--metadata", "/nowhere/data"]).contains("metadata file /nowhere/data: No such file"));
     assert!(said(&["--no-api"]).contains("--config-file"));
     assert!(said(&["--level", "Loud"]).contains("Off, Error, Warning"));
     assert!(said(&["--log-path", "/nowhere/log"]).contains("/nowhere/log"));

@@ -134,7 +134,7 @@ mod tests {
         assert_eq!((request.method, request.path, request.keep), ("GET", "/a/b", true));
         assert_eq!((request.header(&["other", "x-metadata-token"]), request.len), (Some("t"), text.len() - 3));
         let body = whole("PUT http://169.254.169.254 HTTP/1.0\r\nContent-Length: 2\r\n\r\nab");
-        assert_eq!((body.path, body.keep, body.len), ("/", false, 58));
+        assert_eq!((body.path, body.keep, body.len), ("/", false, 60));
         assert!(!whole("GET http://h/x HTTP/1.1\r\nConnection: Close\r\n\r\n").keep);
     }
 

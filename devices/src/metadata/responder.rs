@@ -36,12 +36,18 @@ pub const HEAD_LEN: usize = 42;
 /// The server behind one interface.
 pub struct Responder {
     address: Ipv4Addr,
+    stack: Stack,
+    service: Box<dyn Service>,
+}
+
+/// All that depends on what one driver has sent.
+struct Stack {
+    /// Where its clock begins.
     started: std::time::Instant,
     interface: Interface,
     sockets: SocketSet<'static>,
     connections: Vec<Connection>,
     port: Port,
-    service: Box<dyn Service>,
 }
 
 /// One place for a client.
@@ -58,21 +64,7 @@ struct Connection {
 impl Responder {
     /// Serves what `service` answers at `address`, port 80.
     pub fn new(address: Ipv4Addr, service: Box<dyn Service>) -> Self {
-        let mut port = Port::default();
-        let mut config = Config::new(MAC.into());
-        // Sequence numbers begin anywhere.
-        config.random_seed = RandomState::new().hash_one(address);
-        let mut interface = Interface::new(config, &mut port, Instant::ZERO);
-        // Whatever address the guest uses, it is on this wire.
-        interface.update_ip_addrs(|list| {
-            let _ = list.push(IpCidr::Ipv4(Ipv4Cidr::new(address, 0)));
-        });
-        let mut sockets = SocketSet::new(Vec::new());
-        let connections = (0..CONNECTIONS).map(|_| Connection::new(&mut sockets)).collect();
-        let started = std::time::Instant::now();
-        let mut responder = Self { address, started, interface, sockets, connections, port, service };
-        responder.reset();
-        responder
+        Self { address, stack: Stack::new(address), service }
     }
 
     /// Whether a frame that begins with `head` is for this server: then nobody else gets it.
@@ -88,65 +80,107 @@ impl Responder {
 
     /// Takes a frame and does all that can be done.
     pub fn take(&mut self, frame: &[u8]) {
-        if self.connections.iter().all(|connection| connection.since.is_some()) {
-            self.make_room();
-        }
-        self.port.incoming = Some(frame.to_vec());
+        self.stack.make_room_for(frame);
+        self.stack.port.incoming = Some(frame.to_vec());
         self.work();
         // Dropped where there was no room for an answer: TCP sends it again.
-        self.port.incoming = None;
+        self.stack.port.incoming = None;
     }
 
     /// Goes on after some time, see [`Responder::delay`].
     pub fn work(&mut self) {
-        let now = self.now();
-        self.interface.poll(now, &mut self.port, &mut self.sockets);
-        for connection in &mut self.connections {
-            connection.serve(self.sockets.get_mut(connection.handle), self.service.as_mut(), now);
-        }
-        self.interface.poll(now, &mut self.port, &mut self.sockets);
+        self.stack.work(self.service.as_mut());
     }
 
-    /// The next frame for the guest.
-    pub fn next_frame(&mut self) -> Option<Vec<u8>> {
-        self.port.outgoing.pop_front()
+    /// The next frame for the guest, which stays until it is dropped.
+    pub fn frame(&self) -> Option<&[u8]> {
+        self.stack.port.outgoing.front().map(Vec::as_slice)
     }
 
-    /// Whether there is a frame for the guest.
-    pub fn has_frame(&self) -> bool {
-        !self.port.outgoing.is_empty()
+    /// Drops the next frame for the guest.
+    pub fn drop_frame(&mut self) {
+        self.stack.port.outgoing.pop_front();
     }
 
     /// When [`Responder::work`] is to be called if no frame comes before; never, if there is no connection.
     pub fn delay(&mut self) -> Option<Duration> {
-        let now = self.now();
-        let tcp = self.interface.poll_delay(now, &self.sockets).map(Duration::from);
-        let patience = |since: Instant| (since + PATIENCE.into() - now).into();
-        let oldest = self.connections.iter().filter_map(|connection| connection.since).min().map(patience);
-        // Not at once, and again and again, where the guest has no room for what waits.
-        let floor = Duration::from_millis(10);
-        [tcp, oldest].into_iter().flatten().min().map(|delay: Duration| delay.max(floor))
+        self.stack.delay()
     }
 
     /// Forgets everything that a guest has begun.
     pub fn reset(&mut self) {
-        self.port = Port::default();
-        for connection in &mut self.connections {
-            connection.listen(self.sockets.get_mut(connection.handle));
-        }
+        self.stack = Stack::new(self.address);
+    }
+}
+
+impl Stack {
+    fn new(address: Ipv4Addr) -> Self {
+        let mut port = Port::default();
+        let mut config = Config::new(MAC.into());
+        // Sequence numbers begin anywhere.
+        config.random_seed = RandomState::new().hash_one(address);
+        let mut interface = Interface::new(config, &mut port, Instant::ZERO);
+        // Whatever address the guest uses, it is on this wire.
+        interface.update_ip_addrs(|list| {
+            // The list is empty and has room for two.
+            let _ = list.push(IpCidr::Ipv4(Ipv4Cidr::new(address, 0)));
+        });
+        let mut sockets = SocketSet::new(Vec::new());
+        let connections = (0..CONNECTIONS).map(|_| Connection::new(&mut sockets)).collect();
+        Self { started: std::time::Instant::now(), interface, sockets, connections, port }
     }
 
     fn now(&self) -> Instant {
         Instant::from_micros(self.started.elapsed().as_micros() as i64)
     }
 
-    /// Resets the connection that has waited longest.
-    fn make_room(&mut self) {
-        let oldest = self.connections.iter_mut().min_by_key(|connection| connection.since);
-        if let Some(connection) = oldest {
-            connection.listen(self.sockets.get_mut(connection.handle));
+    fn work(&mut self, service: &mut dyn Service) {
+        let now = self.now();
+        self.interface.poll(now, &mut self.port, &mut self.sockets);
+        for connection in &mut self.connections {
+            connection.serve(self.sockets.get_mut(connection.handle), service, now);
+        }
+        self.interface.poll(now, &mut self.port, &mut self.sockets);
+        // The last acknowledgement is on its way and needs no memory of the connection: if it is lost, a reset follows.
+        for connection in &mut self.connections {
+            let socket = self.sockets.get_mut::<Socket<'_>>(connection.handle);
+            if socket.state() == State::TimeWait {
+                connection.listen(socket);
+            }
         }
     }
+
+    /// If `frame` is a new client's and all places are taken, resets the connection that has waited longest.
+    fn make_room_for(&mut self, frame: &[u8]) {
+        if !is_first_of_connection(frame) || self.connections.iter().any(|connection| connection.since.is_none()) {
+            return;
+        }
+        if let Some(oldest) = self.connections.iter_mut().min_by_key(|connection| connection.since) {
+            oldest.listen(self.sockets.get_mut(oldest.handle));
+        }
+    }
+
+    fn delay(&mut self) -> Option<Duration> {
+        let now = self.now();
+        let tcp = self.interface.poll_delay(now, &self.sockets).map(Duration::from);
+        // Clocks do not go back, so that no connection began after now.
+        let patience = |since: Instant| PATIENCE.saturating_sub((now - since).into());
+        let oldest = self.connections.iter().filter_map(|connection| connection.since).min().map(patience);
+        // Not at once, and again and again, where the guest has no room for what waits.
+        let floor = Duration::from_millis(10);
+        [tcp, oldest].into_iter().flatten().min().map(|delay: Duration| delay.max(floor))
+    }
+}
+
+/// Whether a frame is for TCP and asks for a new connection.
+fn is_first_of_connection(frame: &[u8]) -> bool {
+    const PROTOCOL: usize = 23;
+    const TCP: u8 = 6;
+    const SYN: u8 = 1 << 1;
+    const ACK: u8 = 1 << 4;
+    let words = usize::from(frame.get(14).copied().unwrap_or_default() & 0xf);
+    let flags = frame.get(14 + 4 * words + 13).copied().unwrap_or_default();
+    frame.get(PROTOCOL) == Some(&TCP) && flags & (SYN | ACK) == SYN
 }
 
 impl Connection {
@@ -158,7 +192,9 @@ impl Connection {
         socket.set_nagle_enabled(false);
         socket.set_ack_delay(None);
         let handle = sockets.add(socket);
-        Self { handle, since: None, answer: Vec::new(), sent: 0, last: false }
+        let mut connection = Self { handle, since: None, answer: Vec::new(), sent: 0, last: false };
+        connection.listen(sockets.get_mut(handle));
+        connection
     }
 
     /// Waits for a client, whatever was before.
@@ -172,12 +208,10 @@ impl Connection {
     fn serve(&mut self, socket: &mut Socket<'_>, service: &mut dyn Service, now: Instant) {
         match socket.state() {
             State::Listen => return,
-            // The last acknowledgement needs no memory of the connection: one that comes again gets a reset.
-            State::Closed | State::TimeWait => return self.listen(socket),
+            State::Closed => return self.listen(socket),
             _ => {}
         }
-        let since = *self.since.get_or_insert(now);
-        if now >= since + PATIENCE.into() {
+        if now - *self.since.get_or_insert(now) >= PATIENCE.into() {
             return self.listen(socket);
         }
         loop {

@@ -5,6 +5,8 @@ mod api;
 mod block;
 mod boot;
 mod ends;
+mod machine;
+mod metadata;
 mod network;
 mod refusals;
 mod serial;
@@ -17,7 +19,7 @@ use bedplate_tests::inside::{BZIMAGE, ELF};
 use bedplate_tests::suite::{self, NodeSpec, Scenario};
 
 fn main() -> ExitCode {
-    let node = NodeSpec { memory_mib: 4096, programs: &["bedplate-vmm"], patience: Duration::from_secs(400) };
+    let node = NodeSpec { memory_mib: 4096, programs: &["bedplate-vmm"], patience: Duration::from_secs(600) };
     let scenarios = [
         Scenario { name: "boots_the_bzimage_as_shipped", run: || boot::boots(BZIMAGE) },
         Scenario { name: "boots_the_elf_kernel", run: || boot::boots(ELF) },
@@ -41,6 +43,13 @@ fn main() -> ExitCode {
         Scenario { name: "the_serial_log_is_written", run: serial::log },
         Scenario { name: "is_configured_and_started_through_the_api", run: api::configured_by_api },
         Scenario { name: "the_api_refuses_bad_requests", run: api::bad_requests },
+        Scenario { name: "threads_share_cores", run: machine::threads },
+        Scenario { name: "a_template_changes_the_processor", run: machine::templates },
+        Scenario { name: "memory_is_in_huge_pages", run: machine::huge_pages },
+        Scenario { name: "the_boot_timer_is_logged", run: machine::boot_timer },
+        Scenario { name: "a_disk_grows_and_is_replaced", run: machine::disks },
+        Scenario { name: "the_guest_reads_its_metadata", run: metadata::version_1 },
+        Scenario { name: "the_guest_needs_a_token_for_its_metadata", run: metadata::version_2 },
         Scenario { name: "bad_kernels_are_refused", run: refusals::kernels },
         Scenario { name: "bad_configurations_are_refused", run: refusals::configurations },
         Scenario { name: "missing_host_things_are_named", run: refusals::host_things },

@@ -1,13 +1,31 @@
-//! Commands after the start: they change the machine that runs.
+//! Commands that change the machine that runs, and the guest's metadata, which changes before and after the start.
 
 use bedplate_api::vmm::{DrivePatch, NetworkInterfacePatch};
+use hyper::StatusCode;
+use serde_json::{Map, Value};
 
 use super::fault::Fault;
 use super::session::Session;
 use crate::block;
 use crate::config;
+use crate::metadata::StoreError;
 
 impl Session {
+    pub(super) fn described_metadata(&self) -> Value {
+        match self.metadata.lock().data() {
+            Value::Null => Value::Object(Map::new()),
+            data => data.clone(),
+        }
+    }
+
+    pub(super) fn put_metadata(&mut self, data: Value) -> Result<(), Fault> {
+        self.metadata.lock().put(data).map_err(refused)
+    }
+
+    pub(super) fn patch_metadata(&mut self, patch: Value) -> Result<(), Fault> {
+        self.metadata.lock().patch(patch).map_err(refused)
+    }
+
     /// Another file for a disk, or the same one after it has grown.
     pub(super) fn patch_drive(&mut self, patch: &DrivePatch) -> Result<(), Fault> {
         let id = &patch.drive_id;
@@ -41,6 +59,16 @@ impl Session {
             "{verb} snapshot error: snapshots are not offered by this version: the state of vCPUs and devices cannot be \
              saved yet."
         )))
+    }
+}
+
+fn refused(error: StoreError) -> Fault {
+    match error {
+        StoreError::TooLarge => {
+            let message = format!("MMDS limit exceeded error: {error}");
+            Fault { status: StatusCode::PAYLOAD_TOO_LARGE, message }
+        }
+        _ => Fault::bad_request(format!("MMDS error: {error}")),
     }
 }
 

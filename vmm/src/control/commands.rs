@@ -2,9 +2,10 @@
 
 use bedplate_api::vmm::{
     ActionType, BootSource, CpuConfig, Drive, DrivePatch, Entropy, InstanceInfo, Logger, MachineConfig,
-    MachineConfigPatch, Metrics, NetworkInterface, NetworkInterfacePatch, SerialDevice, SnapshotCreate, SnapshotLoad,
-    Status, TargetState, Version, VmConfig, Vsock,
+    MachineConfigPatch, Metrics, MmdsConfig, NetworkInterface, NetworkInterfacePatch, SerialDevice, SnapshotCreate,
+    SnapshotLoad, Status, TargetState, Version, VmConfig, Vsock,
 };
+use serde_json::Value;
 
 /// One request, understood.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,6 +27,7 @@ pub(super) enum Command {
     SetCpu(CpuConfig),
     PutDrive(Drive),
     PutNetworkInterface(NetworkInterface),
+    SetMmds(MmdsConfig),
     SetVsock(Vsock),
     SetEntropy(Entropy),
     SetSerial(SerialDevice),
@@ -48,6 +50,10 @@ pub(super) enum Command {
     /// Refused: there are no snapshots.
     CreateSnapshot(SnapshotCreate),
     PressPowerButton,
+    /// Always, as the two below.
+    DescribeMetadata,
+    PutMetadata(Value),
+    PatchMetadata(Value),
     /// Always.
     Stop,
 }
@@ -62,4 +68,5 @@ pub(super) enum Answer {
     Config(Box<VmConfig>),
     Machine(MachineConfig),
     Status(Status),
+    Metadata(Value),
 }

@@ -1,6 +1,11 @@
 //! Commands before the start: each changes the configuration, and is checked as far as it can be alone.
 
-use bedplate_api::vmm::{CpuConfigSource, LogLevel, Logger, MachineConfig, MachineConfigPatch, Metrics, SerialDevice};
+use std::io;
+use std::path::Path;
+
+use bedplate_api::vmm::{
+    CpuConfigSource, LogLevel, Logger, MachineConfig, MachineConfigPatch, Metrics, MmdsConfig, SerialDevice,
+};
 use bedplate_devices::virtio::block::SECTOR;
 
 use super::commands::Command;
@@ -9,6 +14,9 @@ use super::session::{Session, StartError};
 use crate::config::{self, DriveConfig};
 use crate::console::{Console, Target};
 use crate::files;
+
+/// Bytes of a file with metadata, at most.
+const MAX_METADATA_FILE: u64 = 16 << 20;
 
 impl Session {
     pub(super) fn configure(&mut self, command: Command) -> Result<(), Fault> {
@@ -28,6 +36,11 @@ impl Session {
             Command::PutNetworkInterface(interface) => {
                 config::net(&interface).map_err(Fault::bad_request)?;
                 replace(&mut spec.network_interfaces, interface, |interface| &interface.iface_id);
+            }
+            Command::SetMmds(mmds) => {
+                config::mmds_address(&mmds, &spec.network_interfaces).map_err(Fault::bad_request)?;
+                self.set_mmds(&mmds);
+                self.spec.mmds_config = Some(mmds);
             }
             Command::SetVsock(vsock) => {
                 config::vsock(&vsock).map_err(Fault::bad_request)?;
@@ -80,6 +93,26 @@ impl Session {
         self.metrics = Some(file);
         self.spec.metrics = Some(metrics.clone());
         Ok(())
+    }
+
+    /// The guest's metadata are what a file says.
+    ///
+    /// # Errors
+    /// It cannot be read, is not JSON, or too large.
+    pub fn load_metadata(&mut self, path: &Path) -> Result<(), StartError> {
+        let read = || -> io::Result<()> {
+            // JSON may be written with spaces, which do not count.
+            let text = files::read_all(path, MAX_METADATA_FILE)?;
+            let data = serde_json::from_slice(&text)?;
+            self.metadata.lock().put(data).map_err(io::Error::other)
+        };
+        read().map_err(|source| StartError::Metadata { path: path.into(), source })
+    }
+
+    /// How the guest's requests are answered; at which address and over which interfaces is the machine's to know.
+    pub(super) fn set_mmds(&self, mmds: &MmdsConfig) {
+        let mut store = self.metadata.lock();
+        (store.version, store.imds_compat) = (mmds.version, mmds.imds_compat);
     }
 
     pub(super) fn set_serial(&mut self, serial: &SerialDevice) -> Result<(), StartError> {

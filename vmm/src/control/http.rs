@@ -175,6 +175,7 @@ async fn answer(
         Ok(Answer::Config(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Machine(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Status(body)) => json(StatusCode::OK, &body),
+        Ok(Answer::Metadata(body)) => json(StatusCode::OK, &body),
         Err(fault) => json(fault.status, &fault.body()),
     })
 }

@@ -5,6 +5,7 @@ use std::fmt::Display;
 use hyper::Method;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use bedplate_api::vmm::{
     Action, Drive, DrivePatch, MachineConfigPatch, NetworkInterface, NetworkInterfacePatch, SnapshotLoad, VmStateChange,
@@ -22,6 +23,7 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
         ("GET", ["version"]) => Ok(Command::DescribeVersion),
         ("GET", ["vm", "config"]) => Ok(Command::DescribeConfig),
         ("GET", ["machine-config"]) => Ok(Command::DescribeMachine),
+        ("GET", ["mmds"]) => Ok(Command::DescribeMetadata),
         ("GET", ["bedplate", "status"]) => Ok(Command::DescribeStatus),
 
         ("PUT", ["bedplate", "power-button"]) => Ok(Command::PressPowerButton),
@@ -33,6 +35,8 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
         ("PUT", ["cpu-config"]) => json(body).map(Command::SetCpu),
         ("PUT", ["drives", id]) => put_drive(id, json(body)?),
         ("PUT", ["network-interfaces", id]) => put_network_interface(id, json(body)?),
+        ("PUT", ["mmds"]) => any_json(body).map(Command::PutMetadata),
+        ("PUT", ["mmds", "config"]) => json(body).map(Command::SetMmds),
         ("PUT", ["vsock"]) => json(body).map(Command::SetVsock),
         ("PUT", ["entropy"]) => json(body).map(Command::SetEntropy),
         ("PUT", ["serial"]) => json(body).map(Command::SetSerial),
@@ -45,6 +49,7 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
         ("PATCH", ["machine-config"]) => patch_machine(json(body)?),
         ("PATCH", ["drives", id]) => patch_drive(id, json(body)?),
         ("PATCH", ["network-interfaces", id]) => patch_network_interface(id, json(body)?),
+        ("PATCH", ["mmds"]) => any_json(body).map(Command::PatchMetadata),
         ("PATCH", ["vm"]) => json(body).map(|change: VmStateChange| Command::ChangeState(change.state)),
 
         ("DELETE", _) if !body.is_empty() => Err(Fault::bad_request("DELETE request cannot have a body.")),
@@ -58,6 +63,10 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
 
 fn json<T: DeserializeOwned + Serialize>(body: &[u8]) -> Result<T, Fault> {
     crate::json::object(body).map_err(not_understood)
+}
+
+fn any_json(body: &[u8]) -> Result<Value, Fault> {
+    serde_json::from_slice(body).map_err(not_understood)
 }
 
 fn not_understood(error: impl Display) -> Fault {

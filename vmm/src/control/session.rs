@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use bedplate_api::vmm::{
@@ -22,6 +23,7 @@ use crate::console::{Console, ConsoleError, Serving, Target};
 use crate::files;
 use crate::machine::builder::Outlets;
 use crate::machine::{BuildError, Machine, builder};
+use crate::metadata::Metadata;
 
 const NAME: &str = "Bedplate";
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -40,6 +42,8 @@ pub enum StartError {
     Console(#[from] ConsoleError),
     #[error("{what} {path}: {source}; {}", files::remedy(.source))]
     File { what: &'static str, path: String, source: io::Error },
+    #[error("metadata file {}: {source}; correct it, or raise --mmds-size-limit", path.display())]
+    Metadata { path: PathBuf, source: io::Error },
     #[error("the host cannot give what the process needs: {0}")]
     Host(#[from] io::Error),
 }
@@ -53,6 +57,8 @@ pub struct Settings {
     pub boot_timer: bool,
     /// When the process began.
     pub start: StartTimes,
+    /// Bytes of metadata, at most.
+    pub mmds_size_limit: usize,
 }
 
 /// The process's state, owned by the control thread.
@@ -65,6 +71,7 @@ pub struct Session {
     pub(super) vm: Option<Running>,
     pub(super) log: Log,
     pub(super) metrics: Option<File>,
+    pub(super) metadata: Metadata,
     leave: EventFd,
     ended: EventFd,
     /// Set where the process shall end without a VM.
@@ -87,6 +94,7 @@ impl Session {
         let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         Ok(Self {
             log: Log::new(&settings.id),
+            metadata: Metadata::new(settings.mmds_size_limit)?,
             settings,
             startup: StartupTimes::default(),
             spec: VmConfig::default(),
@@ -113,6 +121,9 @@ impl Session {
         if let Some(serial) = &spec.serial {
             self.set_serial(serial)?;
         }
+        if let Some(mmds) = &spec.mmds_config {
+            self.set_mmds(mmds);
+        }
         self.spec = spec;
         self.start()
     }
@@ -125,7 +136,8 @@ impl Session {
             Some(console) => console,
             None => Console::open(&Target::Off, None)?,
         };
-        let outlets = Outlets { serial: Box::new(console.sink()), ended: &self.ended, booted };
+        let outlets =
+            Outlets { serial: Box::new(console.sink()), ended: &self.ended, booted, metadata: self.metadata.clone() };
         let machine = match builder::start(&config, outlets) {
             Ok(machine) => machine,
             Err(error) => {
@@ -207,6 +219,9 @@ impl Session {
             Command::DescribeConfig => Ok(Answer::Config(Box::new(self.spec.clone()))),
             Command::DescribeMachine => Ok(Answer::Machine(self.spec.machine_config.clone())),
             Command::DescribeStatus => Ok(Answer::Status(self.status())),
+            Command::DescribeMetadata => Ok(Answer::Metadata(self.described_metadata())),
+            Command::PutMetadata(data) => self.put_metadata(data).map(done),
+            Command::PatchMetadata(patch) => self.patch_metadata(patch).map(done),
             Command::Stop => {
                 self.stop("stopped through the API");
                 Ok(Answer::Done)

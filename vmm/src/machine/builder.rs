@@ -17,8 +17,9 @@ use crate::boot;
 use crate::config::Config;
 use crate::kvm::{Vm, install_kick_signal};
 use crate::memory::{Ram, layout};
+use crate::metadata::Metadata;
 
-/// Where a VM's outputs go.
+/// What a VM is connected to.
 pub struct Outlets<'a> {
     /// The guest's serial output; must not block.
     pub serial: Box<dyn Write + Send>,
@@ -26,6 +27,8 @@ pub struct Outlets<'a> {
     pub ended: &'a EventFd,
     /// There is a boot timer, and this is told its time. Called once, on a vCPU's thread.
     pub booted: Option<Booted>,
+    /// What the guest can ask for.
+    pub metadata: Metadata,
 }
 
 /// Builds and starts the VM that `config` describes.
@@ -58,7 +61,8 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     let pci = PciRoot::new(&buses.mmio, vec![mmio64.clone(), layout::MMIO32]);
     buses.mmio.insert(layout::ECAM, pci::ECAM_LEN, pci.ecam())?;
     buses.ports.insert(pci::CONFIG_PORT, pci::CONFIG_PORTS, pci.config_ports())?;
-    let attach = Attach { pci: &pci, host: Arc::new(interrupts.clone()), memory: &ram.memory };
+    let host = Arc::new(interrupts.clone());
+    let attach = Attach { pci: &pci, host, memory: &ram.memory, metadata: &outlets.metadata };
     let mut disks = BTreeMap::new();
     for drive in &config.drives {
         disks.insert(drive.id.clone(), attach.drive(drive)?);

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bedplate_api::socket;
 use bedplate_devices::Memory;
 use bedplate_devices::host::PciHost;
+use bedplate_devices::metadata::Responder;
 use bedplate_devices::pci::PciRoot;
 use bedplate_devices::virtio::VirtioDevice;
 use bedplate_devices::virtio::block::{Backend, Block, BlockConfig, BlockControl, OpenError};
@@ -20,6 +21,7 @@ use bedplate_images::disk::DiskError;
 use super::BuildError;
 use crate::block;
 use crate::config::{self, DriveConfig};
+use crate::metadata::{GuestView, Metadata};
 
 /// Why a device cannot be attached.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +94,7 @@ pub(super) struct Attach<'a> {
     pub pci: &'a PciRoot,
     pub host: Arc<dyn PciHost>,
     pub memory: &'a Memory,
+    pub metadata: &'a Metadata,
 }
 
 impl Attach<'_> {
@@ -111,7 +114,12 @@ impl Attach<'_> {
             return Err(DeviceError::NoTap { id, tap }.into());
         }
         let tap = Tap::open(&tap).map_err(|source| DeviceError::Net { id, source })?;
-        self.virtio(Net::new(tap, NetConfig { mac: net.mac, mtu: net.mtu }))
+        let mut device = Net::new(tap, NetConfig { mac: net.mac, mtu: net.mtu });
+        if let Some(address) = net.metadata {
+            let view = Box::new(GuestView::new(self.metadata.clone()));
+            device.set_responder(Responder::new(address, view)).map_err(BuildError::Host)?;
+        }
+        self.virtio(device)
     }
 
     pub fn vsock(&self, vsock: &config::VsockConfig) -> Result<(), BuildError> {

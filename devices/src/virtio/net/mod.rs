@@ -2,8 +2,10 @@
 //!
 //! The tap speaks virtio headers, so that checksums and segmentation pass through in both directions and nobody here
 //! looks at a frame. Both ways go without a copy in this process: `readv` into, and `writev` out of the guest's buffers.
-//! There is no control queue; the device forwards whatever comes, and the host's bridge and firewall decide.
+//! There is no control queue; the device forwards whatever comes, and the host's bridge and firewall decide. Only frames
+//! to the guest's metadata server, where there is one, go aside to it.
 
+mod aside;
 mod receive;
 mod tap;
 #[cfg(test)]
@@ -20,9 +22,11 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
+use self::aside::Aside;
 use self::receive::{Next, Receiver};
 pub use self::tap::{Link, Tap, TapError};
 use super::{Active, Answer, Chain, Drained, Handler, Session, VirtioDevice, Virtqueue, Worker, read_image};
+use crate::metadata::Responder;
 use crate::metrics::{Counter, DeviceMetrics};
 
 /// Bytes of `struct virtio_net_hdr_v1`, which precedes every frame.
@@ -32,8 +36,9 @@ const MAX_FRAME_LEN: usize = HEADER_LEN + 65535 + 18;
 const QUEUE_SIZE: u16 = 256;
 const RX: usize = 0;
 const TX: usize = 1;
-/// The token of the link's descriptor.
+/// The tokens of the link's descriptor, and of the metadata server's timer.
 const LINK: u32 = 0;
+const TIMER: u32 = 1;
 
 /// What a network device is like.
 #[derive(Debug, Clone, Copy)]
@@ -97,9 +102,28 @@ impl<L: Link + 'static> Net<L> {
         }
         let net_metrics = Arc::<NetMetrics>::default();
         let counts = Arc::clone(&net_metrics);
-        let handler =
-            NetHandler { link, counts, receiver: None, next: Next::Nothing, sending: true, watched: None, gone: false };
+        let handler = NetHandler {
+            link,
+            counts,
+            aside: None,
+            receiver: None,
+            next: Next::Nothing,
+            sending: true,
+            watched: None,
+            gone: false,
+        };
         Self { features, config: space, net_metrics, worker: Worker::new("net", handler, Arc::default()) }
+    }
+
+    /// The guest reaches `responder` over this interface. To be called before the device is used.
+    ///
+    /// # Errors
+    /// The host has no descriptors left.
+    pub fn set_responder(&mut self, responder: Responder) -> io::Result<()> {
+        if let Some(handler) = self.worker.handler() {
+            handler.aside = Some(Aside::open(responder)?);
+        }
+        Ok(())
     }
 
     /// The counters that only a network device has.
@@ -141,6 +165,8 @@ impl<L: Link + 'static> VirtioDevice for Net<L> {
 struct NetHandler<L> {
     link: L,
     counts: Arc<NetMetrics>,
+    /// A server that the guest reaches over this interface.
+    aside: Option<Aside>,
     /// While the driver has a receive queue.
     receiver: Option<Receiver>,
     next: Next,
@@ -156,6 +182,9 @@ impl<L: Link + 'static> NetHandler<L> {
     fn receive(&mut self, session: &mut Session<'_, '_>) {
         let metrics = session.metrics;
         if let (Some(receiver), Some(queue)) = (&mut self.receiver, session.queue(RX)) {
+            if let Some(aside) = &mut self.aside {
+                receiver.inject(aside, queue, metrics, &self.counts);
+            }
             self.next = receiver.run(&self.link, queue, metrics, &self.counts);
         } else {
             self.next = Next::Nothing;
@@ -168,15 +197,21 @@ impl<L: Link + 'static> NetHandler<L> {
             let drained = queue.drain(|chain| self.send(chain, metrics));
             self.sending = drained != Drained::Waiting;
         }
+        if self.aside.as_ref().is_some_and(|aside| aside.frame().is_some()) {
+            self.receive(session);
+        }
     }
 
-    fn send(&self, chain: &Chain, metrics: &DeviceMetrics) -> Answer {
+    fn send(&mut self, chain: &Chain, metrics: &DeviceMetrics) -> Answer {
         let frame = chain.readable.view();
         if chain.fault.is_some() {
             return Answer::Used(0);
         }
         if frame.len() < HEADER_LEN || frame.len() > MAX_FRAME_LEN {
             metrics.guest_faults.increment();
+            return Answer::Used(0);
+        }
+        if self.aside.as_mut().is_some_and(|aside| aside.take(frame)) {
             return Answer::Used(0);
         }
         loop {
@@ -220,6 +255,12 @@ impl<L: Link + 'static> Handler for NetHandler<L> {
         (self.next, self.sending, self.watched, self.gone) = (Next::Nothing, true, None, false);
         let mergeable = session.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         self.receiver = session.queue(RX).map(|queue| Receiver::new(queue.memory(), mergeable));
+        if let Some(aside) = &mut self.aside {
+            aside.reset();
+            if let Err(error) = session.watch(aside.timer(), TIMER, EventSet::IN) {
+                session.metrics.host_fault(|| format!("cannot watch a timer: {error}"));
+            }
+        }
         if let Err(error) = self.link.set_offloads(session.features) {
             session.metrics.host_fault(|| format!("cannot set the offloads of a tap device: {error}"));
         }
@@ -233,7 +274,14 @@ impl<L: Link + 'static> Handler for NetHandler<L> {
         self.watch(session);
     }
 
-    fn ready(&mut self, _token: u32, events: EventSet, session: &mut Session<'_, '_>) {
+    fn ready(&mut self, token: u32, events: EventSet, session: &mut Session<'_, '_>) {
+        if token == TIMER {
+            if let Some(aside) = &mut self.aside {
+                aside.go_on();
+            }
+            self.receive(session);
+            return self.watch(session);
+        }
         if events.contains(EventSet::ERROR) {
             // Reported again and again whatever is watched for: the interface was removed.
             session.metrics.host_fault(|| "a tap device is gone".to_owned());
