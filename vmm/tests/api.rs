@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use rig::{Rig, Running, SAY_X, SPIN, eventually, has_kvm, request, vmm};
+use rig::{RESET, Rig, Running, SAY_X, SPIN, eventually, has_kvm, request, vmm};
 
 const START: &str = r#"{"action_type": "InstanceStart"}"#;
 const AFTER: &str = "The requested operation is not supported after starting the microVM.";
@@ -292,4 +292,22 @@ fn the_command_line_sets_log_metrics_limits_and_times() {
     assert_eq!(process.wait(), 0);
     let log = std::fs::read_to_string(log).unwrap();
     assert!(log.contains("[cli-1:main:Info:") && log.contains("session.rs:") && log.contains("startup time"), "{log}");
+}
+
+#[test]
+fn counters_are_written_at_the_end_wherever_they_were_asked_for() {
+    if !has_kvm() {
+        return;
+    }
+    let rig = Rig::new(&[&SAY_X, &RESET, &SPIN]);
+    let path = rig.path("metrics");
+    let option = ["--metrics-path", path.to_str().unwrap()];
+    let section = format!(r#", "metrics": {{"metrics_path": {path:?}, "emit_id": true}}"#);
+    for (options, more, id) in [(&option[..], "", false), (&[], section.as_str(), true)] {
+        assert!(rig.run_with(options, more).status.success());
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert_eq!((text.lines().count(), text.contains(r#""id":"anonymous-instance""#)), (1, id), "{text}");
+        assert!(text.contains(r#""port_write":"#), "{text}");
+        std::fs::remove_file(&path).unwrap();
+    }
 }

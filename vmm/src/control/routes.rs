@@ -120,6 +120,8 @@ fn same_id(in_path: &str, in_body: &str) -> Result<(), Fault> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     fn parse(method: &str, path: &str, body: &str) -> Result<Command, String> {
@@ -155,5 +157,71 @@ mod tests {
         assert!(parse("PUT", "/cpu-config", r#"{"reg_modifiers": []}"#).unwrap_err().contains("reg_modifiers"));
         assert!(parse("GET", "/version", "{}").unwrap_err().contains("cannot have a body"));
         assert!(parse("PUT", "/actions", r#"{"action_type": "Explode"}"#).unwrap_err().contains("Explode"));
+    }
+    /// Method and path of each arm of `parse`, as the source has them.
+    fn routed() -> BTreeSet<(String, String)> {
+        let arms = include_str!("routes.rs").lines().map(str::trim).take_while(|line| *line != "#[cfg(test)]");
+        let arm = |line: &str| {
+            let (method, rest) = line.strip_prefix("(\"")?.split_once("\", [")?;
+            let (segments, _) = rest.split_once(']')?;
+            let name = |segment: &str| {
+                format!("/{}", if segment.starts_with('"') { segment.trim_matches('"') } else { "{id}" })
+            };
+            let path: String = segments.split(", ").filter(|segment| !segment.is_empty()).map(name).collect();
+            Some((method.to_owned(), if path.is_empty() { "/".to_owned() } else { path }))
+        };
+        arms.filter_map(arm).collect()
+    }
+
+    fn document() -> Value {
+        serde_yaml_ng::from_str(include_str!("../../../docs/openapi-vmm.yaml")).unwrap()
+    }
+
+    fn operations(document: &Value) -> impl Iterator<Item = (String, String, &Value)> {
+        let paths = document["paths"].as_object().unwrap().iter();
+        let methods = |(path, item): (&String, &'_ Value)| {
+            let operations = item.as_object().unwrap().iter().filter(|(name, _)| *name != "parameters");
+            operations.map(|(method, _)| (method.to_uppercase(), path.clone())).collect::<Vec<_>>()
+        };
+        let all: Vec<_> = paths.flat_map(methods).collect();
+        all.into_iter().map(|(method, path)| {
+            let operation = &document["paths"][path.as_str()][method.to_lowercase()];
+            (method, path, operation)
+        })
+    }
+
+    #[test]
+    fn the_document_has_every_route_and_no_other() {
+        let document = document();
+        let documented: BTreeSet<_> = operations(&document).map(|(method, path, _)| (method, path)).collect();
+        assert_eq!(documented, routed());
+        assert!(documented.len() > 25, "{documented:?}");
+    }
+
+    #[test]
+    fn the_document_has_every_field_and_no_other() {
+        let document = document();
+        let properties = |schema: &str| -> BTreeSet<String> {
+            document["components"]["schemas"][schema]["properties"]
+                .as_object()
+                .into_iter()
+                .flatten()
+                .map(|(name, _)| name.clone())
+                .collect()
+        };
+        // An unknown field is answered with the list of those that are known.
+        let known = |message: &str| -> BTreeSet<String> {
+            message.split('`').skip(1).step_by(2).filter(|name| *name != "none").map(str::to_owned).collect()
+        };
+        for (method, path, operation) in operations(&document) {
+            let reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].as_str();
+            let Some(schema) = reference.map(|reference| reference.rsplit('/').next().unwrap()) else { continue };
+            if schema != "Metadata" {
+                let message = parse(&method, &path, r#"{"none": 0}"#).unwrap_err();
+                assert_eq!(known(&message), properties(schema), "{method} {path}: {message}");
+            }
+        }
+        let message = serde_json::from_str::<bedplate_api::vmm::VmConfig>(r#"{"none": 0}"#).unwrap_err().to_string();
+        assert_eq!(known(&message), properties("VmConfig"));
     }
 }

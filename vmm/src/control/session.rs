@@ -111,7 +111,7 @@ impl Session {
     ///
     /// # Errors
     /// It cannot be built here; the message is for a person.
-    pub fn start_with(&mut self, spec: VmConfig) -> Result<(), StartError> {
+    pub fn start_with(&mut self, mut spec: VmConfig) -> Result<(), StartError> {
         if let Some(logger) = &spec.logger {
             self.set_logger(logger)?;
         }
@@ -124,6 +124,8 @@ impl Session {
         if let Some(mmds) = &spec.mmds_config {
             self.set_mmds(mmds);
         }
+        // The command line may have said where counters go.
+        spec.metrics = spec.metrics.or(self.spec.metrics.take());
         self.spec = spec;
         self.start()
     }
