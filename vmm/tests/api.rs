@@ -223,6 +223,27 @@ fn a_gigabyte_is_refused_and_not_kept() {
     api.stop();
 }
 
+#[test]
+fn what_is_deprecated_is_answered_with_a_header() {
+    let api = Api::new();
+    let head = |path: &str, body: &str| {
+        let mut stream = eventually("the API's socket appears", || UnixStream::connect(api.rig.path("api")).ok());
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let len = body.len();
+        write!(stream, "PUT {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len}\r\n\r\n{body}")
+            .unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer.to_lowercase()
+    };
+    let machine = r#"{"vcpu_count": 1, "mem_size_mib": 64"#;
+    let old = head("/machine-config", &format!(r#"{machine}, "cpu_template": "None"}}"#));
+    assert!(old.starts_with("http/1.1 204") && old.contains("deprecation: true"), "{old}");
+    assert!(head("/machine-config", &format!(r#"{machine}, "cpu_template": "T2"}}"#)).contains("deprecation: true"));
+    assert!(!head("/machine-config", &format!("{machine}}}")).contains("deprecation"));
+    api.stop();
+}
+
 fn first_line(stream: &mut UnixStream) -> String {
     let mut bytes = [0; 64];
     let len = stream.read(&mut bytes).unwrap();

@@ -2,8 +2,8 @@
 
 use bedplate_api::vmm::{
     ActionType, BootSource, CpuConfig, Drive, DrivePatch, Entropy, InstanceInfo, Logger, MachineConfig,
-    MachineConfigPatch, Metrics, MmdsConfig, NetworkInterface, NetworkInterfacePatch, SerialDevice, SnapshotCreate,
-    SnapshotLoad, Status, TargetState, Version, VmConfig, Vsock,
+    MachineConfigPatch, Metrics, MmdsConfig, MmdsVersion, NetworkInterface, NetworkInterfacePatch, SerialDevice,
+    SnapshotCreate, SnapshotLoad, Status, TargetState, Version, VmConfig, Vsock,
 };
 use serde_json::Value;
 
@@ -69,4 +69,26 @@ pub(super) enum Answer {
     Machine(MachineConfig),
     Status(Status),
     Metadata(Value),
+}
+
+impl Command {
+    /// What of it Firecracker wants its clients to leave behind, in its words.
+    pub(super) fn deprecation(&self) -> Option<&'static str> {
+        match self {
+            Self::SetMachine(machine) if machine.cpu_template.is_some() => {
+                Some("PUT /machine-config: cpu_template field is deprecated.")
+            }
+            Self::PatchMachine(patch) if patch.cpu_template.is_some() => {
+                Some("PATCH /machine-config: cpu_template field is deprecated.")
+            }
+            Self::SetMmds(mmds) if mmds.version == MmdsVersion::V1 => {
+                Some("PUT /mmds/config: V1 is deprecated. Use V2 instead.")
+            }
+            Self::SetVsock(vsock) if vsock.vsock_id.is_some() => Some("PUT /vsock: vsock_id field is deprecated."),
+            Self::LoadSnapshot(load) if load.mem_file_path.is_some() || load.enable_diff_snapshots => {
+                Some("PUT /snapshot/load: mem_file_path and enable_diff_snapshots fields are deprecated.")
+            }
+            _ => None,
+        }
+    }
 }

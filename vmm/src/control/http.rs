@@ -20,7 +20,7 @@ use bedplate_api::socket;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Body, Incoming};
-use hyper::header::CONTENT_TYPE;
+use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::rt::ReadBufCursor;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -162,13 +162,16 @@ async fn answer(
         let fault = too_large();
         return Ok(json(fault.status, &fault.body()));
     }
+    let mut deprecated = false;
     let result = match Limited::new(body, max_body).collect().await {
-        Ok(body) => routes::parse(&head.method, head.uri.path(), &body.to_bytes())
-            .and_then(|command| session.borrow_mut().execute(command)),
+        Ok(body) => routes::parse(&head.method, head.uri.path(), &body.to_bytes()).and_then(|command| {
+            deprecated = command.deprecation().is_some();
+            session.borrow_mut().execute(command)
+        }),
         Err(error) if error.is::<LengthLimitError>() => Err(too_large()),
         Err(error) => Err(Fault::bad_request(format!("The request's body cannot be read: {error}."))),
     };
-    Ok(match result {
+    let mut response = match result {
         Ok(Answer::Done) => empty(StatusCode::NO_CONTENT),
         Ok(Answer::Instance(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Version(body)) => json(StatusCode::OK, &body),
@@ -177,7 +180,11 @@ async fn answer(
         Ok(Answer::Status(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Metadata(body)) => json(StatusCode::OK, &body),
         Err(fault) => json(fault.status, &fault.body()),
-    })
+    };
+    if deprecated {
+        response.headers_mut().insert("deprecation", HeaderValue::from_static("true"));
+    }
+    Ok(response)
 }
 
 fn empty(status: StatusCode) -> Response<Full<Bytes>> {
@@ -190,7 +197,7 @@ fn json(status: StatusCode, body: &impl Serialize) -> Response<Full<Bytes>> {
     let Ok(bytes) = serde_json::to_vec(body) else { return empty(StatusCode::INTERNAL_SERVER_ERROR) };
     let mut response = Response::new(Full::from(bytes));
     *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static("application/json"));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }
 

@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 
 use bedplate_api::vmm::Exit;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 pub use http::{DEFAULT_MAX_BODY, ListenError, Server};
@@ -44,7 +44,12 @@ pub fn run(mut session: Session, mut server: Option<Server>, signals: &Signals) 
             if let Some(server) = &server {
                 server.poll_fds(&mut fds);
             }
-            match poll(&mut fds, None) {
+            let timeout = session.borrow().until_flush().map(|until| Timespec {
+                // At most a minute.
+                tv_sec: until.as_secs() as i64,
+                tv_nsec: until.subsec_nanos().into(),
+            });
+            match poll(&mut fds, timeout.as_ref()) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -58,6 +63,7 @@ pub fn run(mut session: Session, mut server: Option<Server>, signals: &Signals) 
         if let Some(server) = &mut server {
             server.serve(&session);
         }
+        session.borrow_mut().flush_in_time();
         let exit = session.borrow_mut().take_exit();
         if let Some(exit) = exit {
             return Ok(exit);

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::PathBuf;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use bedplate_api::vmm::{
     ActionType, Exit, ExitCounts, ExitReason, InstanceInfo, LogLevel, MetricsLine, RunState, Status, TargetState,
@@ -29,6 +29,9 @@ const NAME: &str = "Bedplate";
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const AFTER_START: &str = "The requested operation is not supported after starting the microVM.";
 const BEFORE_START: &str = "The requested operation is not supported before starting the microVM.";
+
+/// Between two lines of metrics: Firecracker's.
+const FLUSH_PERIOD: Duration = Duration::from_secs(60);
 
 /// Why the VM did not start.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +74,8 @@ pub struct Session {
     pub(super) vm: Option<Running>,
     pub(super) log: Log,
     pub(super) metrics: Option<File>,
+    /// When counters were written last, or the VM was started.
+    flushed: Instant,
     pub(super) metadata: Metadata,
     leave: EventFd,
     ended: EventFd,
@@ -101,6 +106,7 @@ impl Session {
             console: Some(console),
             vm: None,
             metrics: None,
+            flushed: Instant::now(),
             leave: event()?,
             ended: event()?,
             early_exit: None,
@@ -152,6 +158,7 @@ impl Session {
             self.warn_of_length(drive);
         }
         let console = console.serve(machine.serial(), &self.leave)?;
+        self.flushed = Instant::now();
         self.vm = Some(Running { machine, paused: false, _console: console });
         self.log.write(LogLevel::Info, "the VM runs");
         Ok(())
@@ -210,6 +217,9 @@ impl Session {
 
     /// Does what was asked.
     pub(super) fn execute(&mut self, command: Command) -> Result<Answer, Fault> {
+        if let Some(words) = command.deprecation() {
+            self.log.write(LogLevel::Warning, words);
+        }
         match command {
             Command::DescribeInstance => Ok(Answer::Instance(InstanceInfo {
                 app_name: NAME.into(),
@@ -261,8 +271,24 @@ impl Session {
         self.vm.as_mut().ok_or_else(|| Fault::bad_request(BEFORE_START))
     }
 
+    /// When counters are to be written again; never, if nobody wants them.
+    pub(super) fn until_flush(&self) -> Option<Duration> {
+        let wanted = self.metrics.is_some() && self.vm.is_some();
+        wanted.then(|| FLUSH_PERIOD.saturating_sub(self.flushed.elapsed()))
+    }
+
+    /// Writes counters if it is time to.
+    pub(super) fn flush_in_time(&mut self) {
+        if self.until_flush() == Some(Duration::ZERO)
+            && let Err(error) = self.flush_metrics()
+        {
+            self.log.write(LogLevel::Warning, &error.message);
+        }
+    }
+
     fn flush_metrics(&mut self) -> Result<(), Fault> {
         let mut status = self.status();
+        self.flushed = Instant::now();
         let (Some(spec), Some(file)) = (&self.spec.metrics, &mut self.metrics) else { return Ok(()) };
         if !spec.emit_id {
             status.id.clear();
