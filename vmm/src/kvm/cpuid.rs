@@ -20,6 +20,7 @@ const LEAF_1_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const LEAF_1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF_1_EDX_HTT: u32 = 1 << 28;
 const EXTENDED_1_ECX_CMP_LEGACY: u32 = 1 << 1;
+const EXTENDED_1_ECX_TOPOLOGY: u32 = 1 << 22;
 const EXTENDED_1_ECX_PERF_COUNTERS: u32 = 1 << 23;
 /// Where leaf 0x80000008 is missing.
 const DEFAULT_ADDRESS_BITS: u8 = 36;
@@ -56,6 +57,9 @@ pub(super) fn templated(supported: &CpuId, modifiers: &[CpuidModifier]) -> Resul
 pub(super) fn for_vcpu(supported: &CpuId, index: u8, topology: Topology) -> Result<CpuId, KvmError> {
     let mut entries: Vec<_> =
         supported.as_slice().iter().filter(|e| !matches!(e.function, 0xb | 0x1f)).copied().collect();
+    if topology.threads_per_core > 1 && is_amd(&entries) {
+        offer_threads(&mut entries);
+    }
     for entry in &mut entries {
         adapt(entry, index, topology);
     }
@@ -64,6 +68,26 @@ pub(super) fn for_vcpu(supported: &CpuId, index: u8, topology: Topology) -> Resu
         what: "take this many processor features",
         source: std::io::Error::other(format!("{e:?}")),
     })
+}
+
+/// The vendor's name is in three registers; this is the first part of it.
+fn is_amd(entries: &[kvm_cpuid_entry2]) -> bool {
+    entries.iter().any(|entry| entry.function == 0 && entry.ebx == u32::from_le_bytes(*b"Auth"))
+}
+
+/// AMD says which threads share a core in a leaf of its own, that a host without them need not have.
+fn offer_threads(entries: &mut Vec<kvm_cpuid_entry2>) {
+    const LEAF: u32 = 0x8000_001e;
+    if !entries.iter().any(|entry| entry.function == LEAF) {
+        entries.push(kvm_cpuid_entry2 { function: LEAF, ..Default::default() });
+    }
+    for entry in entries {
+        match entry.function {
+            0x8000_0000 => entry.eax = entry.eax.max(LEAF),
+            0x8000_0001 => entry.ecx |= EXTENDED_1_ECX_TOPOLOGY,
+            _ => {}
+        }
+    }
 }
 
 /// Bits of an APIC id that number `count` processors.
@@ -101,7 +125,7 @@ fn adapt(entry: &mut kvm_cpuid_entry2, index: u8, topology: Topology) {
         // AMD: caches, as leaf 4.
         0x8000_001d if entry.eax & 0x1f != 0 => entry.eax = entry.eax & !(0xfff << 14) | sharers(entry.eax) << 14,
         // AMD: APIC id; core number and threads per core; one node.
-        0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (index, index / threads | (threads - 1) << 8, 0),
+        0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (index, (threads - 1) << 8 | index / threads, 0),
         _ => {}
     }
 }
@@ -160,7 +184,9 @@ mod tests {
             ..Default::default()
         };
         let leaf_of = |function| kvm_cpuid_entry2 { function, ..Default::default() };
-        let supported = [cache(4, 1), cache(4, 3), cache(0x8000_001d, 1), leaf_of(0x8000_0001), leaf_of(0x8000_001e)];
+        let vendor = kvm_cpuid_entry2 { ebx: u32::from_le_bytes(*b"Auth"), ..Default::default() };
+        let (last, features) = (leaf_of(0x8000_0000), leaf_of(0x8000_0001));
+        let supported = [vendor, cache(4, 1), cache(4, 3), cache(0x8000_001d, 1), last, features];
         let pairs = Topology { vcpus: 4, threads_per_core: 2 };
         let cpuid = for_vcpu(&CpuId::from_entries(&supported).unwrap(), 3, pairs).unwrap();
         let sharers = |function, index| leaf(&cpuid, function, index).eax >> 14 & 0xfff;
@@ -169,7 +195,9 @@ mod tests {
         assert_eq!((leaf(&cpuid, 0xb, 0).eax, leaf(&cpuid, 0xb, 0).ebx), (1, 2));
         assert_eq!((leaf(&cpuid, 0xb, 1).eax, leaf(&cpuid, 0xb, 1).ebx), (2, 4));
         assert_eq!(leaf(&cpuid, 0x8000_001e, 0).ebx, 1 << 8 | 1, "the second thread of the second core");
-        assert_eq!(leaf(&cpuid, 0x8000_0001, 0).ecx & EXTENDED_1_ECX_CMP_LEGACY, 0);
+        let features = leaf(&cpuid, 0x8000_0001, 0).ecx;
+        assert_eq!(features & (EXTENDED_1_ECX_CMP_LEGACY | EXTENDED_1_ECX_TOPOLOGY), EXTENDED_1_ECX_TOPOLOGY);
+        assert_eq!(leaf(&cpuid, 0x8000_0000, 0).eax, 0x8000_001e);
     }
 
     #[test]
