@@ -125,7 +125,10 @@ fn adapt(entry: &mut kvm_cpuid_entry2, index: u8, topology: Topology) {
         // AMD: caches, as leaf 4.
         0x8000_001d if entry.eax & 0x1f != 0 => entry.eax = entry.eax & !(0xfff << 14) | sharers(entry.eax) << 14,
         // AMD: APIC id; core number and threads per core; one node.
-        0x8000_001e => (entry.eax, entry.ebx, entry.ecx) = (index, (threads - 1) << 8 | index / threads, 0),
+        0x8000_001e => {
+            let core = index / threads;
+            (entry.eax, entry.ebx, entry.ecx) = (index, (threads - 1) << 8 | core, 0);
+        }
         _ => {}
     }
 }
