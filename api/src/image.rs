@@ -6,6 +6,7 @@
 //! | `GET /v1/images/{name}` | → `ImageSummary`; the name is a tag or a digest | all |
 //! | `PUT /v1/images/{name}` | `Tag` → `ImageSummary`; the manifest and all it names must be there | people |
 //! | `DELETE /v1/images/{name}` | → 204; removes the name, not the content | people |
+//! | `GET /v1/signatures/{digest}` | → the minisign signature of a manifest, as text; 404 where it has none | all |
 //! | `GET /v1/blobs/{digest}` | → the bytes of a manifest or an index | nodes |
 //! | `PUT /v1/blobs/{digest}` | bytes → 204; refused when the digest does not match | people |
 //! | `POST /v1/chunks/fetch` | `ChunkList` → frames (see [`FRAME_HEADER_LEN`]) in the order asked | nodes |
@@ -31,6 +32,9 @@ pub const MAX_FRAME_LEN: usize = 80 * 1024;
 /// Most bytes of a manifest or an index: the index of a part of 128 TiB is larger, but a body has to fit into memory.
 pub const MAX_BLOB_LEN: usize = 512 * 1024 * 1024;
 
+/// Most bytes of a signature with its comments.
+pub const MAX_SIGNATURE_LEN: usize = 4096;
+
 /// What an image is an image of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -55,6 +59,9 @@ pub struct Manifest {
     /// How to start it without a boot loader; absent when no kernel was found.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot: Option<BootData>,
+    /// Which firmware starts the disk's own boot loader. Looked for, and present, only where `boot` is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<Firmware>,
     /// Free text by key, for people: what was imported, from where, by which version.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
@@ -85,6 +92,18 @@ pub struct BootData {
     pub cmdline: String,
 }
 
+/// The firmware that a disk's own boot loader was made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Firmware {
+    /// Code in the disk's first sector.
+    Bios,
+    /// An EFI system partition.
+    Uefi,
+    /// The disk has both.
+    Either,
+}
+
 /// A name and what it points to.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageSummary {
@@ -100,6 +119,9 @@ pub struct ImageSummary {
     pub content: u64,
     /// It can be started without a boot loader.
     pub direct_boot: bool,
+    /// It can not, and has a boot loader for this firmware.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<Firmware>,
 }
 
 /// What a tag shall point to.
@@ -108,6 +130,9 @@ pub struct ImageSummary {
 pub struct Tag {
     /// Digest of a manifest in the repository.
     pub digest: Digest,
+    /// minisign signature of that manifest, to be kept with it; without it, what is kept stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signature: Option<String>,
 }
 
 /// Digests of chunks, [`MAX_CHUNK_LIST`] at most.

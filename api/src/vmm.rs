@@ -23,14 +23,26 @@
 //! | `PUT /mmds/config` | [`MmdsConfig`] |
 //! | `PUT /vsock` | [`Vsock`] |
 //! | `PUT /entropy` | [`Entropy`] |
+//! | `PUT /balloon` | [`Balloon`] |
 //! | `PUT /serial` | [`SerialDevice`] |
 //! | `PUT /logger` | [`Logger`] |
 //! | `PUT /metrics` | [`Metrics`] |
+//! | `PUT /hotplug/memory` | [`MemoryHotplug`] |
+//! | `GET`, `PATCH /hotplug/memory` | → [`MemoryHotplugStatus`], [`MemoryHotplugUpdate`]; after the start only |
+//! | `GET /balloon` | → [`Balloon`] |
+//! | `PATCH /balloon` | [`BalloonUpdate`]; after the start only, as all that follow of the balloon |
+//! | `GET`, `PATCH /balloon/statistics` | → [`BalloonStats`], [`BalloonStatsUpdate`] |
+//! | `PATCH /balloon/hinting/start`, `/stop` | [`HintingStart`], or no body |
+//! | `GET /balloon/hinting/status` | → [`HintingStatus`] |
 //! | `GET /bedplate/status` | → [`Status`] |
 //! | `PUT /bedplate/power-button` | no body; presses the ACPI power button |
 //! | `PUT /bedplate/stop` | no body; ends the VM at once, the process exits with code 0 |
 
+mod balloon;
 mod cpu;
+mod devices;
+mod hotplug;
+mod limits;
 mod metadata;
 mod snapshot;
 
@@ -38,9 +50,13 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use balloon::{Balloon, BalloonStats, BalloonStatsUpdate, BalloonUpdate, HintingStart, HintingStatus};
 pub use cpu::{
     Bitmap, Capability, CpuConfig, CpuConfigSource, CpuidModifier, CpuidRegister, Hex, MsrModifier, RegisterModifier,
 };
+pub use devices::{DeviceStatus, MetricsLine};
+pub use hotplug::{MemoryHotplug, MemoryHotplugStatus, MemoryHotplugUpdate};
+pub use limits::{RateLimiter, TokenBucket};
 pub use metadata::{MmdsConfig, MmdsVersion};
 pub use snapshot::{
     MemoryBackend, MemoryBackendType, NetworkOverride, RestoredPages, SnapshotCreate, SnapshotLoad, SnapshotType,
@@ -82,6 +98,12 @@ pub struct VmConfig {
     /// A source of randomness for the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entropy: Option<Entropy>,
+    /// Memory that the guest gives back.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<Balloon>,
+    /// Memory that can be added while the VM runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_hotplug: Option<MemoryHotplug>,
     /// Where the serial console goes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<SerialDevice>,
@@ -126,9 +148,12 @@ pub struct Drive {
     /// Whether a flush of the guest reaches the host's disk.
     #[serde(default)]
     pub cache_type: CacheType,
-    /// Accepted for Firecracker's clients; both values use the same engine.
+    /// The way to a raw file or block device. Absent: `Sync`. A copy-on-write disk has one way of its own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub io_engine: Option<IoEngine>,
+    /// How much may be read and written in a time. Absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
 }
 
 /// A change of a drive of a VM that runs.
@@ -137,9 +162,12 @@ pub struct Drive {
 pub struct DrivePatch {
     /// As in the path.
     pub drive_id: String,
-    /// What holds the disk from now on; the same path has its size read again. Absent: nothing changes.
+    /// What holds the disk from now on; the same path has its size read again. Absent: as it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path_on_host: Option<String>,
+    /// How much may be read and written from now on; of the limits only those change that are named. Absent: as it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
 }
 
 /// What a flush does.
@@ -152,11 +180,12 @@ pub enum CacheType {
     Writeback,
 }
 
-/// Firecracker's choice of block engine.
+/// How requests reach a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs)]
 pub enum IoEngine {
+    /// One system call for each.
     Sync,
+    /// io_uring, in batches. Where the host has none, as `Sync`, with a warning.
     Async,
 }
 
@@ -254,6 +283,12 @@ pub struct NetworkInterface {
     /// MTU that the guest should use, 68 or more. Absent: its own choice.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
+    /// How much the guest may receive in a time. Absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// How much it may send.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_rate_limiter: Option<RateLimiter>,
 }
 
 /// A change of an interface of a VM that runs.
@@ -262,6 +297,12 @@ pub struct NetworkInterface {
 pub struct NetworkInterfacePatch {
     /// As in the path.
     pub iface_id: String,
+    /// How much the guest may receive from now on; of the limits only those change that are named. Absent: as it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// How much it may send.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_rate_limiter: Option<RateLimiter>,
 }
 
 /// Sockets between host and guest.
@@ -278,10 +319,14 @@ pub struct Vsock {
     pub vsock_id: Option<String>,
 }
 
-/// A source of randomness for the guest. It has no settings.
+/// A source of randomness for the guest.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Entropy {}
+pub struct Entropy {
+    /// How much the guest may draw in a time. Absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
+}
 
 /// Where the serial console goes, if the command line did not say it.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -448,19 +493,9 @@ pub struct Status {
     pub process_startup_time_cpu_us: Option<u64>,
     /// Why vCPUs left the guest, summed over all of them.
     pub exits: ExitCounts,
-}
-
-/// One line of metrics.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct MetricsLine {
-    /// Milliseconds since 1970, under Firecracker's name.
-    pub utc_timestamp_ms: u64,
-    /// As asked for.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub properties: Option<BTreeMap<String, String>>,
-    /// What is counted. Its `id` is there only where it was asked for.
-    #[serde(flatten)]
-    pub status: Status,
+    /// What each device counts: `block_{drive_id}`, `net_{iface_id}`, `balloon`, `entropy`, `memory_hotplug`, `vsock`.
+    #[serde(default)]
+    pub devices: BTreeMap<String, DeviceStatus>,
 }
 
 /// How often vCPUs left the guest.

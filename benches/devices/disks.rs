@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use bedplate_devices::virtio::View;
@@ -53,6 +53,14 @@ pub fn file_in(directory: &Path) -> io::Result<File> {
     let file = tempfile::tempfile_in(directory)?;
     file.write_all_at(&contents(), 0)?;
     Ok(file)
+}
+
+/// The same, past the page cache.
+pub fn direct_file_in(directory: &Path) -> io::Result<File> {
+    let file = tempfile::NamedTempFile::new_in(directory)?;
+    file.as_file().write_all_at(&contents(), 0)?;
+    file.as_file().sync_all()?;
+    File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(file.path())
 }
 
 /// Offsets of whole blocks of `len` bytes, in an order that no cache foresees.

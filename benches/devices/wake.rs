@@ -18,7 +18,7 @@ use crate::driver::{Load, Pipeline};
 pub fn benchmark(c: &mut Criterion) {
     for (depth, name) in [(1, "one in flight"), (32, "32 in flight")] {
         let load = Load { depth, len: 4096, write: false };
-        let mut device = Pipeline::new(Block::new(NoDisk, BlockConfig::default()), load);
+        let mut device = Pipeline::new(Block::new(NoDisk, BlockConfig::default()).expect("descriptors are left"), load);
         let echo = Echo::start();
         Pair {
             what: &format!("request of a disk that does nothing, {name}"),

@@ -1,5 +1,6 @@
 //! How far long work has come: a bar on a terminal, a plain line at the end elsewhere. Always on stderr.
 
+use std::cell::Cell;
 use std::io::{self, IsTerminal};
 use std::time::Instant;
 
@@ -14,6 +15,8 @@ pub struct Progress {
     bar: ProgressBar,
     terminal: bool,
     start: Instant,
+    /// Nobody knows the end, which the style says.
+    endless: Cell<bool>,
 }
 
 impl Progress {
@@ -25,18 +28,27 @@ impl Progress {
         let bar = ProgressBar::with_draw_target(Some(total), target);
         let colour = std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
         let bar_style = if colour { "{bar:24.cyan/blue}" } else { "{bar:24}" };
-        let template = format!("{{msg}}  {bar_style}  {{binary_bytes}} of {{binary_total_bytes}}  {{eta}} left");
+        let template = format!(
+            "{{msg}}  {bar_style}  {{binary_bytes}} of {{binary_total_bytes}}  {{binary_bytes_per_sec}}  {{eta}} left"
+        );
         // A template that does not parse would be our bug; the default style does as well.
         if let Ok(style) = ProgressStyle::with_template(&template) {
             bar.set_style(style);
         }
         bar.set_message(what.clone());
-        Self { what, bar, terminal, start: Instant::now() }
+        Self { what, bar, terminal, start: Instant::now(), endless: Cell::new(false) }
     }
 
-    /// `done` bytes of `total` are done.
+    /// `done` bytes of `total` are done; a total of 0 means that nobody knows it.
     pub fn set(&self, done: u64, total: u64) {
-        if self.bar.length() != Some(total) {
+        if total == 0 && !self.endless.replace(true) {
+            self.bar.unset_length();
+            if let Ok(style) = ProgressStyle::with_template("{msg}  {binary_bytes}  {binary_bytes_per_sec}  {elapsed}")
+            {
+                self.bar.set_style(style);
+            }
+        }
+        if total > 0 && self.bar.length() != Some(total) {
             self.bar.set_length(total);
         }
         self.bar.set_position(done);

@@ -102,6 +102,15 @@ pub fn in_path(program: &str) -> Option<PathBuf> {
     in_dirs(path_dirs(), program)
 }
 
+/// What is around a VMM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Walls {
+    /// Its sandbox.
+    Sandbox,
+    /// Nothing: the guest is trusted.
+    None,
+}
+
 /// A running VM. Killed when dropped, and when this process dies, however it dies.
 #[derive(Debug)]
 pub struct Vmm {
@@ -117,7 +126,14 @@ impl Vmm {
     /// # Errors
     /// A file cannot be written, or the process cannot be started. That the VM could not be started comes later, with
     /// [`Vmm::finish`].
-    pub fn start(program: &Path, dir: &Path, id: &str, config: &VmConfig, serial: &str) -> Result<Self, VmmError> {
+    pub fn start(
+        program: &Path,
+        dir: &Path,
+        id: &str,
+        config: &VmConfig,
+        serial: &str,
+        walls: Walls,
+    ) -> Result<Self, VmmError> {
         let config_path = dir.join("vmm.json");
         let text = serde_json::to_vec_pretty(config).map_err(io::Error::from).map_err(file("write", &config_path))?;
         fs::write(&config_path, text).map_err(file("write", &config_path))?;
@@ -128,6 +144,9 @@ impl Vmm {
         let id: String = id.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).take(64).collect();
         command.current_dir(dir).args(["--id", &id, "--config-file", "vmm.json", "--api-sock", API]);
         command.args(["--serial", serial, "--exit-file", EXIT]);
+        if walls == Walls::None {
+            command.arg("--no-sandbox");
+        }
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(words);
         Ok(Self { process: Process::start(PROGRAM, command)?, dir: dir.to_owned() })
     }
@@ -231,7 +250,9 @@ mod tests {
     fn end_of(script: &str) -> Result<Exit, VmmError> {
         let dir = tempfile::tempdir().unwrap();
         let program = fake(dir.path(), script);
-        Vmm::start(&program, dir.path(), "x", &VmConfig::default(), "off").unwrap().finish(Duration::from_secs(60))
+        Vmm::start(&program, dir.path(), "x", &VmConfig::default(), "off", Walls::Sandbox)
+            .unwrap()
+            .finish(Duration::from_secs(60))
     }
 
     #[test]

@@ -80,6 +80,46 @@ fn qcow2_is_known_by_its_content_and_gives_the_same_image() {
 }
 
 #[test]
+fn a_packed_disk_comes_in_through_a_pipe_and_goes_out_as_qcow2() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let bytes = disk(dir, "disk.raw");
+    let gzip = Command::new("gzip").args(["-k", "disk.raw"]).current_dir(dir).status().unwrap();
+    assert!(gzip.success());
+    let import = |args: &[&str], stdin: std::process::Stdio| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_bedplate"));
+        let command = command.args(args).current_dir(dir).env("BEDPLATE_STORE", dir.join("store")).stdin(stdin);
+        let out = command.output().unwrap();
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.success(), "{said}");
+        said
+    };
+    let pipe = fs::File::open(dir.join("disk.raw.gz")).unwrap();
+    let said = import(&["image", "import", "-", "--name", "piped"], pipe.into());
+    assert!(said.contains("import standard input: 3.0 MiB"), "{said}");
+    let said = import(&["image", "import", "disk.raw.gz", "--name", "file"], std::process::Stdio::null());
+    assert!(said.contains("chunks were here already"), "{said}");
+    ok(dir, &["image", "export", "piped", "out.qcow2"]);
+    assert!(fs::read(dir.join("out.qcow2")).unwrap().starts_with(b"QFI"));
+    ok(dir, &["image", "import", "out.qcow2", "--name", "back"]);
+    ok(dir, &["image", "export", "back", "out.img"]);
+    assert!(fs::read(dir.join("out.img")).unwrap() == bytes);
+}
+
+#[test]
+fn a_disk_that_firmware_starts_is_marked_and_not_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut bytes = vec![0; 1 << 20];
+    bytes[..2].copy_from_slice(&[0xeb, 0x63]);
+    bytes[510..512].copy_from_slice(&[0x55, 0xaa]);
+    fs::write(dir.path().join("windows.raw"), bytes).unwrap();
+    let line = ok(dir.path(), &["image", "import", "windows.raw", "--name", "w"]);
+    assert!(line.contains("firmware (BIOS)"), "{line}");
+    let text = ok(dir.path(), &["image", "inspect", "w"]);
+    assert!(text.contains("firmware  bios") && text.contains("cannot start yet"), "{text}");
+}
+
+#[test]
 fn a_name_goes_at_once_and_its_content_with_the_next_gc() {
     let dir = tempfile::tempdir().unwrap();
     disk(dir.path(), "disk.raw");

@@ -13,6 +13,7 @@ use crate::netboot::files::Written;
 use crate::observed::Observed;
 use crate::planner::{Node, World};
 use crate::records::NodeRecord;
+use crate::shelf::Shelf;
 use crate::store::{Change, FAILURES, NODES, Read, Snapshot, Store, StoreError, TIERS, VMS};
 
 /// How a control node is set up; see `bedplate-control --help` for each.
@@ -46,6 +47,8 @@ pub struct Control {
     pub options: Options,
     /// The image repository.
     pub images: bedplate_images::Store,
+    /// The registry's files beside it.
+    pub shelf: Shelf,
     /// What nodes reported to this process.
     pub observed: Observed,
     /// Shown by nodes to us and by us to nodes.
@@ -73,6 +76,7 @@ impl Control {
             }
         })?;
         Ok(Arc::new(Self {
+            shelf: Shelf::new(options.state.join("oci"), images.clone()),
             options,
             images,
             observed: Observed::default(),
@@ -195,7 +199,7 @@ pub async fn blocking<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'stati
     }
 }
 
-fn random_token() -> String {
+pub(crate) fn random_token() -> String {
     let mut bytes = [0; 32];
     // Only a kernel without the system call fails here, and such a one does not run this program.
     if let Err(error) = getrandom::fill(&mut bytes) {

@@ -11,6 +11,7 @@ mod boot;
 mod images;
 mod nodes;
 mod peers;
+mod registry;
 #[cfg(test)]
 mod tests;
 mod tiers;
@@ -25,7 +26,7 @@ use axum::extract::{Request, State};
 use axum::http::{Method, header};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, patch, post, put};
 use bedplate_api::error::ErrorKind;
 use subtle::ConstantTimeEq;
 use tower_http::timeout::RequestBodyTimeoutLayer;
@@ -47,10 +48,15 @@ pub fn people(control: Arc<Control>) -> Router {
         .route("/v1/vms/{name}/console", get(vms::console))
         .route("/v1/images", get(images::list))
         .route("/v1/images/{name}", get(images::show).put(images::tag).delete(images::untag))
+        .route("/v1/signatures/{digest}", get(images::signature))
         .route("/v1/blobs/{digest}", get(images::blob).put(images::put_blob))
         .route("/v1/chunks", post(images::put_chunks))
         .route("/v1/chunks/fetch", post(images::fetch_chunks))
         .route("/v1/chunks/missing", post(images::missing_chunks))
+        .merge(pulling())
+        .route("/v2/{name}/manifests/{reference}", put(registry::put_manifest))
+        .route("/v2/{name}/blobs/uploads/", post(registry::begin))
+        .route("/v2/{name}/blobs/uploads/{upload}", patch(registry::append).put(registry::finish))
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
         .layer(RequestBodyTimeoutLayer::new(SILENCE))
@@ -64,8 +70,10 @@ pub fn nodes(control: Arc<Control>) -> Router {
         .route("/v1/nodes/{id}/status", post(nodes::status))
         .route("/v1/images", get(images::list))
         .route("/v1/images/{name}", get(images::show))
+        .route("/v1/signatures/{digest}", get(images::signature))
         .route("/v1/blobs/{digest}", get(images::blob))
         .route("/v1/chunks/fetch", post(images::fetch_chunks))
+        .merge(pulling())
         .route_layer(from_fn_with_state(Arc::clone(&control), token));
     let without = Router::new()
         .route("/boot/ipxe", get(boot::script))
@@ -89,6 +97,16 @@ pub fn page(control: Arc<Control>) -> Router {
         .method_not_allowed_fallback(wrong_method)
         .layer(from_fn(local))
         .with_state(control)
+}
+
+/// The reading half of the OCI registry.
+fn pulling() -> Router<Arc<Control>> {
+    Router::new()
+        .route("/v2/", get(registry::version))
+        .route("/v2/_catalog", get(registry::catalog))
+        .route("/v2/{name}/tags/list", get(registry::tags))
+        .route("/v2/{name}/manifests/{reference}", get(registry::manifest))
+        .route("/v2/{name}/blobs/{digest}", get(registry::blob))
 }
 
 fn looking() -> Router<Arc<Control>> {

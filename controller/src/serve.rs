@@ -109,6 +109,11 @@ impl Serving {
         let socket = Socket::bind(&listen.socket)?;
         let control = Control::new(options, store, images)?;
         write_token(&control)?;
+        let shelf = control.shelf.clone();
+        // All of it can be made again, so what is in its way is said and no more.
+        if let Err(error) = crate::control::blocking(move || shelf.tidy()).await {
+            tracing::error!("the registry's files could not be tidied: {error}");
+        }
         let netboot = Netboot::open(&control).await?;
 
         let stop = CancellationToken::new();

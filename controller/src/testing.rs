@@ -120,7 +120,9 @@ pub fn image(store: &Store, seed: &str, kind: ImageKind) -> Digest {
     };
     let boot = BootData { kernel: "kernel".into(), initrd: Some("initrd".into()), cmdline: "root=/dev/vda1".into() };
     let parts = names.iter().map(|name| part(name)).collect();
-    store.put_manifest(&Manifest { schema: 1, kind, parts, boot: Some(boot), labels: BTreeMap::new() }).unwrap()
+    store
+        .put_manifest(&Manifest { schema: 1, kind, parts, boot: Some(boot), firmware: None, labels: BTreeMap::new() })
+        .unwrap()
 }
 
 /// Every chunk that the other side lacks, then the indexes, then the manifest.

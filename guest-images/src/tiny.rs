@@ -18,8 +18,17 @@ const BUSYBOX: &str = "busybox";
 const UDHCPC: &str = include_str!("../files/tiny/udhcpc");
 
 /// Loaded by init in this order.
-const MODULES: [&str; 7] =
-    ["virtio_pci", "virtio_net", "virtio_blk", "virtio-rng", "vmw_vsock_virtio_transport", "evdev", "button"];
+const MODULES: [&str; 9] = [
+    "virtio_pci",
+    "virtio_net",
+    "virtio_blk",
+    "virtio-rng",
+    "virtio_balloon",
+    "virtio_mem",
+    "vmw_vsock_virtio_transport",
+    "evdev",
+    "button",
+];
 
 /// Files of the tiny image.
 #[derive(Debug, Clone)]

@@ -38,6 +38,7 @@ pub(crate) fn image(store: &Store, bytes: &[u8]) -> Digest {
         kind: ImageKind::Disk,
         parts: [(DISK.to_owned(), part(store, bytes))].into(),
         boot: None,
+        firmware: None,
         labels: Default::default(),
     };
     store.put_manifest(&manifest).unwrap()

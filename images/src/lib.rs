@@ -9,13 +9,16 @@
 pub mod boot;
 pub mod digest;
 pub mod disk;
+pub mod export;
 #[cfg(test)]
 mod fixtures;
 pub mod frame;
 pub mod import;
 pub mod index;
 pub mod manifest;
+pub mod pack;
 pub mod store;
+pub mod trust;
 
 pub use digest::digest_of;
 pub use frame::{CHUNK_SIZE, MAX_FRAME_LEN};

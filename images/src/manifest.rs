@@ -62,6 +62,9 @@ pub enum ManifestError {
     /// The boot data names a part that is not there.
     #[error("the boot data names the part {0:?}, which this image does not have")]
     BootPart(String),
+    /// Two ways to start it.
+    #[error("this image has both boot data and a mark that it is started by firmware")]
+    TwoBoots,
     /// The command line is too long, or has control characters in it.
     #[error("the kernel command line is longer than {MAX_CMDLINE_LEN} bytes or has control characters")]
     Cmdline,
@@ -105,6 +108,9 @@ pub fn validate(manifest: &Manifest) -> Result<(), ManifestError> {
         return Err(ManifestError::NoDisk);
     }
     let Some(boot) = &manifest.boot else { return Ok(()) };
+    if manifest.firmware.is_some() {
+        return Err(ManifestError::TwoBoots);
+    }
     for name in std::iter::once(&boot.kernel).chain(&boot.initrd) {
         if !manifest.parts.contains_key(name) {
             return Err(ManifestError::BootPart(name.clone()));
@@ -146,6 +152,7 @@ pub fn summary(name: &str, digest: Digest, manifest: &Manifest) -> ImageSummary 
         size,
         content: sum(|part| part.content),
         direct_boot: manifest.boot.is_some(),
+        firmware: manifest.firmware,
     }
 }
 
@@ -164,6 +171,7 @@ mod tests {
             kind: ImageKind::Disk,
             parts: [DISK, KERNEL].map(|name| (name.to_owned(), part(10))).into(),
             boot: Some(BootData { kernel: KERNEL.to_owned(), initrd: None, cmdline: "root=/dev/vda ro".to_owned() }),
+            firmware: None,
             labels: BTreeMap::from([("source".to_owned(), "a.raw".to_owned())]),
         }
     }
@@ -175,6 +183,15 @@ mod tests {
         let golden = include_bytes!("../golden/manifest-v1.json");
         assert_eq!(String::from_utf8_lossy(&encode(&sample()).unwrap()), String::from_utf8_lossy(golden));
         assert_eq!(parse(golden).unwrap(), sample());
+    }
+
+    /// A disk that only firmware can start.
+    #[test]
+    fn golden_firmware() {
+        let golden = include_bytes!("../golden/manifest-v1-firmware.json");
+        let manifest = Manifest { boot: None, firmware: Some(bedplate_api::image::Firmware::Either), ..sample() };
+        assert_eq!(String::from_utf8_lossy(&encode(&manifest).unwrap()), String::from_utf8_lossy(golden));
+        assert_eq!(parse(golden).unwrap(), manifest);
     }
 
     #[test]
@@ -192,6 +209,7 @@ mod tests {
         refused(|m| m.parts.get_mut(DISK).unwrap().content = 11, "more content");
         refused(|m| m.parts.retain(|name, _| name != DISK), "no part \"disk\"");
         refused(|m| m.parts.retain(|name, _| name != KERNEL), "names the part \"kernel\"");
+        refused(|m| m.firmware = Some(bedplate_api::image::Firmware::Bios), "both");
         refused(|m| m.boot.as_mut().unwrap().cmdline = "a\nb".to_owned(), "control characters");
         refused(|m| m.boot.as_mut().unwrap().cmdline = "a".repeat(MAX_CMDLINE_LEN + 1), "longer");
     }

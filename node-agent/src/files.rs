@@ -1,11 +1,15 @@
 //! Files that must survive a crash whole: written aside, synced, renamed, and the directory synced.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+
+/// No file of ours is longer: a desired set of a thousand VMs takes one.
+const MAX_JSON: u64 = 8 << 20;
 
 /// A file of the state directory that cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -71,12 +75,28 @@ pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), FileError> 
 
 /// What [`write_json`] put at `path`; `None` where nothing is.
 pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, FileError> {
-    let bytes = match fs::read(path) {
-        Ok(bytes) => bytes,
+    let mut bytes = Vec::new();
+    match open_plain(path).and_then(|file| file.take(MAX_JSON).read_to_end(&mut bytes)) {
+        Ok(_) => {}
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(e) => return Err(FileError::io("read", path)(e)),
-    };
+    }
     serde_json::from_slice(&bytes).map(Some).map_err(|source| FileError::Content { path: path.to_owned(), source })
+}
+
+/// Opens a file for reading that somebody else may have put there: a regular file and no link to one, without waiting.
+///
+/// # Errors
+/// It is something else, or cannot be opened.
+pub fn open_plain(path: &Path) -> io::Result<File> {
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    let file = fs::OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    if file.metadata()?.is_file() { Ok(file) } else { Err(io::Error::other("this is no regular file")) }
+}
+
+/// Whether a socket is at `path`, and no link to one.
+pub fn is_socket(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
 }
 
 /// Makes the names in the directory of `path` durable.

@@ -2,26 +2,44 @@
 
 use std::io;
 
-use bedplate_devices::virtio::block::{Backend, RawFile};
+use bedplate_api::vmm::IoEngine;
+use bedplate_devices::virtio::block::{Backend, Medium, RawFile};
 use bedplate_images::disk::Disk;
 
 use crate::config::DriveConfig;
 use crate::machine::DeviceError;
 
-/// Opens what holds a drive.
+/// Any kind of disk.
+pub type AnyMedium = Medium<Box<dyn Backend>>;
+
+/// Opens what holds a drive. With it comes a warning where the host cannot do what was asked for, and does it otherwise.
 ///
 /// # Errors
 /// It is not there, may not be opened, or is no disk.
-pub fn open(drive: &DriveConfig) -> Result<Box<dyn Backend>, DeviceError> {
+pub fn open(drive: &DriveConfig) -> Result<(AnyMedium, Option<String>), DeviceError> {
     let (id, path) = (|| drive.id.clone(), &drive.path);
     let metadata =
         std::fs::metadata(path).map_err(|source| DeviceError::Path { id: id(), path: path.clone(), source })?;
     if metadata.is_dir() {
         let disk = Disk::open(path).map_err(|source| DeviceError::ImageDisk { id: id(), source })?;
-        return Ok(Box::new(ImageDisk::new(disk)));
+        return Ok((AnyMedium::from(Box::new(ImageDisk::new(disk)) as Box<dyn Backend>), None));
     }
     let file = RawFile::open(path, drive.read_only).map_err(|source| DeviceError::Drive { id: id(), source })?;
-    Ok(Box::new(file))
+    let (ring, warning) = match drive.engine {
+        IoEngine::Sync => (None, None),
+        IoEngine::Async => match file.ring() {
+            Ok(ring) => (Some(ring), None),
+            Err(error) => (None, Some(no_ring(&drive.id, &error))),
+        },
+    };
+    Ok((Medium { backend: Box::new(file), ring }, warning))
+}
+
+fn no_ring(id: &str, error: &io::Error) -> String {
+    format!(
+        "drive {id:?}: the host has no io_uring for io_engine Async ({error}), so that each request is a system call: \
+         set kernel.io_uring_disabled to 0, or leave io_engine out"
+    )
 }
 
 /// The child of an image. Every chunk that the guest reads is verified on the way.

@@ -1,18 +1,24 @@
 //! What was asked for → what will be built: every check that needs no host, with words for people. Only [`separate`]
 //! looks at files, and [`validate`] at one with a template of processors.
 
+mod hotplug;
+
 use std::collections::HashSet;
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use bedplate_api::vmm::{
-    CacheType, CpuConfig, CpuConfigSource, CpuTemplate, Drive, HugePages, MachineConfig, MmdsConfig, NetworkInterface,
-    VmConfig, Vsock,
+    Balloon, CacheType, CpuConfig, CpuConfigSource, CpuTemplate, Drive, HugePages, IoEngine, MachineConfig, MmdsConfig,
+    NetworkInterface, RateLimiter, TokenBucket, VmConfig, Vsock,
 };
+use bedplate_devices::virtio::balloon::BalloonConfig;
 use bedplate_devices::virtio::block::Cache;
+use bedplate_devices::virtio::limiter::{BucketConfig, LimiterConfig, LimiterUpdate};
 
+pub use self::hotplug::{HotplugConfig, HotplugError, memory_hotplug};
 use crate::boot::{BootConfig, CmdlineError, RootDevice, compose_cmdline};
 use crate::files;
 use crate::json;
@@ -27,7 +33,7 @@ pub const MIN_MEMORY_MIB: u64 = 16;
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 /// Bytes of a file with a template: some hundred modifiers, of a hundred bytes each.
 const MAX_TEMPLATE: u64 = 1 << 20;
-/// Drives, network interfaces and the two others share 31 slots of the PCI bus.
+/// Drives, network interfaces and the four others share 31 slots of the PCI bus.
 const MAX_DEVICES: usize = 31;
 /// Where the guest's metadata is if nobody says where.
 const MMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
@@ -56,7 +62,11 @@ pub struct Config {
     /// Sockets between host and guest.
     pub vsock: Option<VsockConfig>,
     /// A source of randomness.
-    pub entropy: bool,
+    pub entropy: Option<EntropyConfig>,
+    /// A memory balloon; where nobody asked for one, none if there is no room for it, or with huge pages.
+    pub balloon: Option<BalloonConfig>,
+    /// Memory that can be added.
+    pub hotplug: Option<HotplugConfig>,
 }
 
 /// One disk.
@@ -67,6 +77,8 @@ pub struct DriveConfig {
     pub path: PathBuf,
     pub read_only: bool,
     pub cache: Cache,
+    pub engine: IoEngine,
+    pub limits: LimiterConfig,
 }
 
 /// One network interface.
@@ -79,6 +91,15 @@ pub struct NetConfig {
     pub mtu: Option<u16>,
     /// Where the guest reaches its metadata over it.
     pub metadata: Option<Ipv4Addr>,
+    pub rx_limits: LimiterConfig,
+    pub tx_limits: LimiterConfig,
+}
+
+/// A source of randomness.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct EntropyConfig {
+    pub limits: LimiterConfig,
 }
 
 /// Sockets between host and guest.
@@ -143,6 +164,15 @@ pub enum ConfigError {
     Tap { id: String, name: String },
     #[error("vsock: guest_cid {0} is reserved: give {FIRST_GUEST_CID} or more, below 4294967295")]
     Cid(u32),
+    #[error(transparent)]
+    Hotplug(#[from] HotplugError),
+    /// Firecracker's words.
+    #[error("Amount of pages requested is too large.")]
+    Balloon,
+    #[error(
+        "a balloon would give back pages that huge_pages 2M has reserved, and might not get them again: leave one out"
+    )]
+    BalloonOfHugePages,
     #[error("{what}: the path is empty: name a file")]
     EmptyPath { what: String },
     #[error("{0} devices are too many: the PCI bus has room for {MAX_DEVICES}")]
@@ -169,6 +199,7 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
     };
     let mut drives: Vec<_> = spec.drives.iter().collect();
     drives.sort_by_key(|drive| !drive.is_root_device);
+    let memory_mib = spec.machine_config.mem_size_mib;
     let mut config = Config {
         topology: Topology {
             vcpus: spec.machine_config.vcpu_count,
@@ -178,7 +209,7 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
             cpu: spec.cpu_config.as_ref().map(cpu).transpose()?.unwrap_or_default(),
             log_dirty_pages: spec.machine_config.track_dirty_pages,
         },
-        memory_mib: spec.machine_config.mem_size_mib,
+        memory_mib,
         pages: match spec.machine_config.huge_pages {
             HugePages::None => Pages::Normal,
             HugePages::Transparent => Pages::Transparent,
@@ -188,16 +219,49 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
         drives: drives.into_iter().map(drive).collect::<Result<_, _>>()?,
         nets: spec.network_interfaces.iter().map(net).collect::<Result<_, _>>()?,
         vsock: spec.vsock.as_ref().map(vsock).transpose()?,
-        entropy: spec.entropy.is_some(),
+        entropy: spec.entropy.as_ref().map(|entropy| EntropyConfig { limits: limits(entropy.rate_limiter) }),
+        balloon: spec.balloon.as_ref().map(|spec| balloon(spec, memory_mib)).transpose()?,
+        hotplug: spec.memory_hotplug.as_ref().map(memory_hotplug).transpose()?,
     };
     if let Some(mmds) = &spec.mmds_config {
         let address = mmds_address(mmds, &spec.network_interfaces)?;
         let named = config.nets.iter_mut().filter(|net| mmds.network_interfaces.contains(&net.id));
         named.for_each(|net| net.metadata = Some(address));
     }
-    let devices =
-        config.drives.len() + config.nets.len() + usize::from(config.vsock.is_some()) + usize::from(config.entropy);
+    let others = [config.vsock.is_some(), config.entropy.is_some(), config.balloon.is_some(), config.hotplug.is_some()];
+    let devices = config.drives.len() + config.nets.len() + others.iter().filter(|there| **there).count();
+    match (&config.balloon, config.pages) {
+        // What it gives back, another VM could reserve.
+        (Some(_), Pages::Huge) => return Err(ConfigError::BalloonOfHugePages),
+        (None, Pages::Normal | Pages::Transparent) if devices < MAX_DEVICES => {
+            config.balloon = Some(BalloonConfig { reporting: true, ..BalloonConfig::default() });
+        }
+        _ => {}
+    }
     if devices > MAX_DEVICES { Err(ConfigError::TooManyDevices(devices)) } else { Ok(config) }
+}
+
+/// Checks the memory balloon of a VM with so much memory.
+///
+/// # Errors
+/// It is larger than the memory.
+pub fn balloon(balloon: &Balloon, memory_mib: u64) -> Result<BalloonConfig, ConfigError> {
+    Ok(BalloonConfig {
+        target: balloon_pages(balloon.amount_mib, memory_mib)?,
+        deflate_on_oom: balloon.deflate_on_oom,
+        stats_interval: Duration::from_secs(balloon.stats_polling_interval_s.into()),
+        hinting: balloon.free_page_hinting,
+        reporting: balloon.free_page_reporting,
+    })
+}
+
+/// Pages of a balloon of `mib` MiB in a VM with so much memory.
+///
+/// # Errors
+/// It is larger than the memory.
+pub fn balloon_pages(mib: u32, memory_mib: u64) -> Result<u32, ConfigError> {
+    // A MiB has 256 pages of 4 KiB.
+    mib.checked_mul(256).filter(|_| u64::from(mib) <= memory_mib).ok_or(ConfigError::Balloon)
 }
 
 /// Checks vCPUs and memory.
@@ -259,7 +323,24 @@ pub fn drive(drive: &Drive) -> Result<DriveConfig, ConfigError> {
         CacheType::Unsafe => Cache::Unsafe,
         CacheType::Writeback => Cache::Writeback,
     };
-    Ok(DriveConfig { id, path, read_only: drive.is_read_only, cache })
+    let (engine, limits) = (drive.io_engine.unwrap_or(IoEngine::Sync), limits(drive.rate_limiter));
+    Ok(DriveConfig { id, path, read_only: drive.is_read_only, cache, engine, limits })
+}
+
+/// Any limiter can be built.
+pub fn limits(limiter: Option<RateLimiter>) -> LimiterConfig {
+    let LimiterUpdate { bandwidth, operations } = limits_update(limiter.unwrap_or_default());
+    LimiterConfig { bandwidth, operations }
+}
+
+/// What a change of a limiter asks for.
+pub fn limits_update(limiter: RateLimiter) -> LimiterUpdate {
+    let bucket = |bucket: TokenBucket| BucketConfig {
+        size: bucket.size,
+        one_time_burst: bucket.one_time_burst.unwrap_or(0),
+        refill_time: Duration::from_millis(bucket.refill_time),
+    };
+    LimiterUpdate { bandwidth: limiter.bandwidth.map(bucket), operations: limiter.ops.map(bucket) }
 }
 
 /// Checks that no drive writes to what is another one, too: two caches in the guest would ruin it. What cannot be
@@ -306,7 +387,8 @@ pub fn net(net: &NetworkInterface) -> Result<NetConfig, ConfigError> {
     if let Some(mtu) = net.mtu.filter(|mtu| *mtu < MIN_MTU) {
         return Err(ConfigError::Mtu { id, mtu });
     }
-    Ok(NetConfig { id, tap, mac, mtu: net.mtu, metadata: None })
+    let (rx_limits, tx_limits) = (limits(net.rx_rate_limiter), limits(net.tx_rate_limiter));
+    Ok(NetConfig { id, tap, mac, mtu: net.mtu, metadata: None, rx_limits, tx_limits })
 }
 
 /// Checks how the guest reaches its metadata; returns at which address.
@@ -414,6 +496,8 @@ mod tests {
             path: path.into(),
             read_only,
             cache: Cache::Writeback,
+            engine: IoEngine::Sync,
+            limits: LimiterConfig::NONE,
         };
         let check = |one: bool, two: bool| {
             separate(&[drive("a", &disk, one), drive("b", &other, false), drive("c", &link, two)])
@@ -464,12 +548,36 @@ mod tests {
     }
 
     #[test]
+    fn a_vm_reports_free_pages_unless_it_is_told_not_to() {
+        let balloon = |text: &str| validate(&spec(text)).unwrap().balloon.unwrap();
+        assert_eq!(balloon(""), BalloonConfig { reporting: true, ..BalloonConfig::default() });
+        let asked = r#", "balloon": {"amount_mib": 16, "deflate_on_oom": true, "stats_polling_interval_s": 5 X}"#;
+        assert_eq!(
+            balloon(&asked.replace('X', "")),
+            BalloonConfig {
+                target: 4096,
+                deflate_on_oom: true,
+                stats_interval: Duration::from_secs(5),
+                hinting: false,
+                reporting: true
+            }
+        );
+        assert!(!balloon(&asked.replace('X', r#", "free_page_reporting": false"#)).reporting);
+        assert!(error(&asked.replace("16", "129").replace('X', "")).contains("too large"));
+        let huge = r#", "machine-config": {"vcpu_count": 1, "mem_size_mib": 128, "huge_pages": "2M"}"#;
+        assert_eq!(validate(&spec(huge)).unwrap().balloon, None);
+        assert!(error(&format!("{huge}{}", asked.replace('X', ""))).contains("leave one out"));
+    }
+
+    #[test]
     fn an_interface_without_mac_gets_one_that_is_local_and_stays() {
         let interface = |tap: &str| NetworkInterface {
             iface_id: "e".into(),
             host_dev_name: tap.into(),
             guest_mac: None,
             mtu: None,
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
         };
         let mac = net(&interface("tap0")).unwrap().mac;
         assert_eq!(mac[0] & 3, 2);

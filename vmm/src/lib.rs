@@ -21,3 +21,4 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod metadata;
+pub mod sandbox;

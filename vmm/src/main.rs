@@ -11,6 +11,7 @@ use bedplate_vmm::console::{Console, Target};
 use bedplate_vmm::control::{self, Server, Session, Settings, Signals, StartTimes};
 use bedplate_vmm::exit_file::ExitFile;
 use bedplate_vmm::json;
+use bedplate_vmm::sandbox::{Access, Sandbox, Unlisted, User};
 use clap::Parser;
 
 /// Run one virtual machine.
@@ -43,6 +44,21 @@ struct Args {
     /// When the VM has ended, write how to this file
     #[arg(long, value_name = "PATH")]
     exit_file: Option<PathBuf>,
+    /// Become this user before the guest runs (as root only)
+    #[arg(long, value_name = "UID", requires = "gid", conflicts_with = "no_sandbox")]
+    uid: Option<u32>,
+    /// Become this group before the guest runs (as root only)
+    #[arg(long, value_name = "GID", requires = "uid")]
+    gid: Option<u32>,
+    /// Leave this directory visible inside of the sandbox, for files that are named later; may be repeated
+    #[arg(long, value_name = "DIR", conflicts_with = "no_sandbox")]
+    visible: Vec<PathBuf>,
+    /// Let a guest that takes over this process do what you can do
+    #[arg(long, visible_alias = "no-seccomp")]
+    no_sandbox: bool,
+    /// Log system calls that are not on the sandbox's list instead of ending: to find what the list lacks
+    #[arg(long, conflicts_with = "no_sandbox")]
+    log_system_calls: bool,
     /// Append messages of the VMM to this file or FIFO instead of stderr
     #[arg(long, value_name = "PATH")]
     log_path: Option<String>,
@@ -82,11 +98,8 @@ struct Args {
     /// Does nothing: devices are on PCI always
     #[arg(long)]
     enable_pci: bool,
-    /// Does nothing: this version sets no seccomp filter
-    #[arg(long, conflicts_with = "seccomp_filter")]
-    no_seccomp: bool,
-    /// Refused: this version sets no seccomp filter, and cannot read Firecracker's
-    #[arg(long, value_name = "PATH")]
+    /// Refused: the sandbox has lists of its own, and cannot read Firecracker's
+    #[arg(long, value_name = "PATH", conflicts_with = "no_sandbox")]
     seccomp_filter: Option<PathBuf>,
     /// Refused: this version has no snapshots
     #[arg(long)]
@@ -143,7 +156,7 @@ fn run(args: &Args) -> Result<Exit> {
     };
     let mmds_size_limit = args.mmds_size_limit.unwrap_or(args.http_api_max_payload_size);
     let settings = Settings { id: args.id.clone(), boot_timer: args.boot_timer, start, mmds_size_limit };
-    let mut session = Session::new(settings, console)?;
+    let mut session = Session::new(settings, console, sandbox(args))?;
     session.set_logger(&logger(args))?;
     if let Some(path) = &args.metrics_path {
         session.set_metrics(&Metrics { metrics_path: path.clone(), emit_id: false, properties: None })?;
@@ -170,7 +183,7 @@ fn refuse_unoffered(args: &Args) -> Result<()> {
     }
     if let Some(path) = &args.seccomp_filter {
         bail!(
-            "the seccomp filter {} cannot be set: this version sets none and cannot read Firecracker's; leave \
+            "the seccomp filter {} cannot be set: the sandbox has lists of its own, and cannot read Firecracker's; leave \
              --seccomp-filter out",
             path.display()
         );
@@ -186,6 +199,23 @@ fn logger(args: &Args) -> Logger {
         show_log_origin: Some(args.show_log_origin),
         module: args.module.clone(),
     }
+}
+
+/// What the process goes into before the guest runs, with the places that are needed until its end.
+fn sandbox(args: &Args) -> Option<Sandbox> {
+    if args.no_sandbox {
+        eprintln!("bedplate-vmm: --no-sandbox: a guest that takes over this process can do what you can do");
+        return None;
+    }
+    let unlisted = if args.log_system_calls { Unlisted::Logged } else { Unlisted::Ends };
+    let user = args.uid.zip(args.gid).map(|(uid, gid)| User { uid, gid });
+    let mut sandbox = Sandbox::new(unlisted, user);
+    args.visible.iter().for_each(|dir| sandbox.keep(dir, Access::Write));
+    // Not that of the API's default socket: it is everybody's. What is left of that socket, the next process replaces.
+    let socket = if let Target::Socket(path) = &args.serial { Some(path) } else { None };
+    let places = [args.api_sock.as_ref(), args.exit_file.as_ref(), args.serial_log.as_ref(), socket];
+    places.into_iter().flatten().for_each(|file| sandbox.keep_place_of(file));
+    Some(sandbox)
 }
 
 fn read_config(path: &Path) -> Result<VmConfig> {

@@ -7,6 +7,7 @@
 //! 3.5 GiB      ECAM, 1 MiB per bus
 //! 4 GiB - 20M  I/O APIC, local APICs, Intel's identity map and task segment
 //! 4 GiB        RAM beyond 3 GiB
+//! above        region for memory that is added later, if there is one
 //! above        window for 64-bit BARs
 //! ```
 
@@ -17,7 +18,9 @@ use bedplate_devices::Memory;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{Advice, madvise};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
 
 /// Fixed addresses.
 pub mod layout {
@@ -39,6 +42,9 @@ pub mod layout {
     pub const TSS: u64 = 0xfffb_d000;
     /// Where RAM goes on.
     pub const HIGH_RAM: u64 = 1 << 32;
+    /// Alignment of the region for memory that is added: Linux adds no less than 128 MiB at once, and 2 GiB on large
+    /// machines.
+    pub const HOTPLUG_ALIGN: u64 = 1 << 31;
     /// Size of the window for 64-bit BARs, and its alignment.
     pub const MMIO64_LEN: u64 = 1 << 34;
     /// RAM below this belongs to the PC's own: interrupt table, our boot structures, the EBDA, option ROMs.
@@ -109,6 +115,7 @@ pub struct Ram {
     /// Behind the mapping, all of it in order of guest address.
     pub memfd: Arc<File>,
     len: u64,
+    hotplug: Option<std::ops::Range<u64>>,
 }
 
 impl Ram {
@@ -153,7 +160,41 @@ impl Ram {
         if pages == Pages::Transparent {
             advise_huge(&memory);
         }
-        Ok(Self { memory: Arc::new(memory), memfd, len })
+        Ok(Self { memory: Arc::new(memory), memfd, len, hotplug: None })
+    }
+
+    /// Adds a region of `mib` MiB of normal pages, in a memfd of its own, that is not RAM for the guest until a device
+    /// says so.
+    ///
+    /// # Errors
+    /// The host has less, or refuses.
+    pub fn with_hotplug(mut self, mib: u64) -> Result<Self, MemoryError> {
+        let host_mib = host_mib();
+        if mib > host_mib {
+            return Err(MemoryError::BeyondHost { asked_mib: mib, host_mib });
+        }
+        let refused = |source: std::io::Error| MemoryError::Refused { asked_mib: mib, source };
+        let other = |error: &dyn std::fmt::Display| refused(std::io::Error::other(error.to_string()));
+        let (start, len) = (self.end().next_multiple_of(layout::HOTPLUG_ALIGN), mib << 20);
+        let memfd = memfd_create("guest-hotplug", MemfdFlags::CLOEXEC).map_err(|e| refused(e.into()))?;
+        ftruncate(&memfd, len).map_err(|e| refused(e.into()))?;
+        let mapping =
+            MmapRegion::from_file(FileOffset::new(File::from(memfd), 0), len as usize).map_err(|e| other(&e))?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(start))
+            .ok_or_else(|| other(&"the region reaches past the end of all addresses"))?;
+        self.memory = Arc::new(self.memory.insert_region(Arc::new(region)).map_err(|e| other(&e))?);
+        self.hotplug = Some(start..start + len);
+        Ok(self)
+    }
+
+    /// The region for memory that is added later.
+    pub fn hotplug(&self) -> Option<std::ops::Range<u64>> {
+        self.hotplug.clone()
+    }
+
+    /// Where RAM ends, and everything below 4 GiB.
+    fn end(&self) -> u64 {
+        self.ranges().last().map_or(0, |(_, end)| end).max(layout::HIGH_RAM)
     }
 
     /// Guest-physical ranges of RAM, low first.
@@ -171,7 +212,7 @@ impl Ram {
     /// # Errors
     /// It does not fit into `bits` address bits.
     pub fn mmio64(&self, bits: u8) -> Result<std::ops::Range<u64>, MemoryError> {
-        let ram_end = self.ranges().last().map_or(0, |(_, end)| end).max(layout::HIGH_RAM);
+        let ram_end = self.hotplug.as_ref().map_or_else(|| self.end(), |region| region.end);
         let start = ram_end.next_multiple_of(layout::MMIO64_LEN);
         let end = start + layout::MMIO64_LEN;
         if bits < 64 && end > 1 << bits {
@@ -239,5 +280,13 @@ mod tests {
         assert!(!ram.memory.address_in_range(GuestAddress(16 << 20)));
         assert!(matches!(ram.mmio64(34), Err(MemoryError::Unaddressable { .. })));
         assert_eq!(ram.mmio64(40).unwrap().start, 1 << 34);
+
+        let more = ram.with_hotplug(128).unwrap();
+        let region = more.hotplug().unwrap();
+        assert_eq!((region.start, region.end), (1 << 32, (1 << 32) + (128 << 20)));
+        assert!(more.memory.address_in_range(GuestAddress(region.end - 1)));
+        assert!(!more.memory.address_in_range(GuestAddress(region.end)));
+        assert_eq!(more.ranges().collect::<Vec<_>>(), [(0, 16 << 20)], "it is no RAM");
+        assert!(more.mmio64(40).unwrap().start >= region.end);
     }
 }

@@ -75,6 +75,10 @@ fn each_request_has_its_time() {
         ("PATCH", "/vm", r#"{"state": "Paused"}"#),
         ("PATCH", "/drives/d", r#"{"drive_id": "d"}"#),
         ("PATCH", "/network-interfaces/n", r#"{"iface_id": "n"}"#),
+        ("PATCH", "/balloon", r#"{"amount_mib": 1}"#),
+        ("GET", "/balloon/statistics", ""),
+        ("PATCH", "/balloon/hinting/start", ""),
+        ("PATCH", "/hotplug/memory", r#"{"requested_size_mib": 0}"#),
         ("DELETE", "/drives/d", ""),
         ("PUT", "/actions", r#"{"action_type": "FlushMetrics"}"#),
         ("PUT", "/actions", r#"{"action_type": "SendCtrlAltDel"}"#),
@@ -95,6 +99,8 @@ fn each_request_has_its_time() {
         ("/drives/d", drive(&disk)),
         ("/vsock", format!(r#"{{"guest_cid": 3, "uds_path": {:?}}}"#, api.rig.path("v"))),
         ("/entropy", "{}".to_owned()),
+        ("/balloon", r#"{"amount_mib": 1, "deflate_on_oom": true}"#.to_owned()),
+        ("/hotplug/memory", r#"{"total_size_mib": 128}"#.to_owned()),
         ("/serial", "{}".to_owned()),
         ("/logger", format!(r#"{{"log_path": {:?}, "level": "INFO"}}"#, api.rig.path("messages"))),
         ("/metrics", format!(r#"{{"metrics_path": {:?}, "properties": {{"a": "b"}}}}"#, api.rig.path("metrics"))),
@@ -140,8 +146,15 @@ fn a_disk_gets_another_file_while_the_vm_runs() {
     std::fs::File::options().write(true).open(&other).unwrap().set_len(1 << 20).unwrap();
     assert_eq!(api.ask("PATCH", "/drives/d", &patch(&other)).0, 204, "the same file again, after it has grown");
     assert_eq!(api.ask("PATCH", "/drives/d", r#"{"drive_id": "d"}"#).0, 204);
-    assert!(api.refusal("PATCH", "/drives/d", &patch(Path::new("/nowhere/x"))).contains("/nowhere/x"));
-    assert!(api.refusal("PATCH", "/drives/d", &patch(Path::new("/dev/null"))).contains("character device"));
+    let limits = r#"{"drive_id": "d", "rate_limiter": {"ops": {"size": 7, "refill_time": 100}}}"#;
+    assert_eq!(api.ask("PATCH", "/drives/d", limits).0, 204);
+    assert!(api.ask("GET", "/vm/config", "").1.contains(r#""rate_limiter":{"ops":{"size":7"#));
+    // The test's own directory is visible, because the socket is in it; others are not.
+    for unseen in ["/nowhere/x", "/dev/null"] {
+        let said = api.refusal("PATCH", "/drives/d", &patch(Path::new(unseen)));
+        assert!(said.contains(unseen) && said.contains("--visible"), "{said}");
+    }
+    assert!(api.refusal("PATCH", "/drives/d", &patch(&api.rig.fifo("fifo"))).contains("a FIFO"));
     assert!(api.refusal("PATCH", "/drives/e", r#"{"drive_id": "e"}"#).contains(r#"no drive "e""#));
     assert!(api.refusal("PATCH", "/drives/e", &patch(&disk)).contains("does not match"));
     assert!(api.refusal("PATCH", "/network-interfaces/n", r#"{"iface_id": "n"}"#).contains("no network interface"));

@@ -5,13 +5,16 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 /// Beside those that the image recipes name.
-const PACKAGES: [(&str, &str); 6] = [
+const PACKAGES: [(&str, &str); 9] = [
     ("qemu-system-x86", "emulated machines"),
     ("ipxe", "first stage of network boot"),
     ("ovmf", "UEFI firmware of emulated machines"),
     ("iproute2", "network namespaces"),
     ("gcc", "crates that compile C"),
     ("libc6-dev", "static programs"),
+    ("docker-registry", "somebody else's registry to push images to"),
+    ("xz-utils", "packed disk images"),
+    ("minisign", "signatures of somebody else's making"),
 ];
 
 /// Installs what is missing, in one go, and says so in one line.

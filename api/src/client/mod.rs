@@ -122,14 +122,24 @@ pub struct Client {
     http: reqwest::Client,
 }
 
+/// The beginning of a client between programs of ours: no proxy, and no certificate is looked for.
+///
+/// `bedplate` speaks TLS with registries, and where the whole workspace is built at once, so does the HTTP library of
+/// every program in it. It then wants a cryptography chosen before the first client is made, and would read the
+/// certificates of this machine, of which a node in the VMM image has none.
+pub fn plain_http() -> reqwest::ClientBuilder {
+    // The second call finds the choice of the first, which is the same.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::builder().no_proxy().tls_certs_only([])
+}
+
 impl Client {
     /// A client of the server at `endpoint` that shows `token` where there is one. Connects at the first call.
     ///
     /// # Errors
     /// The HTTP stack could not be set up.
     pub fn new(endpoint: Endpoint, token: Option<String>) -> Result<Self, ClientError> {
-        let mut builder = reqwest::Client::builder()
-            .no_proxy()
+        let mut builder = plain_http()
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(CONNECT_TIMEOUT)
             .read_timeout(READ_TIMEOUT);

@@ -7,7 +7,7 @@ use reqwest::Method;
 use super::{Client, ClientError, Frames, blob_path, segment};
 use crate::Digest;
 use crate::error::ErrorKind;
-use crate::image::{ChunkList, ImageSummary, MAX_BLOB_LEN, Tag};
+use crate::image::{ChunkList, ImageSummary, MAX_BLOB_LEN, MAX_SIGNATURE_LEN, Tag};
 
 impl Client {
     /// Every tag of the repository.
@@ -31,7 +31,41 @@ impl Client {
     /// # Errors
     /// See [`ClientError`].
     pub async fn tag_image(&self, name: &str, digest: Digest) -> Result<ImageSummary, ClientError> {
-        self.put(&format!("/v1/images/{}", segment(name)), &Tag { digest }).await
+        self.tag_signed_image(name, digest, None).await
+    }
+
+    /// The same, and keeps the signature of the manifest with it.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn tag_signed_image(
+        &self,
+        name: &str,
+        digest: Digest,
+        signature: Option<String>,
+    ) -> Result<ImageSummary, ClientError> {
+        self.put(&format!("/v1/images/{}", segment(name)), &Tag { digest, signature }).await
+    }
+
+    /// The signature of the manifest `digest`, if it has one. Not verified here.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn signature(&self, digest: &Digest) -> Result<Option<String>, ClientError> {
+        let path = format!("/v1/signatures/{digest}");
+        let mut response = match self.send(self.request(Method::GET, &path)).await {
+            Err(e) if Self::is_not_found(&e) => return Ok(None),
+            answer => answer?,
+        };
+        let mut text = Vec::new();
+        while let Some(bytes) = response.chunk().await.map_err(|e| self.answer_error(&path, &e))? {
+            text.extend_from_slice(&bytes);
+            // Too long for a signature, which who keeps it will say.
+            if text.len() > MAX_SIGNATURE_LEN {
+                break;
+            }
+        }
+        Ok(Some(String::from_utf8_lossy(&text).into_owned()))
     }
 
     /// Removes the name; the content goes with the next garbage collection.

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use bedplate_api::vmm::{BootSource, ExitReason, MachineConfig, VmConfig};
 
-use crate::vmm::{Vmm, VmmError};
+use crate::vmm::{Vmm, VmmError, Walls};
 
 /// A machine on which this takes a second has other problems; on good ones it takes milliseconds.
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -47,7 +47,7 @@ pub enum Trial {
 ///
 /// # Errors
 /// The VMM cannot be started at all.
-pub fn run(program: &Path, dir: &Path) -> Result<Trial, VmmError> {
+pub fn run(program: &Path, dir: &Path, walls: Walls) -> Result<Trial, VmmError> {
     let kernel = dir.join("probe.elf");
     let serial = dir.join("serial.log");
     fs::write(&kernel, elf()).map_err(|source| VmmError::File { what: "write", path: kernel.clone(), source })?;
@@ -60,7 +60,7 @@ pub fn run(program: &Path, dir: &Path) -> Result<Trial, VmmError> {
         machine_config: MachineConfig { vcpu_count: 1, mem_size_mib: 64, ..MachineConfig::default() },
         ..VmConfig::default()
     };
-    let result = Vmm::start(program, dir, "probe", &config, "file:serial.log")?.finish(DEADLINE);
+    let result = Vmm::start(program, dir, "probe", &config, "file:serial.log", walls)?.finish(DEADLINE);
     let letters = fs::read(&serial).unwrap_or_default();
     Ok(match result {
         Ok(exit) if exit.reason == ExitReason::GuestReset && letters.last() == Some(&STEPS[STEPS.len() - 1].0) => {

@@ -2,11 +2,11 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::guest::{self, Trial};
 use super::{Finding, Subject};
-use crate::vmm::VmmError;
+use crate::vmm::{VmmError, Walls};
 
 const LAB: &str = "use `bedplate run --lab` for a VM in an emulated machine (slow, but complete)";
 
@@ -16,7 +16,8 @@ pub(super) fn examine(vmm: Result<PathBuf, VmmError>) -> Vec<Finding> {
         Err(e) => (the_vmm().missing(e.to_string(), "install it beside this program, or name it with --vmm"), None),
     };
     let kvm = device();
-    vec![processor(), kvm, vmm_finding, guest(vmm)]
+    let walls = sandbox(vmm.as_deref());
+    vec![processor(), kvm, vmm_finding, guest(vmm), walls]
 }
 
 const fn the_vmm() -> Subject {
@@ -64,15 +65,30 @@ fn guest(vmm: Option<PathBuf>) -> Finding {
     if open_kvm().is_err() {
         return subject.missing("not tried: /dev/kvm does not open", "see /dev/kvm");
     }
-    match try_guest(&vmm) {
+    match try_guest(&vmm, Walls::None) {
         Ok(Trial::Works) => subject.ok("a test guest ran the instructions that every kernel needs"),
         Ok(Trial::Fails(words)) => subject.missing(words, format!("this KVM cannot run an unmodified kernel; {LAB}")),
         Err(e) => subject.missing(e.to_string(), LAB),
     }
 }
 
+/// Whether a VMM gets into its sandbox here, whatever its guest does then.
+fn sandbox(vmm: Option<&Path>) -> Finding {
+    let subject = Subject::required("sandbox", "keeping a guest that takes over its VMM from everything else");
+    let Some(vmm) = vmm.filter(|_| open_kvm().is_ok()) else {
+        return subject.missing("not tried: no VMM can run here", "see bedplate-vmm and /dev/kvm");
+    };
+    match try_guest(vmm, Walls::Sandbox) {
+        Ok(Trial::Fails(words)) if words.starts_with("sandbox: ") => {
+            subject.missing(words, "see what it says, or use `bedplate run --no-sandbox` with guests that you trust")
+        }
+        Ok(_) => subject.ok("a VMM could put its walls up"),
+        Err(e) => subject.missing(e.to_string(), "use `bedplate run --no-sandbox` with guests that you trust"),
+    }
+}
+
 /// Runs the test guest in a directory of its own. What `bedplate run` asks before it begins.
-pub(crate) fn try_guest(vmm: &std::path::Path) -> Result<Trial, VmmError> {
+pub(crate) fn try_guest(vmm: &Path, walls: Walls) -> Result<Trial, VmmError> {
     let dir = std::env::temp_dir().join(format!("bedplate-probe-{}", std::process::id()));
     let made = fs::create_dir(&dir).or_else(|e| match e.kind() {
         // A leftover of a killed process that had our id.
@@ -80,7 +96,7 @@ pub(crate) fn try_guest(vmm: &std::path::Path) -> Result<Trial, VmmError> {
         _ => Err(e),
     });
     made.map_err(|source| VmmError::File { what: "create", path: dir.clone(), source })?;
-    let trial = guest::run(vmm, &dir);
+    let trial = guest::run(vmm, &dir, walls);
     let _ = fs::remove_dir_all(&dir);
     trial
 }

@@ -4,13 +4,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bedplate_api::Digest;
-use bedplate_api::image::{ImageKind, ImageSummary};
-use bedplate_images::{Store, StoreError};
+use bedplate_api::image::{Firmware, ImageKind, ImageSummary};
+use bedplate_images::{Store, StoreError, export};
 use comfy_table::Cell;
 use serde::Serialize;
 use serde_json::json;
 
-use super::Error;
+use super::{Error, FileFormat};
 use crate::output::{self, Format, PrintError, note};
 use crate::progress::Progress;
 use crate::rundir;
@@ -50,10 +50,13 @@ fn with_removal(error: &StoreError, name: &str, store: &Store) -> String {
 
 pub(super) fn print(images: &[ImageSummary], format: Format, empty: &str) -> Result<(), PrintError> {
     output::list(format, images, empty, &["NAME", "DIGEST", "KIND", "SIZE", "CONTENT", "BOOT"], |image| {
-        let boot = match (image.kind, image.direct_boot) {
-            (_, true) => "direct",
-            (ImageKind::Disk, false) => "no kernel found",
-            (ImageKind::Vmm, false) => "-",
+        let boot = match (image.kind, image.direct_boot, image.firmware) {
+            (_, true, _) => "direct",
+            (_, _, Some(Firmware::Bios)) => "firmware (BIOS)",
+            (_, _, Some(Firmware::Uefi)) => "firmware (UEFI)",
+            (_, _, Some(Firmware::Either)) => "firmware (BIOS, UEFI)",
+            (ImageKind::Disk, false, None) => "no kernel found",
+            (ImageKind::Vmm, false, None) => "-",
         };
         vec![
             Cell::new(&image.name),
@@ -87,7 +90,15 @@ pub(super) fn inspect(store: &Store, name: &str, format: Format) -> Result<(), E
             let initrd = boot.initrd.as_ref().map(|part| format!(" with part {part}")).unwrap_or_default();
             text += &format!("\nboot      part {}{initrd}\ncmdline   {}", boot.kernel, boot.cmdline);
         }
-        None => text += "\nboot      no kernel was found inside: `bedplate run --kernel` starts it",
+        None => {
+            text += "\nboot      no kernel was found inside: `bedplate run --kernel` starts it";
+            if let Some(firmware) = &manifest.firmware {
+                let word = output::word(firmware);
+                text += &format!(
+                    "\nfirmware  {word}: it has a boot loader of its own, which bedplate-vmm cannot start yet"
+                );
+            }
+        }
     }
     for (key, value) in &manifest.labels {
         text += &format!("\nlabel     {key}={value}");
@@ -151,12 +162,21 @@ fn verify_one(store: &Store, name: &str) -> Result<ImageSummary, StoreError> {
     Ok(image)
 }
 
-pub(super) fn export(store: &Store, name: &str, part: &str, file: PathBuf) -> Result<(), Error> {
+pub(super) fn export(
+    store: &Store,
+    name: &str,
+    part: &str,
+    file: PathBuf,
+    format: Option<FileFormat>,
+) -> Result<(), Error> {
     if file.symlink_metadata().is_ok() {
         return Err(Error::Exists(file));
     }
+    let by_name = || if file.extension().is_some_and(|e| e == "qcow2") { FileFormat::Qcow2 } else { FileFormat::Raw };
     let digest = store.resolve(name)?;
-    store.materialise(&digest, part, &file)?;
-    note(&format!("wrote part {part} of {name} to {}", file.display()));
+    let progress = Progress::new(format!("export {name}"), 0);
+    let format = format.unwrap_or_else(by_name);
+    export::export(store, &digest, part, &file, format.into(), &mut |done, total| progress.set(done, total))?;
+    progress.finish(&format!("part {part} is in {} as {}", file.display(), output::word(&format)));
     Ok(())
 }

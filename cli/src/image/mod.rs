@@ -6,28 +6,38 @@ use std::time::Duration;
 use bedplate_api::Digest;
 use bedplate_api::client::Endpoint;
 use bedplate_images::import::ImportError;
-use bedplate_images::{Store, StoreError};
+use bedplate_images::{Store, StoreError, export};
 use clap::Subcommand;
 
 use crate::control::{self, CONTROL_VARIABLE, DEFAULT_CONTROL, Session};
 use crate::output::{self, Format, PrintError};
 use crate::place::{PlaceError, StoreArgs};
+use registry::RegistryArgs;
+pub use registry::RegistryError;
+pub use sign::SignError;
 
 pub(crate) mod import;
 mod local;
 mod pull;
 mod push;
+mod registry;
+mod sign;
 
 /// `bedplate image …`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   bedplate image import debian-12.qcow2 --name debian
+  curl -L https://example.org/disk.raw.xz | bedplate image import - --name web
   bedplate image import-vmm --kernel vmlinuz --initrd initrd --name vmm
   bedplate image ls
   bedplate image push web --as web-2
   bedplate image pull web
+  bedplate image push web oci://registry.example:5000/team/web:2
+  bedplate image pull oci://registry.example:5000/team/web:2 --as web
+  bedplate image import oci://quay.io/containerdisks/debian:12 --name debian
   bedplate image ls --control
-  bedplate image verify web")]
+  bedplate image verify web
+  bedplate image export web web.qcow2")]
 pub struct Args {
     #[command(flatten)]
     store: StoreArgs,
@@ -51,16 +61,37 @@ struct Peer {
     control: Endpoint,
 }
 
+/// What an image is written as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+enum FileFormat {
+    Raw,
+    Qcow2,
+}
+
+impl From<FileFormat> for export::Format {
+    fn from(format: FileFormat) -> Self {
+        match format {
+            FileFormat::Raw => Self::Raw,
+            FileFormat::Qcow2 => Self::Qcow2,
+        }
+    }
+}
+
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Import a raw or qcow2 disk image; chunks that the store has are not written again
+    /// Import a disk image: raw, qcow2 or flat VMDK, raw and qcow2 also packed with gzip, xz or zstd. Chunks that the store
+    /// has are not written again, so an import that was interrupted goes on when it is started again
     Import {
-        /// The file
+        /// The file or block device; - is standard input, oci://HOST/NAME:TAG or a directory in the OCI layout a container
+        /// image with a disk in it
         file: PathBuf,
         /// Name to give it: lower-case letters, digits, and . _ -; one that another image has is taken from it, and
         /// stderr says what it was
         #[arg(long)]
         name: String,
+        #[command(flatten)]
+        registry: RegistryArgs,
         /// A file elsewhere that FILE may refer to as its backing or data file; can be given several times
         #[arg(long, value_name = "FILE")]
         allow: Vec<PathBuf>,
@@ -97,20 +128,27 @@ enum Action {
         #[command(flatten)]
         remote: Remote,
     },
-    /// Send an image to a control node's repository; only what it lacks is sent
+    /// Send an image to a control node's repository or an OCI registry; only what is lacking there is sent
     Push {
         /// Its name or digest here
         name: String,
+        /// Where to in a registry: oci://HOST[:PORT]/NAME[:TAG] [default: the control node]
+        #[arg(conflicts_with = "to")]
+        registry: Option<String>,
+        #[command(flatten)]
+        how: RegistryArgs,
         /// Its name there [default: the name here]
         #[arg(long = "as", value_name = "NAME")]
         to: Option<String>,
         #[command(flatten)]
         peer: Peer,
     },
-    /// Fetch an image from a control node's repository; only what is missing here is fetched
+    /// Fetch an image from a control node's repository or an OCI registry; only what is missing here is fetched
     Pull {
-        /// Its name or digest there
+        /// Its name or digest at the control node, or oci://HOST[:PORT]/NAME[:TAG]
         name: String,
+        #[command(flatten)]
+        how: RegistryArgs,
         /// Its name here [default: the name there]
         #[arg(long = "as", value_name = "NAME")]
         to: Option<String>,
@@ -127,6 +165,24 @@ enum Action {
     Verify {
         /// Name or digest; all names where none is given
         name: Option<String>,
+        /// First check that the image was signed with this minisign public key
+        #[arg(long, value_name = "FILE", requires = "name")]
+        key: Option<PathBuf>,
+    },
+    /// Sign an image: its manifest, which names all of its content by digest
+    #[command(
+        after_help = "Where STORE/trust has public keys (*.pub), nothing boots that none of them signed: here, on a \
+                            control node or on a node, whose stores are STATE/images."
+    )]
+    Sign {
+        /// Its name or digest
+        name: String,
+        /// The secret key that `minisign -G` made; its password is asked for, if it has one
+        #[arg(long, value_name = "FILE", required_unless_present = "signature")]
+        key: Option<PathBuf>,
+        /// Take this signature, made with `minisign -S` of the file STORE/blobs/{first two digits}/{digest}, instead
+        #[arg(long, value_name = "FILE", conflicts_with = "key")]
+        signature: Option<PathBuf>,
     },
     /// Write a part of an image to a file
     Export {
@@ -137,6 +193,9 @@ enum Action {
         /// Which part: disk, kernel or initrd
         #[arg(long, default_value = "disk")]
         part: String,
+        /// What to write: raw or qcow2 [default: qcow2 where the file's name ends so, else raw]
+        #[arg(long, value_enum, hide_possible_values = true)]
+        format: Option<FileFormat>,
     },
 }
 
@@ -155,6 +214,15 @@ pub enum Error {
     /// The control node.
     #[error(transparent)]
     Control(#[from] control::Error),
+    /// A registry.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// A signature.
+    #[error(transparent)]
+    Sign(#[from] SignError),
+    /// Something else than a registry.
+    #[error("{0:?} is no place in a registry: write oci://HOST[:PORT]/NAME[:TAG], or --as NAME for the control node")]
+    NoRegistry(String),
     /// A file that is there already is not written over.
     #[error("{} is there already; remove it or name another file", .0.display())]
     Exists(PathBuf),
@@ -205,7 +273,9 @@ impl From<bedplate_api::client::ClientError> for Error {
 pub fn run(args: Args, format: Format) -> Result<(), Error> {
     let dir = args.store.dir()?;
     match args.action {
-        Action::Import { file, name, allow } => import::run(&Store::create(dir)?, &file, &name, &allow, format)?,
+        Action::Import { file, name, registry, allow } => {
+            import::run(&Store::create(dir)?, &file, &name, &allow, &registry, format)?;
+        }
         Action::ImportVmm { kernel, initrd, cmdline, name } => {
             import::run_vmm(&Store::create(dir)?, &kernel, &initrd, &cmdline, &name, format)?;
         }
@@ -221,11 +291,32 @@ pub fn run(args: Args, format: Format) -> Result<(), Error> {
             session.wait(session.client.untag_image(&name))?;
         }
         Action::Rm { name, .. } => Store::open(dir)?.remove_tag(&name)?,
-        Action::Push { name, to, peer } => push::run(&Store::open(dir)?, &name, to, &peer.control, format)?,
-        Action::Pull { name, to, peer } => pull::run(&Store::create(dir)?, &name, to, &peer.control, format)?,
+        Action::Push { name, registry: Some(to), how, .. } => {
+            if !to.starts_with(registry::SCHEME) {
+                return Err(Error::NoRegistry(to));
+            }
+            registry::push(&Store::open(dir)?, &name, &to, &how, format)?;
+        }
+        Action::Pull { name, how, to, .. } if name.starts_with(registry::SCHEME) => {
+            registry::pull(&Store::create(dir)?, &name, to, &how, format)?;
+        }
+        Action::Push { name, to, peer, .. } => push::run(&Store::open(dir)?, &name, to, &peer.control, format)?,
+        Action::Pull { name, to, peer, .. } => pull::run(&Store::create(dir)?, &name, to, &peer.control, format)?,
         Action::Gc { grace } => local::gc(&Store::open(dir)?, Duration::from_secs(grace), format)?,
-        Action::Verify { name } => local::verify(&Store::open(dir)?, name, format)?,
-        Action::Export { name, file, part } => local::export(&Store::open(dir)?, &name, &part, file)?,
+        Action::Verify { name, key } => {
+            let store = Store::open(dir)?;
+            if let (Some(name), Some(key)) = (&name, &key) {
+                sign::verify(&store, name, key)?;
+            }
+            local::verify(&store, name, format)?;
+        }
+        Action::Sign { name, key, signature } => match (key, signature) {
+            (Some(key), _) => sign::sign(&Store::open(dir)?, &name, &key)?,
+            (None, Some(file)) => sign::attach(&Store::open(dir)?, &name, &file)?,
+            // The command line asks for one of them.
+            (None, None) => {}
+        },
+        Action::Export { name, file, part, format } => local::export(&Store::open(dir)?, &name, &part, file, format)?,
     }
     Ok(())
 }

@@ -6,7 +6,7 @@ use bedplate_api::client::{Client, Endpoint};
 use bedplate_api::image::MAX_CHUNK_LIST;
 use bedplate_images::{CHUNK_SIZE, Store};
 
-use super::push::distinct_chunks;
+use super::sign::SignError;
 use super::{Error, note_moved, print_one, tag_for};
 use crate::control::Session;
 use crate::output::{self, Format};
@@ -25,6 +25,9 @@ pub(super) fn run(
         let digest = client.image(name).await?.digest;
         let tag = tag_for(name, to, &digest)?;
         fetch(store, &digest, name, client).await?;
+        if let Some(signature) = client.signature(&digest).await? {
+            store.put_signature(&digest, &signature).map_err(SignError::from)?;
+        }
         Ok::<_, Error>((tag, digest))
     })?;
     let before = store.tag(&tag).ok();
@@ -39,7 +42,7 @@ async fn fetch(store: &Store, image: &Digest, name: &str, client: &Client) -> Re
     for part in store.manifest(image)?.parts.values() {
         fetch_blob(store, &part.index, client).await?;
     }
-    let chunks = distinct_chunks(store, image)?;
+    let chunks = store.distinct_chunks(image)?;
     let missing = store.missing(&chunks);
     store.need_space("the pull", missing.len() as u64 * CHUNK_SIZE as u64)?;
     let progress = Progress::new(format!("pull {name}"), missing.len() as u64 * CHUNK_SIZE as u64);

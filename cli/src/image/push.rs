@@ -1,8 +1,6 @@
 //! From the local store to a repository: chunks first, then what names them, the tag last, so that the repository never
 //! has a name for half an image.
 
-use std::collections::HashSet;
-
 use bedplate_api::Digest;
 use bedplate_api::client::{Client, Endpoint, encode_frame};
 use bedplate_api::image::MAX_CHUNK_LIST;
@@ -26,14 +24,14 @@ pub(super) fn run(
     let session = Session::open(endpoint)?;
     let image = session.run(async |client| {
         send(store, &digest, name, client).await?;
-        Ok::<_, Error>(client.tag_image(&tag, digest).await?)
+        Ok::<_, Error>(client.tag_signed_image(&tag, digest, store.signature(&digest)?).await?)
     })?;
     Ok(print_one(&image, format)?)
 }
 
 async fn send(store: &Store, image: &Digest, name: &str, client: &Client) -> Result<(), Error> {
     let manifest = store.manifest(image)?;
-    let chunks = distinct_chunks(store, image)?;
+    let chunks = store.distinct_chunks(image)?;
     let chunk_size = bedplate_images::CHUNK_SIZE as u64;
     let progress = Progress::new(format!("push {name}"), chunks.len() as u64 * chunk_size);
     let (mut sent, mut sent_bytes) = (0, 0);
@@ -54,18 +52,4 @@ async fn send(store: &Store, image: &Digest, name: &str, client: &Client) -> Res
     client.put_blob(image, store.blob(image)?).await?;
     progress.finish(&format!("{sent} of {} chunks sent ({})", chunks.len(), output::bytes(sent_bytes)));
     Ok(())
-}
-
-/// The chunks of an image, each once, in the order in which a reader meets them.
-pub(super) fn distinct_chunks(store: &Store, image: &Digest) -> Result<Vec<Digest>, StoreError> {
-    let (mut seen, mut chunks) = (HashSet::new(), Vec::new());
-    for part in store.manifest(image)?.parts.values() {
-        store.index(part)?.each(|_, chunk| {
-            if seen.insert(chunk) {
-                chunks.push(chunk);
-            }
-            Ok::<_, StoreError>(())
-        })?;
-    }
-    Ok(chunks)
 }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use bedplate_api::image::Firmware;
 use bedplate_api::vmm::{BootSource, Drive, Entropy, MachineConfig, NetworkInterface, VmConfig};
 use bedplate_images::{Store, StoreError};
 
@@ -20,6 +21,18 @@ pub enum BootError {
         /// The image.
         image: String,
     },
+    /// It has a boot loader, which needs firmware.
+    #[error(
+        "{image} starts by its own boot loader under {} firmware, and bedplate-vmm boots kernels directly (no kernel was \
+         found in the image): take its kernel out and name it with --kernel (and --initrd)",
+        firmware_name(*firmware)
+    )]
+    NeedsFirmware {
+        /// The image.
+        image: String,
+        /// Which.
+        firmware: Firmware,
+    },
     /// A file that is not there.
     #[error("cannot read {}: {source}", path.display())]
     File {
@@ -31,6 +44,14 @@ pub enum BootError {
     /// The kernel in the image cannot be taken out.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+fn firmware_name(firmware: Firmware) -> &'static str {
+    match firmware {
+        Firmware::Bios => "BIOS",
+        Firmware::Uefi => "UEFI",
+        Firmware::Either => "BIOS or UEFI",
+    }
 }
 
 /// What to load.
@@ -50,7 +71,11 @@ pub(super) fn files(args: &Args, store: &Store, source: &Source, dir: &Path) -> 
         let initrd = args.initrd.as_deref().map(readable).transpose()?;
         return Ok(Kernel { kernel: readable(kernel)?, initrd, cmdline });
     }
-    let Some(boot) = boot else { return Err(BootError::NoKernel { image: args.image.clone() }) };
+    let image = || args.image.clone();
+    let boot = boot.ok_or_else(|| match source.manifest.firmware {
+        Some(firmware) => BootError::NeedsFirmware { image: image(), firmware },
+        None => BootError::NoKernel { image: image() },
+    })?;
     let extract = |part: &String| {
         let path = dir.join(part);
         store.materialise(&source.digest, part, &path).map(|()| path)
@@ -80,6 +105,8 @@ pub(super) fn config(args: &Args, kernel: Kernel, disk: PathBuf, net: Option<&Ne
         host_dev_name: net.tap().to_owned(),
         guest_mac: Some(net.mac.clone()),
         mtu: None,
+        rx_rate_limiter: None,
+        tx_rate_limiter: None,
     });
     VmConfig {
         boot_source: Some(BootSource {
@@ -96,6 +123,7 @@ pub(super) fn config(args: &Args, kernel: Kernel, disk: PathBuf, net: Option<&Ne
             is_read_only: false,
             cache_type: Default::default(),
             io_engine: None,
+            rate_limiter: None,
         }],
         machine_config: MachineConfig { vcpu_count: args.cpus, mem_size_mib: args.memory, ..MachineConfig::default() },
         network_interfaces: interface.into_iter().collect(),

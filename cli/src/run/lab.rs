@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 
 use bedplate_api::vmm::{BootSource, VmConfig};
+use bedplate_images::trust::TrustError;
 use bedplate_images::{Store, StoreError};
 use bedplate_lab::{Accel, Archive, MachineSpec};
 
@@ -47,6 +48,9 @@ pub enum LabError {
     /// The store, or what is in it.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Nobody signed the VMM image whom the store trusts.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// The VM's kernel.
     #[error(transparent)]
     Boot(#[from] boot::BootError),
@@ -92,6 +96,7 @@ fn node_files(args: &Args, store: &Store, dir: &Path) -> Result<(PathBuf, PathBu
         StoreError::TagMissing { .. } => missing(),
         other => LabError::Store(other),
     })?;
+    store.check_trust(&digest)?;
     let parts = store.manifest(&digest)?.parts;
     if !parts.contains_key("kernel") || !parts.contains_key("initrd") {
         return Err(LabError::NotAVmmImage(args.vmm_image.clone()));
@@ -139,7 +144,7 @@ fn attach_disk(
     name: &str,
     dir: &Path,
 ) -> Result<MachineSpec, LabError> {
-    if let (Some((file, format)), false) = (&source.file, args.persistent) {
+    if let (Some((file, Some(format))), false) = (&source.file, args.persistent) {
         return Ok(spec.throwaway_drive(file, format));
     }
     // A disk of the lab is a plain file: the node cannot open a store that is on this side.

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use bedplate_images::disk::DiskError;
+use bedplate_images::trust::TrustError;
 use bedplate_images::{Store, StoreError};
 
 use crate::console::{self, End, Keys};
@@ -15,7 +16,7 @@ use crate::place::{PlaceError, StoreArgs};
 use crate::rundir::{RunDir, RunDirError};
 use crate::size::parse_mib;
 use crate::terminal;
-use crate::vmm::{self, Vmm, VmmError};
+use crate::vmm::{self, Vmm, VmmError, Walls};
 
 mod boot;
 mod lab;
@@ -75,6 +76,9 @@ pub struct Args {
     /// The VMM [default: beside this program, then in PATH]
     #[arg(long, value_name = "PATH", conflicts_with = "lab")]
     vmm: Option<PathBuf>,
+    /// Let a guest that takes over its VMM do what you can do
+    #[arg(long, conflicts_with = "lab")]
+    no_sandbox: bool,
     #[command(flatten)]
     store: StoreArgs,
 }
@@ -102,6 +106,9 @@ pub enum Error {
     /// The store, or what is in it.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Nobody signed it whom this store trusts.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// The disk cannot be made or used.
     #[error(transparent)]
     Disk(#[from] DiskError),
@@ -132,6 +139,7 @@ pub fn run(args: Args) -> Result<u8, Error> {
     let store = Store::create(args.store.dir()?)?;
     let lease = store.lease()?;
     let source = Source::open(&store, &args.image)?;
+    store.check_trust(&source.digest)?;
     let name = args.name.clone().unwrap_or_else(|| source.name());
     let run_dir = RunDir::create(store.dir(), &name)?;
     match program {
@@ -149,7 +157,7 @@ pub fn run(args: Args) -> Result<u8, Error> {
 fn usable_vmm(args: &Args) -> Result<PathBuf, Error> {
     kvm::open_kvm().map_err(Error::NoKvm)?;
     let program = vmm::locate(args.vmm.as_deref())?;
-    match kvm::try_guest(&program)? {
+    match kvm::try_guest(&program, Walls::None)? {
         Trial::Works => Ok(program),
         Trial::Fails(words) => Err(Error::BadKvm(words)),
     }
@@ -171,7 +179,8 @@ fn on_kvm(
         note(&format!("The guest's address is {}{reach}.", net.guest));
     }
     let config = boot::config(args, kernel, disk, net.as_ref());
-    let vmm = Vmm::start(program, run_dir.path(), name, &config, &format!("socket:{SERIAL}"))?;
+    let walls = if args.no_sandbox { Walls::None } else { Walls::Sandbox };
+    let vmm = Vmm::start(program, run_dir.path(), name, &config, &format!("socket:{SERIAL}"), walls)?;
     let (vmm, serial) = vmm.connect(SERIAL)?;
     if terminal::is_interactive() {
         note(&format!("Console of {name}; Ctrl-A X stops it, Ctrl-A ? shows more."));

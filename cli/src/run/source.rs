@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use bedplate_api::Digest;
 use bedplate_api::image::{ImageKind, Manifest};
 use bedplate_images::disk::{Disk, Mode};
+use bedplate_images::import::format::Format;
 use bedplate_images::import::{self, ImportError};
 use bedplate_images::{Store, StoreError};
 
@@ -58,8 +59,8 @@ pub enum SourceError {
 pub(super) struct Source {
     pub digest: Digest,
     pub manifest: Manifest,
-    /// The file that it came from, and QEMU's name for its format.
-    pub file: Option<(PathBuf, &'static str)>,
+    /// The file that it came from, and QEMU's name for its format, if QEMU reads it as it is.
+    pub file: Option<(PathBuf, Option<&'static str>)>,
     image: String,
 }
 
@@ -69,8 +70,12 @@ impl Source {
         let path = Path::new(image);
         if path.is_file() || image.contains('/') {
             let imported = image::import::disk(store, path, None, &[]).map_err(SourceError::from)?;
-            let (_, format) = import::probe(path, &[]).map_err(SourceError::from)?;
-            let qemu = if format == import::format::Format::Qcow2 { "qcow2" } else { "raw" };
+            let qemu = match import::probe(path, &[]).map_err(SourceError::from)? {
+                Format::Raw => Some("raw"),
+                Format::Qcow2 => Some("qcow2"),
+                Format::VmdkText => Some("vmdk"),
+                _ => None,
+            };
             let file = Some((path.to_owned(), qemu));
             return Ok(Self { digest: imported.digest, manifest: imported.manifest, file, image: image.to_owned() });
         }

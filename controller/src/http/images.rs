@@ -12,6 +12,7 @@ use bedplate_api::client::{FrameError, Frames, encode_frame};
 use bedplate_api::error::ErrorKind;
 use bedplate_api::image::{ChunkList, ImageKind, ImageSummary, MAX_BLOB_LEN, MAX_CHUNK_LIST, Tag};
 use bedplate_api::{ApiError, Digest};
+use bedplate_images::trust::TrustError;
 use bedplate_images::{Store, StoreError};
 use bytes::Bytes;
 use futures_util::stream;
@@ -46,6 +47,16 @@ impl From<StoreError> for Refusal {
     }
 }
 
+impl From<TrustError> for Refusal {
+    fn from(error: TrustError) -> Self {
+        match error {
+            TrustError::Store(error) => error.into(),
+            error @ TrustError::NotAKey { .. } => Self::new(ErrorKind::Internal, error.to_string()),
+            error => Self::new(ErrorKind::BadRequest, error.to_string()),
+        }
+    }
+}
+
 async fn ask<T: Send + 'static>(
     control: &Arc<Control>,
     act: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
@@ -70,10 +81,17 @@ pub async fn bootable_disk(control: &Arc<Control>, name: &str) -> Result<Digest,
         ImageSummary { kind: ImageKind::Vmm, .. } => {
             unusable("it is of kind \"vmm\", a tier needs one of kind \"disk\"")
         }
+        ImageSummary { direct_boot: false, firmware: Some(_), .. } => unusable(
+            "it starts by its own boot loader under firmware, and VMs here are started from a kernel, which was not found in it",
+        ),
         ImageSummary { direct_boot: false, .. } => {
             unusable("no kernel was found in it when it was imported, so there is no way to start it")
         }
-        ImageSummary { digest, .. } => Ok(digest),
+        ImageSummary { digest, .. } => {
+            let images = control.images.clone();
+            blocking(move || images.check_trust(&digest)).await?;
+            Ok(digest)
+        }
     }
 }
 
@@ -104,14 +122,28 @@ pub async fn tag(
     let asked = name.clone();
     let (summary, changed) = ask(&control, move |images| {
         let before = images.tag(&asked).ok();
+        if let Some(signature) = &tag.signature {
+            // It is of a manifest that must be there.
+            images.manifest(&tag.digest)?;
+            if let Err(error) = images.put_signature(&tag.digest, signature) {
+                return Ok(Err(error));
+            }
+        }
         images.set_tag(&asked, &tag.digest)?;
-        Ok((images.summary(&asked)?, before != Some(tag.digest)))
+        Ok(Ok((images.summary(&asked)?, before != Some(tag.digest))))
     })
-    .await?;
+    .await??;
     if changed {
         control.event(&name, format!("image {name} is {} now", summary.digest)).await;
     }
     Ok(Json(summary))
+}
+
+/// `GET /v1/signatures/{digest}`.
+pub async fn signature(State(control): Shared, Path(name): Path<String>) -> Result<String, Refusal> {
+    let digest = digest(&name)?;
+    let text = ask(&control, move |images| images.signature(&digest)).await?;
+    text.ok_or_else(|| Refusal::new(ErrorKind::NotFound, format!("image {digest} is not signed")))
 }
 
 /// `DELETE /v1/images/{name}`.

@@ -8,6 +8,7 @@ use std::sync::{Mutex, PoisonError};
 use bedplate_api::Digest;
 use bedplate_api::image::ImageKind;
 use bedplate_images::StoreError;
+use bedplate_images::trust::TrustError;
 
 use crate::control::Control;
 
@@ -27,6 +28,9 @@ pub enum FilesError {
     /// The repository failed.
     #[error("the VMM image cannot be read: {0}")]
     Store(#[from] StoreError),
+    /// Its keys did not sign it.
+    #[error("the VMM image is not booted: {0}")]
+    Trust(#[from] TrustError),
     /// The files cannot be written.
     #[error("cannot write {path}: {source}")]
     Io {
@@ -69,6 +73,7 @@ pub fn prepare(control: &Control) -> Result<Ready, FilesError> {
         Some(boot) if manifest.kind == ImageKind::Vmm => boot,
         _ => return Err(FilesError::NotBootable(tag.clone())),
     };
+    images.check_trust(&image)?;
     let dir = dir(control, &image);
     let mut written = control.boot_files.lock().unwrap_or_else(PoisonError::into_inner);
     let complete = dir.join("kernel").exists() && (boot.initrd.is_none() || dir.join("initrd").exists());

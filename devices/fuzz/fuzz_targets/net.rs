@@ -12,7 +12,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     for len in bytes.iter().take(4) {
         let _ = peer.send(&vec![0; 12 + usize::from(*len) * 16]);
     }
-    let mut net = Net::new(wire, NetConfig { mac: [2, 0, 0, 0, 0, 1], mtu: None });
+    let mut net = Net::new(wire, NetConfig::default()).expect("descriptors are left");
     net.set_responder(Responder::new(SERVER, Box::new(Echo))).expect("a timer can be had");
     let mut hostile = Hostile::new(Driver::attach(net));
     let (driver, mut queues) = hostile.run(bytes);

@@ -110,6 +110,16 @@ impl Driver {
     /// Resets the device, negotiates `features`, routes MSI-X vectors and sets all queues up; the device is not yet
     /// started, so that a test can put chains into the rings first.
     pub fn prepare(&mut self, features: u64) -> Vec<DriverQueue> {
+        self.prepare_some(features, &[])
+    }
+
+    /// All that the device offers but `without`, and without the queues `skipped`.
+    pub fn prepare_without(&mut self, without: u64, skipped: &[u16]) -> Vec<DriverQueue> {
+        let offered = self.offered();
+        self.prepare_some(offered & !without, skipped)
+    }
+
+    fn prepare_some(&mut self, features: u64, skipped: &[u16]) -> Vec<DriverQueue> {
         self.set_status(0);
         assert_eq!(self.status(), 0, "a reset is complete when its write returns");
         self.set_status(1);
@@ -124,13 +134,12 @@ impl Driver {
         self.enable_msix();
         self.machine.write(self.common(16), &0u16.to_le_bytes());
         let count = u16::from_le_bytes(self.machine.read(self.common(18)));
-        (0..count).map(|index| self.prepare_queue(index)).collect()
+        (0..count).filter(|index| !skipped.contains(index)).map(|index| self.prepare_queue(index)).collect()
     }
 
     /// All that the device offers but `without`.
     pub fn prepare_all(&mut self, without: u64) -> Vec<DriverQueue> {
-        let offered = self.offered();
-        self.prepare(offered & !without)
+        self.prepare_without(without, &[])
     }
 
     /// Says that the driver is ready.

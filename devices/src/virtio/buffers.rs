@@ -17,6 +17,9 @@ use crate::Memory;
 /// How many pieces one system call takes (`UIO_MAXIOV`).
 const MAX_IOVECS: usize = 1024;
 
+/// Bytes of a page of the host.
+const HOST_PAGE: usize = 4096;
+
 /// A range that a descriptor names is not RAM.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a descriptor points outside of guest memory")]
@@ -81,6 +84,36 @@ impl Buffers {
     /// Forgets the first `pieces` pieces.
     pub fn drop_front(&mut self, pieces: usize) {
         self.len -= self.pieces.drain(..pieces).map(|piece| piece.iov_len).sum::<usize>();
+    }
+
+    /// Makes this the list of the pieces of `view`, which must be over the same memory.
+    pub fn set(&mut self, view: View<'_>) {
+        self.clear();
+        self.pieces.extend(view.iovecs());
+        self.len = view.len;
+    }
+
+    /// Forgets the first `bytes` bytes, or all if there are fewer.
+    pub fn drop_bytes(&mut self, bytes: usize) {
+        let mut left = bytes.min(self.len);
+        self.len -= left;
+        let whole = self.pieces.iter().take_while(|piece| {
+            let fits = piece.iov_len <= left;
+            left -= if fits { piece.iov_len } else { 0 };
+            fits
+        });
+        let whole = whole.count();
+        self.pieces.drain(..whole);
+        if let Some(first) = self.pieces.first_mut() {
+            first.iov_base = first.iov_base.wrapping_byte_add(left);
+            first.iov_len -= left;
+        }
+    }
+
+    /// The pieces as the kernel takes them, as many as it takes at once. They are valid guest memory, which the guest
+    /// may write to at any time, for as long as this list is neither changed nor dropped.
+    pub fn iovecs(&self) -> &[iovec] {
+        &self.pieces[..self.pieces.len().min(MAX_IOVECS)]
     }
 
     /// How many pieces there are.
@@ -150,6 +183,11 @@ impl<'a> View<'a> {
         })
     }
 
+    /// The pieces of the stretch as the kernel takes them.
+    fn iovecs(self) -> impl Iterator<Item = iovec> {
+        self.slices().map(|slice| iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() })
+    }
+
     /// Copies guest bytes to `data`; returns how many there were.
     pub fn copy_to(self, data: &mut [u8]) -> usize {
         let mut done = 0;
@@ -176,6 +214,37 @@ impl<'a> View<'a> {
         done
     }
 
+    /// Gives the whole host pages in the stretch back to the host. They read as zeroes (in a private mapping of a file: as
+    /// the file) until they are written again. Returns how many bytes that were.
+    ///
+    /// # Errors
+    /// The host refuses; some pages may have been given back.
+    pub fn release(self) -> io::Result<u64> {
+        let mut released = 0;
+        for slice in self.slices() {
+            let start = slice.ptr_guard_mut().as_ptr();
+            let skip = start.align_offset(HOST_PAGE);
+            let len = slice.len().saturating_sub(skip) / HOST_PAGE * HOST_PAGE;
+            if len == 0 {
+                continue;
+            }
+            let start = start.wrapping_add(skip).cast();
+            // Of a shared mapping, the file's pages; a private one knows only the second way.
+            // SAFETY: the range is guest memory that is kept alive and stays mapped. Its bytes change, as they may at any
+            // time by the guest's own hand.
+            let mut result = unsafe { libc::madvise(start, len, libc::MADV_REMOVE) };
+            if result != 0 {
+                // SAFETY: as above.
+                result = unsafe { libc::madvise(start, len, libc::MADV_DONTNEED) };
+            }
+            if result != 0 {
+                return Err(io::Error::last_os_error());
+            }
+            released += len as u64;
+        }
+        Ok(released)
+    }
+
     /// Takes a value from the front; `None` if there are too few bytes.
     pub fn split_value<T: ByteValued + Default>(self) -> Option<(T, View<'a>)> {
         let (front, rest) = self.split_at(size_of::<T>())?;
@@ -188,11 +257,7 @@ impl<'a> View<'a> {
     fn with_iovecs<R>(self, extra: Option<iovec>, call: impl FnOnce(&[iovec]) -> R) -> R {
         let mut iovecs = [const { MaybeUninit::<iovec>::uninit() }; MAX_IOVECS];
         let mut count = 0;
-        let pieces = self.slices().map(|slice| {
-            let iov_base = slice.ptr_guard_mut().as_ptr().cast();
-            iovec { iov_base, iov_len: slice.len() }
-        });
-        for (place, piece) in iovecs.iter_mut().zip(pieces.chain(extra)) {
+        for (place, piece) in iovecs.iter_mut().zip(self.iovecs().chain(extra)) {
             place.write(piece);
             count += 1;
         }
@@ -326,8 +391,38 @@ mod tests {
         assert!(rest.split_value::<u32>().is_none());
         assert!(all.split_at(8).unwrap().1.is_empty());
         assert_eq!(buffers.memory.read_obj::<u8>(GuestAddress(0x100)).unwrap(), b'h');
+        let mut others = Buffers::new(Arc::clone(&buffers.memory));
+        others.set(back);
+        assert_eq!((others.len(), others.iovecs().len()), (4, 3));
+        others.drop_bytes(2);
+        assert_eq!((others.len(), others.view().copy_to(&mut data), &data[..2]), (2, 2, &b"gh"[..]));
+        others.drop_bytes(9);
+        assert!(others.is_empty() && others.iovecs().is_empty());
         buffers.drop_front(1);
         assert_eq!((buffers.len(), buffers.view().copy_to(&mut data)), (5, 5));
+    }
+
+    #[test]
+    fn whole_pages_are_given_back_and_others_stay() {
+        let file = rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&file, 0x8000).unwrap();
+        let held = |file: &std::os::fd::OwnedFd| rustix::fs::fstat(file).unwrap().st_blocks * 512;
+        let offset = vm_memory::FileOffset::new(file.try_clone().unwrap().into(), 0);
+        let ranges = [(GuestAddress(0), 0x8000, Some(offset))];
+        let memory: Memory = Arc::new(vm_memory::GuestMemoryMmap::from_ranges_with_files(&ranges).unwrap());
+        memory.write_slice(&[7; 0x8000], GuestAddress(0)).unwrap();
+        assert_eq!(held(&file), 0x8000);
+        let mut buffers = Buffers::new(Arc::clone(&memory));
+        for (address, len) in [(0x800, 0x2000), (0x4000, 0x1000), (0x6001, 0x1ffe)] {
+            buffers.push(GuestAddress(address), len).unwrap();
+        }
+        assert_eq!(buffers.view().release().unwrap(), 0x2000);
+        assert_eq!(held(&file), 0x6000);
+        for (address, byte) in
+            [(0xfff, 7), (0x1000, 0), (0x1fff, 0), (0x2000, 7), (0x4fff, 0), (0x5000, 7), (0x7fff, 7)]
+        {
+            assert_eq!(memory.read_obj::<u8>(GuestAddress(address)).unwrap(), byte, "{address:#x}");
+        }
     }
 
     #[test]

@@ -6,7 +6,10 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use proptest::prelude::*;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::block::{Block, BlockConfig};
+use super::balloon::{Balloon, BalloonConfig};
+use super::block::{Block, BlockConfig, Medium, RawFile};
+use super::limiter::LimiterConfig;
+use super::mem::{Mem, MemConfig};
 use super::net::{Net, NetConfig};
 use super::rng::Rng;
 use super::vsock::{Vsock, VsockConfig};
@@ -27,7 +30,24 @@ struct Subject<D> {
 }
 
 fn block() -> Subject<Block<RamDisk>> {
-    let device = Block::new(RamDisk::new(1 << 20), BlockConfig::default());
+    let device = Block::new(RamDisk::new(1 << 20), BlockConfig::default()).unwrap();
+    Subject { device, served: &[0], relax: Box::new(|| ()) }
+}
+
+/// Several queues, over io_uring where there is one.
+fn block_ring() -> Subject<Block<RawFile>> {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    let backend = RawFile::new(file).unwrap();
+    let ring = backend.ring().inspect_err(|error| println!("skipped: no io_uring here: {error}")).ok();
+    let device = Block::over(Medium { backend, ring }, BlockConfig { queues: 4, ..Default::default() }).unwrap();
+    Subject { device, served: &[0, 1, 2, 3], relax: Box::new(|| ()) }
+}
+
+fn mem() -> Subject<Mem> {
+    let config = MemConfig { address: Machine::RAM as u64 / 2, len: 4 << 20, block: 1 << 20 };
+    let device = Mem::new(config).unwrap();
+    device.control().request(2 << 20);
     Subject { device, served: &[0], relax: Box::new(|| ()) }
 }
 
@@ -35,13 +55,19 @@ fn net() -> Subject<Net<Wire>> {
     let (wire, peer, _) = Wire::new();
     peer.set_nonblocking(true).unwrap();
     let relax = Box::new(move || while peer.recv(&mut [0; 64]).is_ok() {});
-    let mut device = Net::new(wire, NetConfig { mac: [2, 0, 0, 0, 0, 1], mtu: None });
+    let mut device = Net::new(wire, NetConfig { mac: [2, 0, 0, 0, 0, 1], ..NetConfig::default() }).unwrap();
     device.set_responder(Responder::new(SERVER, Box::new(Echo))).unwrap();
     Subject { device, served: &[0, 1], relax }
 }
 
 fn rng() -> Subject<Rng> {
-    Subject { device: Rng::new(), served: &[0], relax: Box::new(|| ()) }
+    Subject { device: Rng::new(LimiterConfig::NONE).unwrap(), served: &[0], relax: Box::new(|| ()) }
+}
+
+fn balloon() -> Subject<Balloon> {
+    let stats_interval = std::time::Duration::from_secs(1);
+    let config = BalloonConfig { stats_interval, hinting: true, reporting: true, ..BalloonConfig::default() };
+    Subject { device: Balloon::new(config).unwrap(), served: &[0, 1], relax: Box::new(|| ()) }
 }
 
 fn vsock() -> Subject<Vsock> {
@@ -155,7 +181,7 @@ fn stops_with_nothing_in_flight<D: VirtioDevice + 'static>(mut subject: Subject<
     assert!(subject.device.stop().is_empty(), "a device at rest has no queues");
     let machine = Machine::new();
     for _ in 0..3 {
-        let interrupt = Arc::new(Count::default());
+        let interrupt: Arc<dyn Interrupt> = Arc::new(Count::default());
         let queues = (0..).zip(subject.device.queue_sizes()).map(|(index, size)| {
             let base = 0x1_0000 * u64::from(index);
             // Chains of one buffer that can be written to, in all entries.
@@ -177,12 +203,12 @@ fn stops_with_nothing_in_flight<D: VirtioDevice + 'static>(mut subject: Subject<
             (config.descriptors, config.driver, config.device) = (base, base + 0x6000, base + 0x8000);
             let queue = config.activate(&machine.memory, false).unwrap();
             let notify = Arc::new(EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap());
-            let interrupt = Arc::clone(&interrupt) as Arc<dyn Interrupt>;
+            let interrupt = Arc::clone(&interrupt);
             Some(Virtqueue::new(index, queue, &machine.memory, notify, interrupt, Arc::clone(subject.device.metrics())))
         });
         let queues: Vec<_> = queues.collect();
         let count = queues.len();
-        subject.device.activate(Active { queues, features: VERSION_1 }).unwrap();
+        subject.device.activate(Active { queues, features: VERSION_1, interrupt }).unwrap();
         let queues = subject.device.stop();
         assert_eq!(queues.len(), count);
         for queue in &queues {
@@ -238,4 +264,4 @@ macro_rules! contract {
     )*};
 }
 
-contract!(block, net, rng, vsock);
+contract!(balloon, block, block_ring, mem, net, rng, vsock);

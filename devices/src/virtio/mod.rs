@@ -16,20 +16,26 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 
 use crate::metrics::DeviceMetrics;
 
+pub mod balloon;
 pub mod block;
 mod buffers;
 #[cfg(test)]
 mod contract_tests;
+mod inbox;
+pub mod limiter;
+pub mod mem;
 pub mod net;
 pub mod pci;
 mod queue;
 pub mod rng;
+mod timer;
 pub mod vsock;
 mod worker;
 
 pub use buffers::{Buffers, OutsideRam, View};
+use inbox::Inbox;
 pub use queue::{Answer, Chain, ChainFault, Drained, QueueConfig, QueueError, Virtqueue};
-pub use worker::{Handler, MAX_TOKEN, Session, Worker};
+pub use worker::{Handler, MAX_TOKEN, Session, Worker, on_worker_start};
 
 /// Feature bits that every device has, by the queues that all are built on.
 pub const COMMON_FEATURES: u64 =
@@ -41,6 +47,8 @@ pub struct Active {
     pub queues: Vec<Option<Virtqueue>>,
     /// Negotiated feature bits.
     pub features: u64,
+    /// To the driver, for what concerns no queue.
+    pub interrupt: Arc<dyn Interrupt>,
 }
 
 /// From a device to its driver. Called from worker threads.

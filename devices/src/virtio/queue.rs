@@ -156,6 +156,8 @@ pub enum Answer {
     Used(u32),
     /// Not now: show it again at the next drain. The device knows an event of the host's that will be the time.
     Wait,
+    /// Being done: the device has taken the buffers and returns the chain itself, with [`Virtqueue::push`].
+    Later,
 }
 
 /// Why [`Virtqueue::drain`] came back.
@@ -226,11 +228,6 @@ impl Virtqueue {
         self.queue.state()
     }
 
-    /// To the driver.
-    pub fn interrupt(&self) -> &Arc<dyn Interrupt> {
-        &self.interrupt
-    }
-
     /// Shows every available chain to `serve`, returns the served ones to the driver, and interrupts it once, if it
     /// wants to be. All devices work through this loop.
     pub fn drain(&mut self, mut serve: impl FnMut(&mut Chain) -> Answer) -> Drained {
@@ -248,6 +245,7 @@ impl Virtqueue {
             while self.pop(chain) {
                 match serve(chain) {
                     Answer::Used(len) => self.push(chain.head, len),
+                    Answer::Later => {}
                     Answer::Wait => {
                         self.undo_pop(1);
                         return Drained::Waiting;

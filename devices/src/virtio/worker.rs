@@ -6,13 +6,13 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::{self, JoinHandle};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{Active, Virtqueue};
+use super::{Active, Interrupt, Virtqueue};
 use crate::metrics::DeviceMetrics;
 
 /// Tags of events: queues by number, then the order to stop, then the handler's own.
@@ -21,6 +21,14 @@ const HOST: u32 = STOP + 1;
 
 /// Largest token of a handler's own descriptors.
 pub const MAX_TOKEN: u32 = u32::MAX - HOST;
+
+static BEGIN: OnceLock<fn()> = OnceLock::new();
+
+/// Has every worker thread that starts from now on call `begin` first: there a VMM takes away from the thread what it does
+/// not need. The first call of a process counts.
+pub fn on_worker_start(begin: fn()) {
+    let _later = BEGIN.set(begin);
+}
 
 /// The work of a device. All calls come from its worker thread, one at a time.
 pub trait Handler: Send + 'static {
@@ -46,6 +54,8 @@ pub struct Session<'a, 'b> {
     pub features: u64,
     /// The device's counters.
     pub metrics: &'a DeviceMetrics,
+    /// To the driver, for what concerns no queue.
+    pub interrupt: &'a dyn Interrupt,
     ops: &'a mut EventOps<'b>,
 }
 
@@ -126,7 +136,12 @@ impl<H: Handler> Worker<H> {
         let manager = EventManager::new().map_err(io::Error::other)?;
         // The handler follows through a channel: it must not be lost if there is no thread for it.
         let (sender, receiver) = mpsc::sync_channel::<Runner<H>>(1);
-        let body = move || receiver.recv().ok().map(|runner| run(manager, runner));
+        let body = move || {
+            if let Some(begin) = BEGIN.get() {
+                begin();
+            }
+            receiver.recv().ok().map(|runner| run(manager, runner))
+        };
         let thread = thread::Builder::new().name(self.name.clone()).spawn(body)?;
         if let State::Idle(handler) = std::mem::replace(&mut self.state, State::Running { stop, thread }) {
             let metrics = Arc::clone(&self.metrics);
@@ -198,8 +213,8 @@ fn run<H: Handler>(mut manager: EventManager<Runner<H>>, runner: Runner<H>) -> R
 
 impl<H: Handler> Runner<H> {
     fn with_session(&mut self, ops: &mut EventOps<'_>, call: impl FnOnce(&mut H, &mut Session<'_, '_>)) {
-        let Active { queues, features, .. } = &mut self.active;
-        let mut session = Session { queues, features: *features, metrics: &self.metrics, ops };
+        let Active { queues, features, interrupt } = &mut self.active;
+        let mut session = Session { queues, features: *features, metrics: &self.metrics, interrupt: &**interrupt, ops };
         call(&mut self.handler, &mut session);
     }
 

@@ -3,10 +3,11 @@
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
+use bedplate_api::image::Firmware;
 use gpt::disk::LogicalBlockSize;
 
 use super::Shared;
-use super::mbr::{Mbr, SECTOR};
+use super::mbr::{self, Mbr, SECTOR};
 use crate::import::ImportError;
 
 /// Entries that a GPT may have here; usual are 128.
@@ -34,21 +35,28 @@ pub(super) struct Layout {
     /// "GPT", "MBR partition table", "no partition table".
     pub(super) name: &'static str,
     pub(super) extents: Vec<Extent>,
+    /// Which firmware finds a boot loader on it, by what is in its first sector and its partitions' types.
+    pub(super) firmware: Option<Firmware>,
 }
 
 /// Reads the partition table of `source`. A table that speaks of more than there is means that the file `path` was cut off.
 pub(super) fn read(source: &Shared, path: &Path) -> Result<Layout, ImportError> {
     let size = source.borrow().size();
-    let layout = match read_gpt(source)? {
-        Some(extents) => Layout { name: "GPT", extents },
+    let first = sector(source, 0)?;
+    let (name, extents, esp) = match read_gpt(source)? {
+        Some((extents, esp)) => ("GPT", extents, esp),
         None => match read_mbr(source)? {
-            Some(extents) => Layout { name: "MBR partition table", extents },
-            None => {
-                let extents = vec![Extent { number: None, start: 0, len: size, partuuid: None }];
-                Layout { name: "no partition table", extents }
-            }
+            Some(extents) => ("MBR partition table", extents, mbr::has_esp(&first)),
+            None => ("no partition table", vec![Extent { number: None, start: 0, len: size, partuuid: None }], false),
         },
     };
+    let firmware = match (mbr::has_code(&first), esp) {
+        (true, true) => Some(Firmware::Either),
+        (true, false) => Some(Firmware::Bios),
+        (false, true) => Some(Firmware::Uefi),
+        (false, false) => None,
+    };
+    let layout = Layout { name, extents, firmware };
     for extent in &layout.extents {
         let end = extent.start.saturating_add(extent.len);
         if end > size {
@@ -85,7 +93,8 @@ fn read_mbr(source: &Shared) -> Result<Option<Vec<Extent>>, ImportError> {
     Ok(Some(mbr.entries.iter().map(extent).collect()))
 }
 
-fn read_gpt(source: &Shared) -> Result<Option<Vec<Extent>>, ImportError> {
+/// The partitions of a GPT, and whether one of them is an EFI system partition.
+fn read_gpt(source: &Shared) -> Result<Option<(Vec<Extent>, bool)>, ImportError> {
     for block in [LogicalBlockSize::Lb512, LogicalBlockSize::Lb4096] {
         if !plausible_gpt(source, block)? {
             continue;
@@ -94,17 +103,18 @@ fn read_gpt(source: &Shared) -> Result<Option<Vec<Extent>>, ImportError> {
         let Ok(disk) = gpt::GptConfig::new().writable(false).logical_block_size(block).open_from_device(device) else {
             continue;
         };
-        let mut extents = Vec::new();
+        let (mut extents, mut esp) = (Vec::new(), false);
         for (number, partition) in disk.partitions() {
             // Entries that end before they begin are nobody's partition.
             if let (Ok(start), Ok(len)) = (partition.bytes_start(block), partition.bytes_len(block))
                 && len > 0
             {
+                esp |= partition.part_type_guid == gpt::partition_types::EFI;
                 let partuuid = Some(partition.part_guid.to_string());
                 extents.push(Extent { number: Some(*number), start, len, partuuid });
             }
         }
-        return Ok(Some(extents));
+        return Ok(Some((extents, esp)));
     }
     Ok(None)
 }

@@ -50,6 +50,18 @@ fn raw_entries(sector: &[u8; SECTOR]) -> Option<Raw> {
     Some(raw)
 }
 
+/// Whether BIOS firmware would start what is in this first sector.
+pub fn has_code(sector: &[u8; SECTOR]) -> bool {
+    // A FAT file system has a jump over its fields here, and a message behind it, bootable or not.
+    let fat = sector[54..].starts_with(b"FAT") || sector[82..].starts_with(b"FAT");
+    sector[510..] == [0x55, 0xaa] && !fat && sector[..440].iter().any(|byte| *byte != 0)
+}
+
+/// Whether the table in this sector has an EFI system partition.
+pub fn has_esp(sector: &[u8; SECTOR]) -> bool {
+    raw_entries(sector).is_some_and(|entries| entries.iter().any(|(kind, ..)| *kind == 0xef))
+}
+
 const fn is_extended(kind: u8) -> bool {
     matches!(kind, 0x05 | 0x0f | 0x85)
 }

@@ -18,6 +18,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::rc::Rc;
 
+use bedplate_api::image::Firmware;
+
 use crate::import::{ImportError, Source};
 use volume::{Content, Volume};
 
@@ -43,6 +45,8 @@ pub(crate) struct Boot {
 #[derive(Default)]
 pub(crate) struct Found {
     pub(crate) boot: Option<Boot>,
+    /// Where nothing of the kind was found: the firmware that starts the disk's boot loader.
+    pub(crate) firmware: Option<Firmware>,
     /// For the manifest.
     pub(crate) labels: BTreeMap<String, String>,
     /// For people.
@@ -84,6 +88,15 @@ fn look(source: &Shared, path: &Path) -> Result<Found, ImportError> {
         found.labels.insert("os".to_owned(), name);
     }
     found.boot = search::find(&volumes, &mut found.report);
+    if found.boot.is_none() {
+        found.firmware = layout.firmware;
+        found.report.push(match layout.firmware {
+            Some(Firmware::Bios) => "it has a boot loader for BIOS firmware".to_owned(),
+            Some(Firmware::Uefi) => "it has an EFI system partition, so UEFI firmware can start it".to_owned(),
+            Some(Firmware::Either) => "it has boot loaders for BIOS and for UEFI firmware".to_owned(),
+            None => "it has no boot loader either".to_owned(),
+        });
+    }
     Ok(found)
 }
 

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::container::ContainerError;
 use super::format::Format;
 use super::qcow2::HeaderError;
 use crate::StoreError;
@@ -41,12 +42,66 @@ pub enum ImportError {
         path: PathBuf,
     },
     /// A format that is not read here, or no disk at all.
-    #[error("{path} is {format}, not a raw or qcow2 disk image: {}", format.remedy(path))]
+    #[error("{path} is {format}, not a disk image that can be imported: {}", format.remedy(path))]
     Format {
         /// The file.
         path: PathBuf,
         /// What it is.
         format: Format,
+    },
+    /// A stream of something that is not read here.
+    #[error("{path}, unpacked, is {format}: unpack it to a file, then {}", format.remedy(Path::new("that file")))]
+    Inside {
+        /// The stream.
+        path: PathBuf,
+        /// What is in it.
+        format: Format,
+    },
+    /// A stream that cannot be unpacked.
+    #[error("{path} is {packing} and cannot be unpacked ({cause}): it is damaged or cut off, get it again")]
+    Packed {
+        /// The stream.
+        path: PathBuf,
+        /// How it is packed.
+        packing: Format,
+        /// What is wrong.
+        cause: io::Error,
+    },
+    /// A stream that unpacks without end.
+    #[error(
+        "{path} unpacks to more than a thousand times its length, and more than 256 GiB: it is no disk image; if it is, \
+         unpack it to a sparse file and import that"
+    )]
+    Bomb {
+        /// The stream.
+        path: PathBuf,
+    },
+    /// An image that needs other files, in a stream, which has none beside it.
+    #[error("{path} holds an image that refers to {target}: unpack it beside {target}, then import what that writes")]
+    Streamed {
+        /// The stream.
+        path: PathBuf,
+        /// As written in the image.
+        target: String,
+    },
+    /// A container image without a disk, or none at all.
+    #[error("the container image {path} cannot be imported: {cause}")]
+    Container {
+        /// What it is called.
+        path: PathBuf,
+        /// Why not.
+        cause: ContainerError,
+    },
+    /// A VMDK of a kind that is not read.
+    #[error(
+        "{path} is a VMDK disk image that cannot be imported ({cause}): convert it with `qemu-img convert -O raw {path} \
+         {path}.raw`, then import {path}.raw"
+    )]
+    Vmdk {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        cause: io::Error,
     },
     /// Part of a sector at the end.
     #[error(
@@ -155,6 +210,25 @@ pub enum ImportError {
 }
 
 impl ImportError {
+    /// The same about `shown`, where it speaks of `hidden`: a file that only we know of.
+    pub(super) fn about(mut self, hidden: &Path, shown: &Path) -> Self {
+        match &mut self {
+            Self::Io { path, .. }
+            | Self::Empty { path }
+            | Self::Format { path, .. }
+            | Self::Sectors { path, .. }
+            | Self::Truncated { path, .. }
+            | Self::Qcow2 { path, .. }
+            | Self::Damaged { path, .. }
+                if path == hidden =>
+            {
+                shown.clone_into(path);
+            }
+            _ => {}
+        }
+        self
+    }
+
     /// For `map_err`: `what` is a verb, `path` its object.
     pub(crate) fn io(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |cause| Self::Io { what, path: path.to_owned(), cause }

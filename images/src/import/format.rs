@@ -15,7 +15,9 @@ pub enum Format {
     Qcow2,
     /// QEMU's old format.
     Qed,
-    /// VMware's.
+    /// VMware's, as a text that names flat files.
+    VmdkText,
+    /// VMware's sparse kinds.
     Vmdk,
     /// Microsoft's old format.
     Vhd,
@@ -49,7 +51,7 @@ const SIGNATURES: &[(usize, &[u8], Format)] = &[
     (0, b"QED\0", Format::Qed),
     (0, b"KDMV", Format::Vmdk),
     (0, b"COWD", Format::Vmdk),
-    (0, b"# Disk DescriptorFile", Format::Vmdk),
+    (0, b"# Disk DescriptorFile", Format::VmdkText),
     (0, b"conectix", Format::Vhd),
     (0, b"vhdxfile", Format::Vhdx),
     (0x40, &0xbeda_107f_u32.to_le_bytes(), Format::Vdi),
@@ -79,11 +81,16 @@ pub fn detect(head: &[u8], tail: &[u8]) -> Format {
 }
 
 impl Format {
+    /// A stream that has to be unpacked, and can be unpacked here.
+    pub const fn is_packed(self) -> bool {
+        matches!(self, Self::Xz | Self::Gzip | Self::Zstd)
+    }
+
     /// What to do about a file of this format.
     pub(super) fn remedy(self, path: &Path) -> String {
         let path = path.display();
         match self {
-            Self::Raw | Self::Qcow2 => "it can be imported as it is".to_owned(),
+            Self::Raw | Self::Qcow2 | Self::VmdkText => "it can be imported as it is".to_owned(),
             Self::Qed | Self::Vmdk | Self::Vhd | Self::Vhdx | Self::Vdi => {
                 format!("convert it with `qemu-img convert -O raw {path} {path}.raw`, then import {path}.raw")
             }
@@ -104,8 +111,9 @@ impl fmt::Display for Format {
         f.write_str(match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
+            Self::VmdkText => "vmdk",
             Self::Qed => "a QED disk image",
-            Self::Vmdk => "a VMDK disk image",
+            Self::Vmdk => "a sparse VMDK disk image",
             Self::Vhd => "a VHD disk image",
             Self::Vhdx => "a VHDX disk image",
             Self::Vdi => "a VDI disk image",

@@ -1,21 +1,29 @@
 //! Making images out of files.
 //!
 //! The way: what is this file ([`format`]) → open it as a [`Source`] → look inside for what boots it ([`crate::boot`]) → cut
-//! it into chunks → write the manifest → set the tag. A chunk that is in the store is not written again, so an import that
-//! was interrupted goes on where it was, in effect, when it is started again.
+//! it into chunks → write the manifest → set the tag. What comes as a stream ([`import_stream`]) is cut first and looked into
+//! then. A chunk that is in the store is not written again, so an import that was interrupted goes on where it was, in
+//! effect, when it is started again.
 
+pub mod container;
 mod cut;
 mod error;
 pub mod format;
+mod layered;
 pub mod qcow2;
 mod source;
+mod stream;
 #[cfg(test)]
 mod tests;
+mod unpack;
+mod vmdk;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
-use std::io::Read;
+use std::fs::File;
+use std::io::{Read, Seek};
 use std::ops::ControlFlow;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
@@ -26,12 +34,14 @@ use rustix::fs::{SeekFrom, seek};
 use crate::boot::{self, MAX_INITRD_LEN, MAX_KERNEL_LEN};
 use crate::index::index_len;
 use crate::manifest::{DISK, INITRD, KERNEL, SCHEMA};
-use crate::store::is_tag_name;
+use crate::store::{Lease, is_tag_name};
 use crate::{CHUNK_SIZE, MAX_FRAME_LEN, Store, StoreError};
+use cut::{Holey, Kept, put_part};
 pub use error::ImportError;
 use format::{Format, HEAD_LEN, detect};
 pub(crate) use source::Source;
 use source::{Bytes, RawSource, open_file, read_ends};
+pub use stream::import_stream;
 
 /// Largest disk that is imported: 4 TiB, whose index has 2 GiB. A qcow2 file of a few hundred bytes may claim any size.
 pub const MAX_IMPORT_SIZE: u64 = 4 << 40;
@@ -39,7 +49,8 @@ pub const MAX_IMPORT_SIZE: u64 = 4 << 40;
 /// What to name instead of something that is no file.
 const DISK_IMAGE: &str = "a disk image in raw or qcow2 format";
 
-/// Told the bytes done and the bytes in all, from time to time; answers whether to go on.
+/// Told the bytes done and the bytes in all (0 where nobody knows), from time to time; answers whether to go on. Of a
+/// packed file the bytes as they are packed are counted.
 pub type Progress<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
 
 /// What an import is to do beside storing the disk.
@@ -60,9 +71,29 @@ pub struct Imported {
     pub manifest: Manifest,
     /// What was found inside the disk, and why it boots or does not, for people; one line each.
     pub report: Vec<String>,
+    /// Distinct chunks that the disk, or all the parts of a VMM image, have.
+    pub chunks: u64,
+    /// Those of them that were in the store before: of other images, or of an import that broke off.
+    pub reused: u64,
 }
 
-/// Imports the raw or qcow2 disk image at `path`.
+/// What was opened.
+enum Input {
+    /// Something that can be read anywhere, and its format.
+    Disk(Box<dyn Source>, Format),
+    /// A file that has to be unpacked from its beginning.
+    Packed(File, Format),
+}
+
+/// A disk that is in the store and waits for its manifest.
+struct Disk {
+    kept: Kept,
+    found: boot::Found,
+    format: Format,
+}
+
+/// Imports the disk image at `path`: raw, qcow2, or VMDK with flat files, or a raw or qcow2 image packed with gzip, xz or
+/// zstd. It may be a block device.
 pub fn import_disk(
     store: &Store,
     path: &Path,
@@ -70,28 +101,63 @@ pub fn import_disk(
     progress: &mut Progress<'_>,
 ) -> Result<Imported, ImportError> {
     check_tag(options.tag)?;
-    let (source, format) = open(path, options.allow)?;
+    match open(path, options.allow)? {
+        Input::Disk(source, format) => import_source(store, source, format, path, options, progress),
+        Input::Packed(mut file, _) => {
+            let examine = || ImportError::io("examine", path);
+            // Its end was looked at.
+            file.rewind().map_err(examine())?;
+            let len = file.metadata().map_err(examine())?.len();
+            import_stream(store, file, Some(len), path, options, progress)
+        }
+    }
+}
+
+fn import_source(
+    store: &Store,
+    source: Box<dyn Source>,
+    format: Format,
+    path: &Path,
+    options: Options<'_>,
+    progress: &mut Progress<'_>,
+) -> Result<Imported, ImportError> {
     let size = source.size();
     if size > MAX_IMPORT_SIZE {
         return Err(ImportError::TooLarge { path: path.to_owned(), size, most: MAX_IMPORT_SIZE });
     }
     let source = Rc::new(RefCell::new(source));
-    need_space(store, &mut **source.borrow_mut())?;
-    let _lease = store.lease()?;
+    // A whole device counts as full, however empty it is; running out of space is noticed in time all the same.
+    if !path.metadata().is_ok_and(|meta| meta.file_type().is_block_device()) {
+        need_space(store, &mut **source.borrow_mut())?;
+    }
+    let lease = store.lease()?;
     let found = boot::inspect(&source, path)?;
     let stopped = || ImportError::Stopped { path: path.to_owned() };
+    let kept = put_part(store, &mut Holey::new(&mut **source.borrow_mut()), progress, stopped)?;
+    Disk { kept, found, format }.publish(store, &lease, options, path)
+}
 
-    let disk = cut::put_part(store, &mut **source.borrow_mut(), progress, stopped)?;
-    let mut parts = BTreeMap::from([(DISK.to_owned(), disk)]);
-    let mut labels = found.labels;
-    labels.insert("format".to_owned(), format.to_string());
-    let boot = match found.boot {
-        None => None,
-        Some(boot) => Some(put_boot(store, &mut parts, &boot.kernel, boot.initrd.as_deref(), boot.cmdline, stopped)?),
-    };
-    label_source(&mut labels, path);
-    let manifest = Manifest { schema: SCHEMA, kind: ImageKind::Disk, parts, boot, labels };
-    publish(store, manifest, options.tag, found.report, path)
+impl Disk {
+    /// Keeps what boots it, and gives it its name. The lease is the one that its chunks were stored under.
+    fn publish(self, store: &Store, _: &Lease, options: Options<'_>, path: &Path) -> Result<Imported, ImportError> {
+        let Self { kept, found, format } = self;
+        let stopped = || ImportError::Stopped { path: path.to_owned() };
+        let mut parts = BTreeMap::from([(DISK.to_owned(), kept.part)]);
+        let mut labels = found.labels;
+        labels.insert("format".to_owned(), format.to_string());
+        let boot = match found.boot {
+            None => None,
+            Some(boot) => {
+                let put = put_boot(store, &mut parts, &boot.kernel, boot.initrd.as_deref(), boot.cmdline, stopped);
+                Some(put?.0)
+            }
+        };
+        label_source(&mut labels, path);
+        let manifest =
+            Manifest { schema: SCHEMA, kind: ImageKind::Disk, parts, boot, firmware: found.firmware, labels };
+        let counts = (kept.chunks, kept.reused);
+        publish(store, manifest, options.tag, found.report, counts, path)
+    }
 }
 
 /// Makes a hypervisor image out of a kernel and an initial RAM disk.
@@ -112,19 +178,21 @@ pub fn import_files(
     let _lease = store.lease()?;
     let mut parts = BTreeMap::new();
     let stopped = || ImportError::Stopped { path: kernel.to_owned() };
-    let boot = put_boot(store, &mut parts, &kernel_bytes, Some(&initrd_bytes), cmdline.to_owned(), stopped)?;
+    let (boot, counts) = put_boot(store, &mut parts, &kernel_bytes, Some(&initrd_bytes), cmdline.to_owned(), stopped)?;
     let mut labels = BTreeMap::new();
     label_source(&mut labels, kernel);
-    let manifest = Manifest { schema: SCHEMA, kind: ImageKind::Vmm, parts, boot: Some(boot), labels };
-    publish(store, manifest, tag, Vec::new(), kernel)
+    let manifest = Manifest { schema: SCHEMA, kind: ImageKind::Vmm, parts, boot: Some(boot), firmware: None, labels };
+    publish(store, manifest, tag, Vec::new(), counts, kernel)
 }
 
-/// The size of the disk in the image at `path`, and that it can be opened: for who wants to know before the work begins.
-pub fn probe(path: &Path, allow: &[PathBuf]) -> Result<(u64, Format), ImportError> {
-    open(path, allow).map(|(source, format)| (source.size(), format))
+/// The format of the image at `path`, and that it can be opened: for who wants to know before the work begins.
+pub fn probe(path: &Path, allow: &[PathBuf]) -> Result<Format, ImportError> {
+    Ok(match open(path, allow)? {
+        Input::Disk(_, format) | Input::Packed(_, format) => format,
+    })
 }
 
-fn open(path: &Path, allow: &[PathBuf]) -> Result<(Box<dyn Source>, Format), ImportError> {
+fn open(path: &Path, allow: &[PathBuf]) -> Result<Input, ImportError> {
     let file = open_file(path, DISK_IMAGE)?;
     let (head, tail) = read_ends(&file, HEAD_LEN).map_err(ImportError::io("read", path))?;
     if head.is_empty() {
@@ -133,13 +201,15 @@ fn open(path: &Path, allow: &[PathBuf]) -> Result<(Box<dyn Source>, Format), Imp
     let format = detect(&head, &tail);
     let source: Box<dyn Source> = match format {
         Format::Raw => Box::new(RawSource::new(file, path)?),
-        Format::Qcow2 => Box::new(qcow2::Qcow2Source::open(path, allow)?),
+        Format::Qcow2 => Box::new(qcow2::open(path, allow)?),
+        Format::VmdkText => Box::new(vmdk::open(path, allow)?),
+        packing if packing.is_packed() => return Ok(Input::Packed(file, packing)),
         _ => return Err(ImportError::Format { path: path.to_owned(), format }),
     };
     match source.size() {
         0 => Err(ImportError::Empty { path: path.to_owned() }),
         size if !size.is_multiple_of(512) => Err(ImportError::Sectors { path: path.to_owned(), size }),
-        _ => Ok((source, format)),
+        _ => Ok(Input::Disk(source, format)),
     }
 }
 
@@ -183,6 +253,7 @@ fn read_limited(path: &Path, what: &'static str, most: u64) -> Result<Vec<u8>, I
     Ok(bytes)
 }
 
+/// Keeps kernel and initial RAM disk; also how many chunks they have, and how many of these were there before.
 fn put_boot(
     store: &Store,
     parts: &mut BTreeMap<String, Part>,
@@ -190,14 +261,19 @@ fn put_boot(
     initrd: Option<&[u8]>,
     cmdline: String,
     stopped: impl Fn() -> ImportError,
-) -> Result<BootData, ImportError> {
+) -> Result<(BootData, (u64, u64)), ImportError> {
+    let mut counts = (0, 0);
     let mut put = |name: &str, bytes: &[u8]| {
         // Some tens of MiB, beside a disk whose progress was shown.
-        let part = cut::put_part(store, &mut Bytes(bytes), &mut |_, _| ControlFlow::Continue(()), &stopped)?;
-        parts.insert(name.to_owned(), part);
+        let mut go_on = |_, _| ControlFlow::Continue(());
+        let kept = put_part(store, &mut Holey::new(&mut Bytes(bytes)), &mut go_on, &stopped)?;
+        parts.insert(name.to_owned(), kept.part);
+        counts = (counts.0 + kept.chunks, counts.1 + kept.reused);
         Ok::<_, ImportError>(name.to_owned())
     };
-    Ok(BootData { kernel: put(KERNEL, kernel)?, initrd: initrd.map(|bytes| put(INITRD, bytes)).transpose()?, cmdline })
+    let boot =
+        BootData { kernel: put(KERNEL, kernel)?, initrd: initrd.map(|bytes| put(INITRD, bytes)).transpose()?, cmdline };
+    Ok((boot, counts))
 }
 
 /// The file's name is for people; its folder is nobody's business.
@@ -212,6 +288,7 @@ fn publish(
     manifest: Manifest,
     tag: Option<&str>,
     report: Vec<String>,
+    (chunks, reused): (u64, u64),
     path: &Path,
 ) -> Result<Imported, ImportError> {
     crate::manifest::validate(&manifest).map_err(|cause| ImportError::Manifest { path: path.to_owned(), cause })?;
@@ -219,5 +296,5 @@ fn publish(
     if let Some(tag) = tag {
         store.set_tag(tag, &digest)?;
     }
-    Ok(Imported { digest, manifest, report })
+    Ok(Imported { digest, manifest, report, chunks, reused })
 }

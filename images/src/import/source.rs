@@ -1,4 +1,4 @@
-//! Something to import: a sequence of bytes with holes.
+//! Something to import or to look into: a sequence of bytes with holes.
 
 use std::fs::{File, FileType};
 use std::io;
@@ -6,9 +6,14 @@ use std::ops::Range;
 use std::os::unix::fs::{FileExt, FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use bedplate_api::Digest;
+use bedplate_api::image::Part;
 use rustix::fs::{OFlags, SeekFrom, seek};
 
 use super::ImportError;
+use crate::frame::chunk_buffer;
+use crate::index::IndexFile;
+use crate::{CHUNK_SIZE, Store, StoreError};
 
 /// A disk, kernel or initial RAM disk as it is read, whatever holds it.
 pub(crate) trait Source {
@@ -83,6 +88,66 @@ impl Source for Bytes<'_> {
     fn read_at(&mut self, bytes: &mut [u8], offset: u64) -> Result<(), ImportError> {
         // Within the slice, by this trait's contract.
         bytes.copy_from_slice(&self.0[offset as usize..][..bytes.len()]);
+        Ok(())
+    }
+}
+
+/// A part that is in the store already.
+pub(super) struct Stored {
+    store: Store,
+    index: IndexFile,
+    /// The chunk that was read last: file systems are read in small pieces.
+    number: Option<u64>,
+    plain: Box<[u8; CHUNK_SIZE]>,
+}
+
+impl Stored {
+    pub(super) fn open(store: &Store, part: &Part) -> Result<Self, ImportError> {
+        Ok(Self { index: store.index(part)?, store: store.clone(), number: None, plain: chunk_buffer() })
+    }
+
+    fn load(&mut self, number: u64) -> Result<(), ImportError> {
+        if self.number == Some(number) {
+            return Ok(());
+        }
+        self.number = None;
+        match self.index.digest(number).map_err(StoreError::from)? {
+            Digest::ZERO => self.plain.fill(0),
+            digest => {
+                self.store.read_chunk(&digest, &mut self.plain)?;
+            }
+        }
+        self.number = Some(number);
+        Ok(())
+    }
+}
+
+impl Source for Stored {
+    fn size(&self) -> u64 {
+        self.index.size()
+    }
+
+    fn next_data(&mut self, from: u64) -> Result<Option<Range<u64>>, ImportError> {
+        for number in from / CHUNK_SIZE as u64..self.index.count() {
+            if self.index.digest(number).map_err(StoreError::from)? != Digest::ZERO {
+                let start = number * CHUNK_SIZE as u64;
+                return Ok(Some(from.max(start)..(start + CHUNK_SIZE as u64).min(self.size())));
+            }
+        }
+        Ok(None)
+    }
+
+    fn read_at(&mut self, bytes: &mut [u8], offset: u64) -> Result<(), ImportError> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = offset + done as u64;
+            self.load(at / CHUNK_SIZE as u64)?;
+            // Below the chunk size.
+            let within = (at % CHUNK_SIZE as u64) as usize;
+            let len = (CHUNK_SIZE - within).min(bytes.len() - done);
+            bytes[done..done + len].copy_from_slice(&self.plain[within..within + len]);
+            done += len;
+        }
         Ok(())
     }
 }

@@ -2,6 +2,9 @@ use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
 use std::process::Command;
 
+mod container;
+mod streams;
+
 use super::*;
 use crate::fixtures::{files, noise, store};
 
@@ -141,9 +144,10 @@ fn what_is_no_disk_is_refused_with_what_to_do() {
     let padded = |front: &[u8]| [front, &[0; 4096 - 10]].concat();
     refused("empty", b"", "is empty");
     refused("odd", &[1; 513], "whole number of 512-byte sectors");
-    refused("a.xz", &padded(b"\xfd7zXZ\0"), "xz -dk");
-    refused("a.raw.gz", &padded(b"\x1f\x8b"), "gzip -dk");
-    refused("a.img", &padded(b"\x28\xb5\x2f\xfd"), "zstd -d");
+    refused("a.xz", &padded(b"\xfd7zXZ\0"), "compressed with xz and cannot be unpacked");
+    refused("a.raw.gz", &padded(b"\x1f\x8b"), "compressed with gzip and cannot be unpacked");
+    refused("a.img", &padded(b"\x28\xb5\x2f\xfd"), "compressed with zstd and cannot be unpacked");
+    refused("a.bz2", &padded(b"BZh"), "bzip2 -dk");
     refused("a.vmdk", &padded(b"KDMV"), "qemu-img convert -O raw");
     refused("page.qcow2", &padded(b"<!DOCTYPE html>"), "a web page");
     refused("vmlinuz", &kernel(1), "a Linux kernel");

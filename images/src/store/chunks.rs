@@ -13,16 +13,22 @@ impl Store {
     /// Keeps the chunk `plain`, [`CHUNK_SIZE`] bytes at most, and returns its name: [`Digest::ZERO`], and nothing kept,
     /// when it is all zeros. A chunk that is there already is not written again.
     pub fn put_chunk(&self, plain: &[u8]) -> Result<Digest, StoreError> {
+        self.keep_chunk(plain).map(|(digest, _)| digest)
+    }
+
+    /// [`Store::put_chunk`], and whether the chunk was not there before.
+    pub(crate) fn keep_chunk(&self, plain: &[u8]) -> Result<(Digest, bool), StoreError> {
         if is_zero(plain) {
-            return Ok(Digest::ZERO);
+            return Ok((Digest::ZERO, false));
         }
         let digest = digest_of(plain);
-        if !self.has_chunk(&digest) {
+        let new = !self.has_chunk(&digest);
+        if new {
             let path = self.content_path("chunks", &digest);
             let frame = frame::compress(plain).map_err(StoreError::io("compress", &path))?;
             self.keep_frame(&digest, &frame)?;
         }
-        Ok(digest)
+        Ok((digest, new))
     }
 
     /// Keeps a chunk that somebody sent: `bytes` is its frame, verified before it is kept.

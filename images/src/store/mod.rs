@@ -203,8 +203,9 @@ fn foreign(dir: &Path) -> Result<Option<String>, StoreError> {
         Err(e) => Err(StoreError::io("list", dir)(e)),
     };
     for name in names(dir)? {
-        // A file system that was made for the store has this from the start.
-        if name == "lost+found" {
+        // A file system that was made for the store has the first from the start; the second are keys that somebody put
+        // there before anything could be run without them.
+        if name == "lost+found" || name == "trust" {
             continue;
         }
         let sub = dir.join(&name);

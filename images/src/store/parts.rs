@@ -44,6 +44,20 @@ impl Store {
         Ok(missing)
     }
 
+    /// The chunks of the image `digest`, each once and none of zeros, in the order in which a reader meets them.
+    pub fn distinct_chunks(&self, digest: &Digest) -> Result<Vec<Digest>, StoreError> {
+        let (mut seen, mut chunks) = (HashSet::new(), Vec::new());
+        for part in self.manifest(digest)?.parts.values() {
+            self.index(part)?.each(|_, chunk| {
+                if seen.insert(chunk) {
+                    chunks.push(chunk);
+                }
+                Ok::<_, StoreError>(())
+            })?;
+        }
+        Ok(chunks)
+    }
+
     /// Reads every chunk of the image `digest` and reports the first that is missing or damaged.
     pub fn verify(&self, digest: &Digest) -> Result<(), StoreError> {
         let mut plain = frame::chunk_buffer();

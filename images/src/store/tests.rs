@@ -26,7 +26,7 @@ fn open_wants_a_store_of_its_own_version() {
 fn a_store_is_made_in_an_empty_directory_or_where_its_making_broke_off() {
     let dir = tempfile::tempdir().unwrap();
     // Each step of making one, then lost+found, which a new file system has.
-    for name in ["blobs", "chunks", "tags", "tmp", "lost+found"] {
+    for name in ["blobs", "chunks", "tags", "tmp", "lost+found", "trust"] {
         fs::create_dir(dir.path().join(name)).unwrap();
     }
     fs::write(dir.path().join("tmp/.77-0.tmp"), "bedpl").unwrap();
@@ -162,6 +162,7 @@ fn a_chunk_in_a_place_of_another_length_is_refused() {
         kind: bedplate_api::image::ImageKind::Disk,
         parts: [("disk".to_owned(), part)].into(),
         boot: None,
+        firmware: None,
         labels: Default::default(),
     };
     let image = store.put_manifest(&manifest).unwrap();

@@ -13,6 +13,7 @@ use bedplate_api::Digest;
 use bedplate_api::client::{Client, ClientError, FrameError};
 use bedplate_api::image::{ImageKind, Manifest};
 use bedplate_api::node::CopyProgress;
+use bedplate_images::trust::TrustError;
 use bedplate_images::{Store, StoreError};
 use tokio::sync::watch;
 
@@ -70,6 +71,9 @@ pub enum ImageError {
     /// The node's store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// Nobody signed it whom this node trusts.
+    #[error(transparent)]
+    Trust(#[from] TrustError),
     /// The boot files could not be written.
     #[error(transparent)]
     File(#[from] files::FileError),
@@ -95,6 +99,8 @@ impl ImageError {
             | Self::Frames(_)
             | Self::Client(_)
             | Self::Disk(_)
+            // It may be signed any time, and a key be added.
+            | Self::Trust(_)
             | Self::Aborted => false,
         }
     }
@@ -172,8 +178,24 @@ impl Images {
         progress: &watch::Sender<Option<CopyProgress>>,
     ) -> Result<Bootable, ImageError> {
         let manifest = copy::complete(&self.store, self.source.as_ref(), digest, progress).await?;
+        self.check_trust(digest).await?;
         let this = self.clone();
         blocking(move || this.prepare(digest, &manifest)).await
+    }
+
+    /// Where this node's store has keys, an image starts only when one of them has signed it.
+    async fn check_trust(&self, digest: Digest) -> Result<(), ImageError> {
+        let store = self.store.clone();
+        let asked = blocking(move || Ok(!store.keys()?.is_empty())).await?;
+        // An image may be signed after it was copied, and by somebody else than before.
+        if let (true, Some(source)) = (asked, &self.source)
+            && let Some(signature) = source.signature(&digest).await?
+        {
+            let store = self.store.clone();
+            blocking(move || Ok(store.put_signature(&digest, &signature)?)).await?;
+        }
+        let store = self.store.clone();
+        blocking(move || Ok(store.check_trust(&digest).map(drop)?)).await
     }
 
     /// Writes out kernel and initial RAM disk. Also over those that an earlier agent wrote: what is verified in the store

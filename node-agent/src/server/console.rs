@@ -11,6 +11,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::UnixStream;
 
 use super::error::{Refusal, bad_request, unavailable};
+use crate::files;
 use crate::vm::dir::VmDir;
 
 /// Answers the upgrade and bridges from then on, until either side hangs up.
@@ -20,8 +21,14 @@ pub(super) async fn upgrade(dir: &VmDir, mut request: Request) -> Result<Respons
             "a console is an upgrade to {CONSOLE_PROTOCOL}; ask for it with the header Upgrade"
         )));
     }
-    let socket = UnixStream::connect(dir.serial()).await;
-    let serial = socket.map_err(|e| unavailable(format!("the VM has no console now ({e}); is it running?")))?;
+    let socket = dir.serial();
+    // A VMM that was taken over could lead us elsewhere.
+    if !files::is_socket(&socket) {
+        return Err(unavailable("the VM has no console now; is it running?".to_owned()));
+    }
+    let serial = UnixStream::connect(socket)
+        .await
+        .map_err(|e| unavailable(format!("the VM has no console now ({e}); is it running?")))?;
     let upgraded = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
         match upgraded.await {

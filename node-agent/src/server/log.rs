@@ -1,6 +1,5 @@
 //! The end of a VM's console log.
 
-use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 
@@ -8,6 +7,7 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 
 use super::error::{Refusal, internal};
+use crate::files;
 use crate::vm::dir::VmDir;
 
 /// Bytes that are shown.
@@ -30,7 +30,7 @@ fn read_tail(path: &Path) -> io::Result<Vec<u8>> {
 }
 
 fn end_of(path: &Path, at_most: u64) -> io::Result<Vec<u8>> {
-    let mut file = match File::open(path) {
+    let mut file = match files::open_plain(path) {
         Ok(file) => file,
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(e) => return Err(e),

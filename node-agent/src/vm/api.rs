@@ -1,9 +1,11 @@
 //! The agent's calls of a VMM, over its Unix socket.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use bedplate_api::vmm::{Fault, RunState, Status};
+
+use crate::files;
 
 /// Longest wait for an answer: a VMM answers from a thread that does nothing else.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -14,6 +16,9 @@ pub enum VmmError {
     /// It does not answer.
     #[error("the VMM does not answer: {0}")]
     Silent(#[from] reqwest::Error),
+    /// There is nothing to ask.
+    #[error("the VMM has no socket at {0}")]
+    NoSocket(PathBuf),
     /// It said no.
     #[error("the VMM refused: {0}")]
     Refused(String),
@@ -49,8 +54,12 @@ async fn put(socket: &Path, url: &str) -> Result<(), VmmError> {
     checked(client(socket)?.put(url).send().await?).await.map(drop)
 }
 
-fn client(socket: &Path) -> Result<reqwest::Client, reqwest::Error> {
-    reqwest::Client::builder().no_proxy().timeout(TIMEOUT).unix_socket(socket.to_owned()).build()
+fn client(socket: &Path) -> Result<reqwest::Client, VmmError> {
+    // A VMM that was taken over could lead us to another one's.
+    if !files::is_socket(socket) {
+        return Err(VmmError::NoSocket(socket.to_owned()));
+    }
+    Ok(bedplate_api::client::plain_http().timeout(TIMEOUT).unix_socket(socket.to_owned()).build()?)
 }
 
 async fn checked(response: reqwest::Response) -> Result<reqwest::Response, VmmError> {

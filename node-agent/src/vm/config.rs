@@ -29,6 +29,7 @@ pub fn vm_config(spec: &VmSpec, boot: &Bootable, disk: &Path, nic: Option<&Nic>)
             is_read_only: false,
             cache_type: CacheType::Writeback,
             io_engine: None,
+            rate_limiter: None,
         }],
         machine_config: MachineConfig { vcpu_count: spec.cpus, mem_size_mib: spec.memory_mib, ..Default::default() },
         network_interfaces: nic
@@ -37,10 +38,12 @@ pub fn vm_config(spec: &VmSpec, boot: &Bootable, disk: &Path, nic: Option<&Nic>)
                 host_dev_name: nic.tap.clone(),
                 guest_mac: Some(format_mac(nic.mac)),
                 mtu: None,
+                rx_rate_limiter: None,
+                tx_rate_limiter: None,
             })
             .into_iter()
             .collect(),
-        entropy: Some(Entropy {}),
+        entropy: Some(Entropy::default()),
         ..Default::default()
     }
 }

@@ -8,3 +8,4 @@ pub mod end;
 pub mod outcome;
 pub mod process;
 pub mod start;
+pub mod user;

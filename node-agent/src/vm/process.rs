@@ -21,6 +21,7 @@ use tokio::io::{Interest, Ready};
 use super::cgroup::Cgroup;
 use super::dir::VmDir;
 use super::outcome::{Outcome, Records};
+use super::user;
 use crate::agent::model::Process;
 use crate::clock::Millis;
 
@@ -95,6 +96,7 @@ pub fn spawn(program: &Path, id: VmId, dir: &VmDir, cgroup: Option<&Cgroup>) -> 
         .args(["--id".as_ref(), OsStr::new(&id.to_string()), "--api-sock".as_ref(), dir.api().as_os_str()])
         .args(["--config-file".as_ref(), dir.config().as_os_str(), "--serial".as_ref(), &serial])
         .args(["--serial-log".as_ref(), dir.serial_log().as_os_str(), "--exit-file".as_ref(), dir.exit().as_os_str()])
+        .args(user::of(id).into_iter().flat_map(|user| ["--uid", "--gid"].map(|word| format!("{word}={user}"))))
         .current_dir(dir.path())
         .stdin(Stdio::null())
         .stdout(stderr.try_clone()?)

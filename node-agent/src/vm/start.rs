@@ -16,7 +16,7 @@ use super::cgroup::{Cgroup, Cgroups};
 use super::config::vm_config;
 use super::dir::VmDir;
 use super::process::{self, Watched};
-use super::{api, end};
+use super::{api, end, user};
 use crate::agent::model::End;
 use crate::files::{self, FileError};
 use crate::host::VMM_MIB;
@@ -118,9 +118,7 @@ impl Start {
             };
             Disk::create(&disk, &self.store, &self.boot.image, mode)?;
         }
-        for stale in [self.dir.api(), self.dir.serial()] {
-            files::remove(&stale)?;
-        }
+        self.dir.prepare(user::of(self.spec.id))?;
         let config = vm_config(&self.spec, &self.boot, &disk, self.nic.as_ref());
         Ok(files::write_json(&self.dir.config(), &config)?)
     }

@@ -66,6 +66,14 @@ impl GuestSpec {
         self
     }
 
+    /// Sets more of the disk that was added last, such as its `rate_limiter`.
+    pub fn drive_option(mut self, name: &str, value: Value) -> Self {
+        if let Some(drive) = self.config["drives"].as_array_mut().and_then(|drives| drives.last_mut()) {
+            drive[name] = value;
+        }
+        self
+    }
+
     /// Adds a network interface on the tap `tap`.
     pub fn network(mut self, tap: &str, mac: &str) -> Self {
         if let Some(cards) = self.config["network-interfaces"].as_array_mut() {
@@ -107,9 +115,15 @@ impl GuestSpec {
 
     /// Starts the VMM, without waiting for the guest.
     pub fn start(self) -> Result<Guest> {
+        self.start_in(|| Ok(()))
+    }
+
+    /// As [`Self::start`]; `prepare` is called once the guest's directory is there.
+    pub fn start_in(self, prepare: impl FnOnce() -> Result<()>) -> Result<Guest> {
         let dir = PathBuf::from("/run/guests").join(&self.name);
         let _ = fs::remove_dir_all(&dir);
         fs::create_dir_all(&dir)?;
+        prepare()?;
         let config = dir.join("config.json");
         fs::write(&config, self.text.unwrap_or_else(|| self.config.to_string()))?;
         let mut command = Command::new("/bin/bedplate-vmm");
@@ -196,6 +210,13 @@ impl Guest {
         let (got, answer) = unix_http::request(&self.file("api.sock"), method, path, body)?;
         ensure!(got == status, "{method} {path}: {got} instead of {status}: {answer}");
         Ok(answer)
+    }
+
+    /// What a device has counted, by its name in `GET /bedplate/status`.
+    pub fn count(&self, device: &str, counter: &str) -> Result<u64> {
+        let status: Value = serde_json::from_str(&self.api("GET", "/bedplate/status", "", 200)?)?;
+        let value = status["devices"][device][counter].as_u64();
+        value.with_context(|| format!("there is no counter {counter} of {device} in {status}"))
     }
 
     /// Waits until the VMM has ended; its exit code and the reason in its exit file.

@@ -2,7 +2,9 @@
 
 use std::fs;
 use std::ops::ControlFlow;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use bedplate_api::Digest;
@@ -12,6 +14,7 @@ use bedplate_images::import::{self, Options};
 use bedplate_tests::inside::guest::GuestSpec;
 use bedplate_tests::inside::tools::{numbered_file, same_bytes};
 use bedplate_tests::inside::{DISK, guest::Guest};
+use serde_json::json;
 
 const MIB: u64 = 48;
 
@@ -26,13 +29,18 @@ fn blank_file(path: &Path) -> Result<()> {
     Ok(fs::File::create(path)?.set_len(MIB << 20)?)
 }
 
-/// Everything is read from one disk and written to another; the node compares.
-pub fn raw() -> Result<()> {
-    let dir = dir("raw")?;
+/// Everything is read from one disk and written to another, by 2 vCPUs with a queue each; the node compares.
+pub fn raw(engine: &str) -> Result<()> {
+    let name = format!("raw-{}", engine.to_lowercase());
+    let dir = dir(&name)?;
     let (from, to) = (dir.join("from"), dir.join("to"));
     numbered_file(&from, MIB)?;
     blank_file(&to)?;
-    let guest = GuestSpec::new("raw").drive(&from, true).drive(&to, false).boot()?;
+    let (guest, engine) = (GuestSpec::new(&name).cpus(2), json!(engine));
+    let guest = guest.drive(&from, true).drive_option("io_engine", engine.clone());
+    let guest = guest.drive(&to, false).drive_option("io_engine", engine).boot()?;
+    ensure!(guest.run("ls /sys/block/vda/mq | wc -l")? == "2", "a queue for each vCPU");
+    ensure!(fs::read_to_string(guest.file("stderr"))?.is_empty(), "a warning: {}", guest.last_words());
     ensure!(guest.run("cat /sys/block/vda/size /sys/block/vdb/size")? == format!("{0}\n{0}", MIB << 11));
     guest.run("dd if=/dev/vda of=/dev/vdb bs=1M conv=fsync 2>/dev/null")?;
     same_bytes(&from, &to)?;
@@ -46,6 +54,65 @@ pub fn raw() -> Result<()> {
         "mke2fs /dev/vdb > /dev/null 2>&1 && mount /dev/vdb /mnt && cp /bin/busybox /mnt/a && sync && umount /mnt",
     )?;
     guest.run("mount /dev/vdb /mnt && cmp /bin/busybox /mnt/a && umount /mnt")?;
+    for (device, counters) in [
+        ("block_disk0", &["read_count", "read_bytes"][..]),
+        ("block_disk1", &["write_count", "write_bytes", "flush_count", "interrupts", "notifications"][..]),
+    ] {
+        for counter in counters {
+            ensure!(guest.count(device, counter)? > 0, "{device} has no {counter}");
+        }
+        ensure!(guest.count(device, "guest_faults")? + guest.count(device, "host_faults")? == 0, "{device} has faults");
+    }
+    Ok(())
+}
+
+/// What a guest discards or zeroes is a hole in the file, and reads as zeroes.
+pub fn discard() -> Result<()> {
+    let dir = dir("discard")?;
+    let (file, zeroes) = (dir.join("file"), dir.join("zeroes"));
+    numbered_file(&file, 16)?;
+    fs::File::create(&zeroes)?.set_len(16 << 20)?;
+    let held = || fs::metadata(&file).map(|metadata| metadata.blocks() * 512);
+    ensure!(held()? == 16 << 20);
+    let guest = GuestSpec::new("discard").drive(&file, false).boot()?;
+    ensure!(guest.run("cat /sys/block/vda/queue/discard_max_bytes")? != "0", "discard is not offered");
+    guest.run("blkdiscard -o 4194304 -l 8388608 /dev/vda")?;
+    ensure!(held()? == 8 << 20, "{} bytes are left of 16 MiB, of which 8 were discarded", held()?);
+    ensure!(guest.run("dd if=/dev/vda bs=1M skip=4 count=8 2>/dev/null | tr -d '\\0' | wc -c")? == "0");
+    // What is beside it is there.
+    ensure!(guest.run("dd if=/dev/vda bs=1M count=4 2>/dev/null | tr -d '\\0' | wc -c")? != "0");
+    guest.run("blkdiscard /dev/vda")?;
+    ensure!(held()? == 0, "{} bytes are left", held()?);
+    same_bytes(&file, &zeroes)
+}
+
+/// The file of a running VM becomes shorter: its reads fail, and everything else goes on.
+pub fn shrinks() -> Result<()> {
+    let dir = dir("shrinks")?;
+    let (file, other) = (dir.join("file"), dir.join("other"));
+    numbered_file(&file, 16)?;
+    numbered_file(&other, 1)?;
+    let guest = GuestSpec::new("shrinks").drive(&file, false).drive(&other, false).boot()?;
+    fs::File::options().write(true).open(&file)?.set_len(4 << 20)?;
+    guest.run("dd if=/dev/vda of=/dev/null bs=1M count=4 2>/dev/null")?;
+    let (_, code) = guest.try_run("dd if=/dev/vda of=/dev/null bs=4k skip=2048 count=1 2>/dev/null")?;
+    ensure!(code != "0", "a read of what is gone succeeded");
+    ensure!(guest.count("block_disk0", "execute_fails")? > 0 && guest.count("block_disk0", "host_faults")? > 0);
+    guest.run("dd if=/dev/vdb of=/dev/null bs=1M 2>/dev/null")?;
+    ensure!(guest.count("block_disk1", "host_faults")? == 0);
+    Ok(())
+}
+
+/// 1 MiB a second, of which the first is there: reading 4 takes at least 3 seconds.
+pub fn limited() -> Result<()> {
+    let file = dir("limited")?.join("file");
+    numbered_file(&file, 8)?;
+    let limit = json!({"bandwidth": {"size": 1 << 20, "refill_time": 1000}});
+    let guest = GuestSpec::new("limited").drive(&file, false).drive_option("rate_limiter", limit).boot()?;
+    let start = Instant::now();
+    guest.run("dd if=/dev/vda of=/dev/null bs=64k skip=32 count=64 iflag=direct 2>/dev/null || dd if=/dev/vda of=/dev/null bs=64k skip=32 count=64 2>/dev/null")?;
+    ensure!(start.elapsed() > Duration::from_millis(2500), "4 MiB in {:?}", start.elapsed());
+    ensure!(guest.count("block_disk0", "rate_limiter_throttled_events")? > 0);
     Ok(())
 }
 
@@ -94,6 +161,9 @@ pub fn copy_on_write() -> Result<()> {
     // Persistent: it is there after a restart.
     let guest = GuestSpec::new("cow").drive(&disk, false).boot()?;
     ensure!(guest.run("dd if=/dev/vda bs=4k skip=100 count=200 2>/dev/null | md5sum")? == sum, "the write is lost");
+    // What is discarded reads as zeroes, and not as the image.
+    guest.run("blkdiscard -o 409600 -l 819200 /dev/vda && sync")?;
+    ensure!(guest.run("dd if=/dev/vda bs=4k skip=100 count=200 2>/dev/null | tr -d '\\0' | wc -c")? == "0");
     Ok(())
 }
 

@@ -92,25 +92,27 @@ pub fn boot_timer() -> Result<()> {
 
 /// A disk that grows, then is another file.
 pub fn disks() -> Result<()> {
+    fs::create_dir_all("/run/disks")?;
     for (name, mib) in [("one", 8), ("two", 24)] {
-        fs::write(format!("/run/patched-{name}"), name.repeat(100))?;
-        fs::File::options().write(true).open(format!("/run/patched-{name}"))?.set_len(mib << 20)?;
+        fs::write(format!("/run/disks/{name}"), name.repeat(100))?;
+        fs::File::options().write(true).open(format!("/run/disks/{name}"))?.set_len(mib << 20)?;
     }
-    let guest = GuestSpec::new("patched").drive(Path::new("/run/patched-one"), false).boot()?;
+    let guest = GuestSpec::new("patched").drive(Path::new("/run/disks/one"), false);
+    let guest = guest.options(&["--visible", "/run/disks"]).boot()?;
     let sectors = |mib: u64| format!("until [ $(cat /sys/block/vda/size) = {} ]; do usleep 100000; done", mib << 11);
     let first = "dd if=/dev/vda bs=512 count=1 2>/dev/null | head -c 6";
     guest.run(&sectors(8))?;
     ensure!(guest.run(first)? == "oneone");
-    fs::File::options().write(true).open("/run/patched-one")?.set_len(16 << 20)?;
-    guest.api("PATCH", "/drives/disk0", r#"{"drive_id": "disk0", "path_on_host": "/run/patched-one"}"#, 204)?;
+    fs::File::options().write(true).open("/run/disks/one")?.set_len(16 << 20)?;
+    guest.api("PATCH", "/drives/disk0", r#"{"drive_id": "disk0", "path_on_host": "/run/disks/one"}"#, 204)?;
     guest.run(&sectors(16))?;
-    guest.api("PATCH", "/drives/disk0", r#"{"drive_id": "disk0", "path_on_host": "/run/patched-two"}"#, 204)?;
+    guest.api("PATCH", "/drives/disk0", r#"{"drive_id": "disk0", "path_on_host": "/run/disks/two"}"#, 204)?;
     guest.run(&sectors(24))?;
     guest.run("echo 3 > /proc/sys/vm/drop_caches")?;
     ensure!(guest.run(first)? == "twotwo");
     guest.run("echo new > /tmp/new; dd if=/tmp/new of=/dev/vda bs=512 seek=100 conv=fsync 2>/dev/null")?;
-    ensure!(fs::read("/run/patched-two")?[51200..51203] == *b"new", "what the guest wrote is not in the new file");
+    ensure!(fs::read("/run/disks/two")?[51200..51203] == *b"new", "what the guest wrote is not in the new file");
     let said = guest.api("PATCH", "/drives/disk0", r#"{"drive_id": "disk0", "path_on_host": "/run/none"}"#, 400)?;
-    ensure!(said.contains("/run/none"), "{said}");
+    ensure!(said.contains("/run/none") && said.contains("--visible"), "{said}");
     Ok(())
 }

@@ -2,13 +2,16 @@
 //! typed in the guest.
 
 mod api;
+mod balloon;
 mod block;
 mod boot;
 mod ends;
+mod hotplug;
 mod machine;
 mod metadata;
 mod network;
 mod refusals;
+mod sandbox;
 mod serial;
 mod vsock;
 
@@ -32,10 +35,17 @@ fn main() -> ExitCode {
         Scenario { name: "pauses_and_resumes", run: ends::pause_and_resume },
         Scenario { name: "stop_ends_it_at_once", run: ends::stop },
         Scenario { name: "a_kernel_panic_ends_it", run: ends::panic },
-        Scenario { name: "a_raw_disk_is_read_and_written", run: block::raw },
+        Scenario { name: "a_raw_disk_is_read_and_written", run: || block::raw("Sync") },
+        Scenario { name: "a_raw_disk_is_read_and_written_through_io_uring", run: || block::raw("Async") },
+        Scenario { name: "what_is_discarded_is_a_hole", run: block::discard },
+        Scenario { name: "a_file_that_shrinks_fails_its_own_reads_only", run: block::shrinks },
+        Scenario { name: "a_limited_disk_is_slow", run: block::limited },
         Scenario { name: "a_read_only_disk_refuses_writes", run: block::read_only },
         Scenario { name: "a_copy_on_write_disk_leaves_its_image_alone", run: block::copy_on_write },
         Scenario { name: "synced_data_survives_kill_9", run: block::survives_kill },
+        Scenario { name: "free_pages_go_back_to_the_node", run: balloon::reports_free_pages },
+        Scenario { name: "a_balloon_is_inflated_and_says_how_it_is", run: balloon::inflates_and_says_how_it_is },
+        Scenario { name: "memory_is_added_and_taken_away", run: hotplug::grows_and_shrinks },
         Scenario { name: "network_both_ways_in_bulk", run: network::host_and_guest },
         Scenario { name: "guests_reach_each_other", run: network::guest_and_guest },
         Scenario { name: "vsock_both_ways", run: vsock::both_ways },
@@ -50,6 +60,8 @@ fn main() -> ExitCode {
         Scenario { name: "a_disk_grows_and_is_replaced", run: machine::disks },
         Scenario { name: "the_guest_reads_its_metadata", run: metadata::version_1 },
         Scenario { name: "the_guest_needs_a_token_for_its_metadata", run: metadata::version_2 },
+        Scenario { name: "a_vmm_has_nothing_left_when_its_guest_runs", run: sandbox::walls },
+        Scenario { name: "without_a_sandbox_it_says_so", run: sandbox::none },
         Scenario { name: "bad_kernels_are_refused", run: refusals::kernels },
         Scenario { name: "bad_configurations_are_refused", run: refusals::configurations },
         Scenario { name: "missing_host_things_are_named", run: refusals::host_things },

@@ -27,6 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::files;
 use crate::machine::SerialLine;
+use crate::sandbox;
 use clients::Clients;
 use file_log::FileLog;
 use keys::Keys;
@@ -99,7 +100,7 @@ impl Output {
             Target::Stdio => Self::Stdio(
                 rustix::stdio::stdout()
                     .try_clone_to_owned()
-                    .and_then(|stdout| Outlet::start(File::from(stdout), GRACE))
+                    .map(|stdout| Outlet::new(File::from(stdout), GRACE))
                     .map_err(at(Path::new("standard output")))?,
             ),
             Target::Off => Self::Off,
@@ -113,7 +114,7 @@ fn outlet(path: &Path) -> io::Result<Outlet> {
     let file = files::append_to(path)?;
     // Once open, a FIFO that is full for a while loses nothing: it is the outlet's thread that waits.
     rustix::io::ioctl_fionbio(&file, false)?;
-    Outlet::start(file, GRACE)
+    Ok(Outlet::new(file, GRACE))
 }
 
 impl Console {
@@ -146,7 +147,10 @@ impl Console {
     ///
     /// # Errors
     /// The host has no thread or descriptor left.
-    pub fn serve(self, line: &SerialLine, leave: &EventFd) -> io::Result<Serving> {
+    pub fn serve(mut self, line: &SerialLine, leave: &EventFd) -> io::Result<Serving> {
+        if let Output::Stdio(outlet) | Output::File(outlet) = &mut self.output {
+            outlet.start()?;
+        }
         let quit = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let terminal = match self.output {
             Output::Stdio(_) => RawTerminal::enter()?,
@@ -165,7 +169,10 @@ impl Console {
             quit: quit.try_clone()?,
             leave: leave.try_clone()?,
         };
-        let thread = thread::Builder::new().name("console".into()).spawn(move || server.run())?;
+        let thread = thread::Builder::new().name("console".into()).spawn(move || {
+            sandbox::narrow(sandbox::Thread::Console);
+            server.run();
+        })?;
         Ok(Serving { quit, thread: Some(thread), _terminal: terminal })
     }
 }

@@ -7,6 +7,7 @@ use std::thread;
 use std::time::Duration;
 
 use super::backlog::Backlog;
+use crate::sandbox;
 
 /// What may wait; beyond it, the oldest is lost.
 const MAX_WAITING: usize = 1 << 20;
@@ -14,6 +15,8 @@ const MAX_WAITING: usize = 1 << 20;
 /// Writes never block. Dropped, it waits until all is written, but not for ever.
 pub(super) struct Outlet {
     shared: Arc<Shared>,
+    /// Until the thread has it.
+    file: Option<File>,
     /// How long the end may take; what is not written by then is lost.
     grace: Duration,
 }
@@ -32,12 +35,23 @@ struct State {
 }
 
 impl Outlet {
-    pub fn start(file: File, grace: Duration) -> io::Result<Self> {
-        let state = State { waiting: Backlog::new(MAX_WAITING), closed: false, done: false };
+    /// Writes nothing before [`Outlet::start`].
+    pub fn new(file: File, grace: Duration) -> Self {
+        let state = State { waiting: Backlog::new(MAX_WAITING), closed: false, done: true };
         let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
-        let theirs = Arc::clone(&shared);
-        thread::Builder::new().name("console-out".into()).spawn(move || theirs.carry(file))?;
-        Ok(Self { shared, grace })
+        Self { shared, file: Some(file), grace }
+    }
+
+    /// Starts the thread.
+    pub fn start(&mut self) -> io::Result<()> {
+        let Some(file) = self.file.take() else { return Ok(()) };
+        let theirs = Arc::clone(&self.shared);
+        self.shared.lock().done = false;
+        thread::Builder::new().name("console-out".into()).spawn(move || {
+            sandbox::narrow(sandbox::Thread::Console);
+            theirs.carry(file);
+        })?;
+        Ok(())
     }
 
     pub fn push(&self, bytes: &[u8]) {

@@ -263,7 +263,8 @@ fn an_output_that_stalls_does_not_keep_the_console_from_ending() {
 #[test]
 fn an_outlet_delivers_everything_before_it_ends() {
     let (mut reader, writer) = io::pipe().unwrap();
-    let outlet = Outlet::start(File::from(std::os::fd::OwnedFd::from(writer)), Duration::from_secs(20)).unwrap();
+    let mut outlet = Outlet::new(File::from(std::os::fd::OwnedFd::from(writer)), Duration::from_secs(20));
+    outlet.start().unwrap();
     let bytes: Vec<u8> = (0..300_000u32).map(|n| n as u8).collect();
     bytes.chunks(999).for_each(|piece| outlet.push(piece));
     let end = thread::spawn(move || drop(outlet));

@@ -1,11 +1,14 @@
 //! Everything that can be asked of a VM process.
 
 use bedplate_api::vmm::{
-    ActionType, BootSource, CpuConfig, Drive, DrivePatch, Entropy, InstanceInfo, Logger, MachineConfig,
-    MachineConfigPatch, Metrics, MmdsConfig, MmdsVersion, NetworkInterface, NetworkInterfacePatch, SerialDevice,
-    SnapshotCreate, SnapshotLoad, Status, TargetState, Version, VmConfig, Vsock,
+    ActionType, Balloon, BalloonStats, BootSource, CpuConfig, Drive, DrivePatch, Entropy, HintingStatus, InstanceInfo,
+    Logger, MachineConfig, MachineConfigPatch, MemoryHotplugStatus, Metrics, MmdsConfig, MmdsVersion, NetworkInterface,
+    NetworkInterfacePatch, SerialDevice, SnapshotCreate, SnapshotLoad, Status, TargetState, Version, VmConfig, Vsock,
 };
 use serde_json::Value;
+
+use super::balloon::BalloonCommand;
+use super::hotplug::HotplugCommand;
 
 /// One request, understood.
 #[derive(Debug, Clone, PartialEq)]
@@ -35,6 +38,10 @@ pub(super) enum Command {
     SetMetrics(Metrics),
     /// Refused: there are no snapshots.
     LoadSnapshot(SnapshotLoad),
+    /// Each at its own time.
+    Balloon(BalloonCommand),
+    /// Likewise.
+    Hotplug(HotplugCommand),
     /// `InstanceStart` before the start, the others after it.
     Act(ActionType),
     /// After the start.
@@ -69,6 +76,10 @@ pub(super) enum Answer {
     Machine(MachineConfig),
     Status(Status),
     Metadata(Value),
+    Balloon(Balloon),
+    BalloonStats(Box<BalloonStats>),
+    Hinting(HintingStatus),
+    Hotplug(MemoryHotplugStatus),
 }
 
 impl Command {

@@ -4,7 +4,7 @@ use std::io;
 use std::path::Path;
 
 use bedplate_api::vmm::{
-    CpuConfigSource, LogLevel, Logger, MachineConfig, MachineConfigPatch, Metrics, MmdsConfig, SerialDevice,
+    CpuConfigSource, Logger, MachineConfig, MachineConfigPatch, Metrics, MmdsConfig, SerialDevice,
 };
 use bedplate_devices::virtio::block::SECTOR;
 
@@ -126,24 +126,24 @@ impl Session {
         }
         Ok(())
     }
+}
 
-    /// A disk has whole sectors; Firecracker accepts such a file, too, and says so.
-    pub(super) fn warn_of_length(&self, drive: &DriveConfig) {
-        let Some(file) = std::fs::metadata(&drive.path).ok().filter(|file| file.is_file()) else { return };
-        let (id, path, len) = (&drive.id, drive.path.display(), file.len());
-        let message = if len == 0 {
-            format!("drive {id:?}: {path} has 0 bytes; the guest sees a disk without sectors. Give the file a size")
-        } else if !len.is_multiple_of(SECTOR) {
-            format!(
-                "drive {id:?}: {path} has {len} bytes, which is no multiple of {SECTOR}; the guest does not see the \
-                 last {} of them. Pad the file to whole sectors",
-                len % SECTOR
-            )
-        } else {
-            return;
-        };
-        self.log.write(LogLevel::Warning, &message);
+/// A disk has whole sectors; Firecracker accepts another file, too, and says so.
+pub(super) fn warning_of_length(drive: &DriveConfig) -> Option<String> {
+    let file = std::fs::metadata(&drive.path).ok().filter(|file| file.is_file())?;
+    let (id, path, len) = (&drive.id, drive.path.display(), file.len());
+    if len == 0 {
+        return Some(format!(
+            "drive {id:?}: {path} has 0 bytes; the guest sees a disk without sectors. Give the file a size"
+        ));
     }
+    let rest = len % SECTOR;
+    (rest != 0).then(|| {
+        format!(
+            "drive {id:?}: {path} has {len} bytes, which is no multiple of {SECTOR}; the guest does not see the last \
+             {rest} of them. Pad the file to whole sectors"
+        )
+    })
 }
 
 fn patched(machine: &MachineConfig, patch: &MachineConfigPatch) -> MachineConfig {

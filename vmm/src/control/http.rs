@@ -179,6 +179,10 @@ async fn answer(
         Ok(Answer::Machine(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Status(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Metadata(body)) => json(StatusCode::OK, &body),
+        Ok(Answer::Balloon(body)) => json(StatusCode::OK, &body),
+        Ok(Answer::BalloonStats(body)) => json(StatusCode::OK, &body),
+        Ok(Answer::Hinting(body)) => json(StatusCode::OK, &body),
+        Ok(Answer::Hotplug(body)) => json(StatusCode::OK, &body),
         Err(fault) => json(fault.status, &fault.body()),
     };
     if deprecated {

@@ -1,11 +1,14 @@
 //! The control thread: one `poll` over signals, the API's socket and its connections, and the end of the machine.
 
+mod balloon;
 mod change;
 mod commands;
 mod configure;
 mod fault;
+mod hotplug;
 mod http;
 mod log;
+mod metrics;
 mod routes;
 mod session;
 mod signals;

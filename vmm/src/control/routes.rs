@@ -8,11 +8,14 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use bedplate_api::vmm::{
-    Action, Drive, DrivePatch, MachineConfigPatch, NetworkInterface, NetworkInterfacePatch, SnapshotLoad, VmStateChange,
+    Action, Drive, DrivePatch, HintingStart, MachineConfigPatch, NetworkInterface, NetworkInterfacePatch, SnapshotLoad,
+    VmStateChange,
 };
 
+use super::balloon::BalloonCommand;
 use super::commands::Command;
 use super::fault::Fault;
+use super::hotplug::HotplugCommand;
 
 /// Understands a request; the wording of faults is Firecracker's where clients may look at it.
 pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command, Fault> {
@@ -24,6 +27,10 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
         ("GET", ["vm", "config"]) => Ok(Command::DescribeConfig),
         ("GET", ["machine-config"]) => Ok(Command::DescribeMachine),
         ("GET", ["mmds"]) => Ok(Command::DescribeMetadata),
+        ("GET", ["balloon"]) => Ok(Command::Balloon(BalloonCommand::Describe)),
+        ("GET", ["balloon", "statistics"]) => Ok(Command::Balloon(BalloonCommand::DescribeStatistics)),
+        ("GET", ["balloon", "hinting", "status"]) => Ok(Command::Balloon(BalloonCommand::DescribeHinting)),
+        ("GET", ["hotplug", "memory"]) => Ok(Command::Hotplug(HotplugCommand::Describe)),
         ("GET", ["bedplate", "status"]) => Ok(Command::DescribeStatus),
 
         ("PUT", ["bedplate", "power-button"]) => Ok(Command::PressPowerButton),
@@ -39,18 +46,25 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
         ("PUT", ["mmds", "config"]) => json(body).map(Command::SetMmds),
         ("PUT", ["vsock"]) => json(body).map(Command::SetVsock),
         ("PUT", ["entropy"]) => json(body).map(Command::SetEntropy),
+        ("PUT", ["balloon"]) => json(body).map(BalloonCommand::Set).map(Command::Balloon),
+        ("PUT", ["hotplug", "memory"]) => json(body).map(HotplugCommand::Set).map(Command::Hotplug),
         ("PUT", ["serial"]) => json(body).map(Command::SetSerial),
         ("PUT", ["logger"]) => json(body).map(Command::SetLogger),
         ("PUT", ["metrics"]) => json(body).map(Command::SetMetrics),
         ("PUT", ["snapshot", "create"]) => json(body).map(Command::CreateSnapshot),
         ("PUT", ["snapshot", "load"]) => load_snapshot(json(body)?),
 
+        ("PATCH", ["balloon", "hinting", "start"]) => start_hinting(body).map(Command::Balloon),
+        ("PATCH", ["balloon", "hinting", "stop"]) => Ok(Command::Balloon(BalloonCommand::StopHinting)),
         ("PATCH", _) if body.is_empty() => Err(Fault::bad_request("Empty PATCH request.")),
         ("PATCH", ["machine-config"]) => patch_machine(json(body)?),
         ("PATCH", ["drives", id]) => patch_drive(id, json(body)?),
         ("PATCH", ["network-interfaces", id]) => patch_network_interface(id, json(body)?),
         ("PATCH", ["mmds"]) => any_json(body).map(Command::PatchMetadata),
         ("PATCH", ["vm"]) => json(body).map(|change: VmStateChange| Command::ChangeState(change.state)),
+        ("PATCH", ["balloon"]) => json(body).map(BalloonCommand::Update).map(Command::Balloon),
+        ("PATCH", ["balloon", "statistics"]) => json(body).map(BalloonCommand::UpdateStatistics).map(Command::Balloon),
+        ("PATCH", ["hotplug", "memory"]) => json(body).map(HotplugCommand::Update).map(Command::Hotplug),
 
         ("DELETE", _) if !body.is_empty() => Err(Fault::bad_request("DELETE request cannot have a body.")),
         ("DELETE", ["drives", id]) => Ok(Command::Unplug { what: "drive", id: (*id).into() }),
@@ -100,6 +114,12 @@ fn patch_machine(patch: MachineConfigPatch) -> Result<Command, Fault> {
     Ok(Command::PatchMachine(patch))
 }
 
+/// The one request whose body may be missing.
+fn start_hinting(body: &[u8]) -> Result<BalloonCommand, Fault> {
+    let start = if body.is_empty() { HintingStart::default() } else { json(body)? };
+    Ok(BalloonCommand::StartHinting(start))
+}
+
 fn load_snapshot(load: SnapshotLoad) -> Result<Command, Fault> {
     match (&load.mem_backend, &load.mem_file_path) {
         (None, None) => Err(not_understood("missing field: either `mem_backend` or `mem_file_path` is required")),
@@ -121,6 +141,8 @@ fn same_id(in_path: &str, in_body: &str) -> Result<(), Fault> {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
+
+    use bedplate_api::vmm::BalloonUpdate;
 
     use super::*;
 
@@ -158,6 +180,20 @@ mod tests {
         assert!(parse("GET", "/version", "{}").unwrap_err().contains("cannot have a body"));
         assert!(parse("PUT", "/actions", r#"{"action_type": "Explode"}"#).unwrap_err().contains("Explode"));
     }
+
+    #[test]
+    fn paths_of_the_balloon_are_firecracker_s() {
+        let body = r#"{"amount_mib": 5}"#;
+        let update = BalloonCommand::Update(BalloonUpdate { amount_mib: 5 });
+        assert_eq!(parse("PATCH", "/balloon", body), Ok(Command::Balloon(update)));
+        assert!(parse("PUT", "/balloon", body).unwrap_err().contains("deflate_on_oom"), "it has no default");
+        let start = || Ok(Command::Balloon(BalloonCommand::StartHinting(HintingStart { acknowledge_on_stop: true })));
+        assert_eq!(parse("PATCH", "/balloon/hinting/start", ""), start());
+        assert_eq!(parse("PATCH", "/balloon/hinting/start", "{}"), start());
+        assert!(parse("PUT", "/balloon/hinting/start", "{}").unwrap_err().contains("Invalid request method"));
+        assert!(parse("GET", "/balloon/nothing", "").unwrap_err().contains("Invalid request method"));
+    }
+
     /// Method and path of each arm of `parse`, as the source has them.
     fn routed() -> BTreeSet<(String, String)> {
         let arms = include_str!("routes.rs").lines().map(str::trim).take_while(|line| *line != "#[cfg(test)]");

@@ -3,27 +3,30 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::{
-    ActionType, Exit, ExitCounts, ExitReason, InstanceInfo, LogLevel, MetricsLine, RunState, Status, TargetState,
-    Version, VmConfig,
+    ActionType, Exit, ExitCounts, ExitReason, InstanceInfo, LogLevel, RunState, Status, TargetState, Version, VmConfig,
 };
 use bedplate_devices::platform::Booted;
+use bedplate_images::disk::Disk;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::commands::{Answer, Command};
+use super::configure::warning_of_length;
 use super::fault::Fault;
 use super::log::Log;
+use super::metrics;
 use super::signals::Signal;
 use super::startup::{StartTimes, StartupTimes, cpu_time};
-use crate::config::{self, ConfigError};
+use crate::config::{self, Config, ConfigError};
 use crate::console::{Console, ConsoleError, Serving, Target};
 use crate::files;
 use crate::machine::builder::Outlets;
 use crate::machine::{BuildError, Machine, builder};
 use crate::metadata::Metadata;
+use crate::sandbox::{self, Access, Sandbox};
 
 const NAME: &str = "Bedplate";
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -77,6 +80,9 @@ pub struct Session {
     /// When counters were written last, or the VM was started.
     flushed: Instant,
     pub(super) metadata: Metadata,
+    /// What the process goes into at the start, with what must stay visible whatever the VM is; none if a person wants
+    /// none.
+    pub(super) sandbox: Option<Sandbox>,
     leave: EventFd,
     ended: EventFd,
     /// Set where the process shall end without a VM.
@@ -85,17 +91,18 @@ pub struct Session {
 
 /// Dropped in this order: the console delivers the last output of a machine that runs no more.
 pub(super) struct Running {
-    pub machine: Machine,
+    pub(super) machine: Machine,
     paused: bool,
     _console: Serving,
 }
 
 impl Session {
-    /// A process without a VM. `console` is where the guest's serial port will go.
+    /// A process without a VM. `console` is where the guest's serial port will go, `sandbox` what the process goes into
+    /// with the VM.
     ///
     /// # Errors
     /// The host has no descriptors left.
-    pub fn new(settings: Settings, console: Console) -> io::Result<Self> {
+    pub fn new(settings: Settings, console: Console, sandbox: Option<Sandbox>) -> io::Result<Self> {
         let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         Ok(Self {
             log: Log::new(&settings.id),
@@ -107,6 +114,7 @@ impl Session {
             vm: None,
             metrics: None,
             flushed: Instant::now(),
+            sandbox,
             leave: event()?,
             ended: event()?,
             early_exit: None,
@@ -144,8 +152,15 @@ impl Session {
             Some(console) => console,
             None => Console::open(&Target::Off, None)?,
         };
-        let outlets =
-            Outlets { serial: Box::new(console.sink()), ended: &self.ended, booted, metadata: self.metadata.clone() };
+        // Inside of the sandbox the files may not be seen any more.
+        let lengths: Vec<_> = config.drives.iter().filter_map(warning_of_length).collect();
+        let outlets = Outlets {
+            serial: Box::new(console.sink()),
+            ended: &self.ended,
+            booted,
+            metadata: self.metadata.clone(),
+            sandbox: self.sandbox.clone().map(|sandbox| around(sandbox, &config)),
+        };
         let machine = match builder::start(&config, outlets) {
             Ok(machine) => machine,
             Err(error) => {
@@ -154,11 +169,12 @@ impl Session {
                 return Err(error.into());
             }
         };
-        for drive in &config.drives {
-            self.warn_of_length(drive);
+        for warning in lengths.iter().chain(machine.devices().warnings()) {
+            self.log.write(LogLevel::Warning, warning);
         }
         let console = console.serve(machine.serial(), &self.leave)?;
         self.flushed = Instant::now();
+        sandbox::narrow(sandbox::Thread::Control);
         self.vm = Some(Running { machine, paused: false, _console: console });
         self.log.write(LogLevel::Info, "the VM runs");
         Ok(())
@@ -249,6 +265,8 @@ impl Session {
                 self.running()?.machine.press_power_button();
                 Ok(Answer::Done)
             }
+            Command::Balloon(command) => self.execute_balloon(command),
+            Command::Hotplug(command) => self.execute_hotplug(command),
             Command::ChangeState(target) => self.running()?.change_state(target).map(done),
             Command::PatchDrive(patch) => self.after_start()?.patch_drive(&patch).map(done),
             Command::PatchNetworkInterface(patch) => self.after_start()?.patch_network_interface(&patch).map(done),
@@ -259,7 +277,7 @@ impl Session {
         }
     }
 
-    fn before_start(&mut self) -> Result<&mut Self, Fault> {
+    pub(super) fn before_start(&mut self) -> Result<&mut Self, Fault> {
         if self.vm.is_some() { Err(Fault::bad_request(AFTER_START)) } else { Ok(self) }
     }
 
@@ -267,7 +285,7 @@ impl Session {
         if self.vm.is_some() { Ok(self) } else { Err(Fault::bad_request(BEFORE_START)) }
     }
 
-    fn running(&mut self) -> Result<&mut Running, Fault> {
+    pub(super) fn running(&mut self) -> Result<&mut Running, Fault> {
         self.vm.as_mut().ok_or_else(|| Fault::bad_request(BEFORE_START))
     }
 
@@ -287,20 +305,10 @@ impl Session {
     }
 
     fn flush_metrics(&mut self) -> Result<(), Fault> {
-        let mut status = self.status();
+        let status = self.status();
         self.flushed = Instant::now();
         let (Some(spec), Some(file)) = (&self.spec.metrics, &mut self.metrics) else { return Ok(()) };
-        if !spec.emit_id {
-            status.id.clear();
-        }
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let line = MetricsLine {
-            // Reaches to the year 584 million.
-            utc_timestamp_ms: now.as_millis() as u64,
-            properties: spec.properties.clone(),
-            status,
-        };
-        let mut line = serde_json::to_vec(&line).map_err(Fault::bad_request)?;
+        let mut line = serde_json::to_vec(&metrics::line(spec, status)).map_err(Fault::bad_request)?;
         line.push(b'\n');
         file.write_all(&line).map_err(|error| Fault::bad_request(format!("metrics cannot be written: {error}")))
     }
@@ -322,6 +330,7 @@ impl Session {
             process_startup_time_cpu_us: self.startup.cpu_us,
             uptime_seconds: self.vm.as_ref().map_or(0, |vm| vm.machine.uptime().as_secs()),
             exits: self.vm.as_ref().map_or(ExitCounts::default(), |vm| vm.machine.exits()),
+            devices: self.vm.as_ref().map(|vm| vm.machine.devices().status()).unwrap_or_default(),
         }
     }
 }
@@ -337,6 +346,23 @@ impl Running {
         };
         Ok(())
     }
+}
+
+/// What this VM uses by name while it runs.
+fn around(mut sandbox: Sandbox, config: &Config) -> Sandbox {
+    for drive in &config.drives {
+        let dir = Path::new(&drive.path);
+        // A copy-on-write disk reads its image's chunks as the guest asks for them; a raw file is open already. One that
+        // cannot be read is the builder's to complain about.
+        if let Ok(spec) = Disk::spec_of(dir) {
+            sandbox.keep(dir, Access::Write);
+            sandbox.keep(&spec.store, Access::Read);
+        }
+    }
+    if let Some(vsock) = &config.vsock {
+        sandbox.keep_place_of(&vsock.path);
+    }
+    sandbox
 }
 
 fn done((): ()) -> Answer {

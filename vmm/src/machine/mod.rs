@@ -6,13 +6,13 @@
 pub mod bare;
 pub mod builder;
 pub mod counters;
+mod devices;
 pub mod lifecycle;
 mod pci_devices;
 mod platform;
 pub mod ports;
 pub mod vcpu;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -27,11 +27,13 @@ use crate::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::kvm::{KvmError, Vcpu, Vm};
 use crate::memory::{MemoryError, Ram};
+use crate::sandbox::{self, SandboxError};
 use counters::ExitCounters;
 use lifecycle::Lifecycle;
 use vcpu::Buses;
 
-pub use pci_devices::{DeviceError, DiskControl};
+pub use devices::{Devices, DiskControl};
+pub use pci_devices::DeviceError;
 pub use platform::SerialLine;
 
 /// Why no VM could be built.
@@ -50,6 +52,8 @@ pub enum BuildError {
     Pci(#[from] PciError),
     #[error(transparent)]
     Acpi(#[from] AcpiError),
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// Two devices in one place: our bug.
     #[error("the machine's own layout is contradictory: {0}")]
     Overlap(#[from] OverlapError),
@@ -66,8 +70,7 @@ pub struct Machine {
     buses: Buses,
     life: Arc<Lifecycle>,
     pci: PciRoot,
-    /// By `drive_id`.
-    disks: BTreeMap<String, DiskControl>,
+    devices: Devices,
     serial: SerialLine,
     power: Arc<Mutex<AcpiPm>>,
     threads: Vec<JoinHandle<()>>,
@@ -86,7 +89,10 @@ impl Machine {
             let counters = Arc::new(ExitCounters::default());
             self.counters.push(Arc::clone(&counters));
             let name = format!("vcpu{}", vcpu.index());
-            let body = move || vcpu::run(&mut vcpu, &buses, &life, &counters);
+            let body = move || {
+                sandbox::narrow(sandbox::Thread::Vcpu);
+                vcpu::run(&mut vcpu, &buses, &life, &counters);
+            };
             match thread::Builder::new().name(name).spawn(body) {
                 Ok(thread) => self.threads.push(thread),
                 Err(error) => {
@@ -121,14 +127,14 @@ impl Machine {
         self.life.resume();
     }
 
-    /// What changes the disk of a drive; none where there is no such drive.
-    pub fn disk(&self, drive_id: &str) -> Option<&DiskControl> {
-        self.disks.get(drive_id)
-    }
-
     /// Presses the ACPI power button.
     pub fn press_power_button(&self) {
         self.power.lock().unwrap_or_else(|e| e.into_inner()).press_power_button();
+    }
+
+    /// Its devices.
+    pub const fn devices(&self) -> &Devices {
+        &self.devices
     }
 
     /// The serial port.

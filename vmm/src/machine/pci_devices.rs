@@ -2,6 +2,7 @@
 
 use std::ffi::CString;
 use std::io;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -11,7 +12,9 @@ use bedplate_devices::host::PciHost;
 use bedplate_devices::metadata::Responder;
 use bedplate_devices::pci::PciRoot;
 use bedplate_devices::virtio::VirtioDevice;
-use bedplate_devices::virtio::block::{Backend, Block, BlockConfig, BlockControl, OpenError};
+use bedplate_devices::virtio::balloon::{Balloon, BalloonConfig};
+use bedplate_devices::virtio::block::{Block, BlockConfig, OpenError};
+use bedplate_devices::virtio::mem::{Mem, MemConfig};
 use bedplate_devices::virtio::net::{Net, NetConfig, Tap, TapError};
 use bedplate_devices::virtio::pci::{VirtioPciDevice, VirtioPciError};
 use bedplate_devices::virtio::rng::Rng;
@@ -19,8 +22,9 @@ use bedplate_devices::virtio::vsock::{Vsock, VsockConfig, VsockError};
 use bedplate_images::disk::DiskError;
 
 use super::BuildError;
+use super::devices::{Counts, Devices};
 use crate::block;
-use crate::config::{self, DriveConfig};
+use crate::config::{self, DriveConfig, EntropyConfig, HotplugConfig};
 use crate::metadata::{GuestView, Metadata};
 
 /// Why a device cannot be attached.
@@ -86,51 +90,84 @@ pub enum DeviceError {
     Transport(#[from] VirtioPciError),
 }
 
-/// What changes a disk while its VM runs.
-pub type DiskControl = BlockControl<Box<dyn Backend>>;
-
-/// What every attachment needs.
+/// What every attachment needs, and what is left of all of them.
 pub(super) struct Attach<'a> {
     pub pci: &'a PciRoot,
     pub host: Arc<dyn PciHost>,
     pub memory: &'a Memory,
+    pub vcpus: u8,
     pub metadata: &'a Metadata,
+    pub devices: Devices,
 }
 
 impl Attach<'_> {
-    pub fn drive(&self, drive: &DriveConfig) -> Result<DiskControl, BuildError> {
-        let backend = block::open(drive)?;
-        let config = BlockConfig { read_only: drive.read_only, cache: drive.cache, serial: drive.id.clone() };
-        let device = Block::new(backend, config);
-        let control = device.control();
-        self.virtio(device)?;
-        Ok(control)
+    pub fn drive(&mut self, drive: &DriveConfig) -> Result<(), BuildError> {
+        let (medium, warning) = block::open(drive)?;
+        let config = BlockConfig {
+            read_only: drive.read_only,
+            cache: drive.cache,
+            serial: drive.id.clone(),
+            queues: self.vcpus.into(),
+            limits: drive.limits,
+        };
+        let device = Block::over(medium, config).map_err(BuildError::Host)?;
+        self.devices.disks.insert(drive.id.clone(), device.control());
+        self.count(format!("block_{}", drive.id), &device, Counts::Block(Arc::clone(device.block_metrics())));
+        self.devices.warnings.extend(warning);
+        self.virtio(device)
     }
 
-    pub fn net(&self, net: &config::NetConfig) -> Result<(), BuildError> {
+    pub fn net(&mut self, net: &config::NetConfig) -> Result<(), BuildError> {
         let (id, tap) = (net.id.clone(), net.tap.clone());
         // Opening a tap that is not there would make one that leads nowhere.
         if !interface_exists(&tap) {
             return Err(DeviceError::NoTap { id, tap }.into());
         }
         let tap = Tap::open(&tap).map_err(|source| DeviceError::Net { id, source })?;
-        let mut device = Net::new(tap, NetConfig { mac: net.mac, mtu: net.mtu });
+        let config = NetConfig { mac: net.mac, mtu: net.mtu, rx_limits: net.rx_limits, tx_limits: net.tx_limits };
+        let mut device = Net::new(tap, config).map_err(BuildError::Host)?;
         if let Some(address) = net.metadata {
             let view = Box::new(GuestView::new(self.metadata.clone()));
             device.set_responder(Responder::new(address, view)).map_err(BuildError::Host)?;
         }
+        self.devices.nets.insert(net.id.clone(), device.control());
+        self.count(format!("net_{}", net.id), &device, Counts::Net(Arc::clone(device.net_metrics())));
         self.virtio(device)
     }
 
-    pub fn vsock(&self, vsock: &config::VsockConfig) -> Result<(), BuildError> {
+    pub fn vsock(&mut self, vsock: &config::VsockConfig) -> Result<(), BuildError> {
         let path = vsock.path.clone();
         socket::remove_dead(&path).map_err(|source| DeviceError::SocketInUse { path, source })?;
         let config = VsockConfig { guest_cid: vsock.cid, uds_path: vsock.path.clone() };
-        self.virtio(Vsock::new(config).map_err(DeviceError::Vsock)?)
+        let device = Vsock::new(config).map_err(DeviceError::Vsock)?;
+        self.count("vsock".into(), &device, Counts::Vsock);
+        self.virtio(device)
     }
 
-    pub fn rng(&self) -> Result<(), BuildError> {
-        self.virtio(Rng::new())
+    pub fn rng(&mut self, entropy: &EntropyConfig) -> Result<(), BuildError> {
+        let device = Rng::new(entropy.limits).map_err(BuildError::Host)?;
+        self.count("entropy".into(), &device, Counts::Rng(Arc::clone(device.bytes())));
+        self.virtio(device)
+    }
+
+    pub fn balloon(&mut self, balloon: BalloonConfig) -> Result<(), BuildError> {
+        let device = Balloon::new(balloon).map_err(BuildError::Host)?;
+        self.devices.balloon = Some(device.control());
+        self.count("balloon".into(), &device, Counts::Balloon(Arc::clone(device.balloon_metrics())));
+        self.virtio(device)
+    }
+
+    pub fn mem(&mut self, hotplug: HotplugConfig, region: Range<u64>) -> Result<(), BuildError> {
+        let (len, block) = (region.end - region.start, hotplug.block_mib << 20);
+        let device = Mem::new(MemConfig { address: region.start, len, block }).map_err(BuildError::Host)?;
+        self.devices.mem = Some(device.control());
+        self.count("memory_hotplug".into(), &device, Counts::Mem(Arc::clone(device.mem_metrics())));
+        self.virtio(device)
+    }
+
+    /// Notes what a device counts.
+    fn count(&mut self, name: String, device: &dyn VirtioDevice, counts: Counts) {
+        self.devices.counts.insert(name, (Arc::clone(device.metrics()), counts));
     }
 
     fn virtio(&self, device: impl VirtioDevice + 'static) -> Result<(), BuildError> {

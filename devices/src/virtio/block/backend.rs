@@ -5,7 +5,7 @@ use std::io;
 use crate::virtio::View;
 
 /// The contents of a disk. Called from the device's worker, one request at a time; the device has checked that requests
-/// lie inside of [`Backend::size`].
+/// lie inside of what [`Backend::size`] said.
 pub trait Backend: Send {
     /// Bytes. Asked once, when the device is made.
     fn size(&self) -> u64;

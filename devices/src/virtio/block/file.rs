@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt};
 use std::path::{Path, PathBuf};
 
-use super::Backend;
+use super::{Backend, Uring};
 use crate::files;
 use crate::virtio::View;
 
@@ -78,6 +78,14 @@ impl RawFile {
         // The length of a block device is where its end is, not what its metadata says.
         let size = file.seek(SeekFrom::End(0))?;
         Ok(Self { file, size })
+    }
+
+    /// A ring for requests to this file.
+    ///
+    /// # Errors
+    /// The host has no io_uring, or forbids it.
+    pub fn ring(&self) -> io::Result<Uring> {
+        Uring::open(self.file.as_fd())
     }
 
     /// `fallocate`; false where the file system cannot.

@@ -8,8 +8,10 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
-use super::{Backend, BlockConfig, BlockMetrics, Cache, SECTOR};
+use super::uring::{Job, Landed, Uring};
+use super::{Backend, BlockConfig, BlockMetrics, Cache, Medium, SECTOR};
 use crate::metrics::DeviceMetrics;
+use crate::virtio::limiter::Limiter;
 use crate::virtio::{Answer, Chain, View};
 
 /// Bytes of the answer to GET_ID.
@@ -37,71 +39,52 @@ enum Failure {
 /// A request that was executed: how many bytes it wrote to the guest, without the status.
 type Outcome = Result<usize, Failure>;
 
-/// The disk as requests see it.
-pub(super) struct Disk<B> {
-    backend: B,
-    sectors: u64,
-    serial: [u8; ID_LEN],
-    config: BlockConfig,
-    bounce: Vec<u8>,
-    /// Every write is flushed before it is answered.
-    write_through: bool,
-    /// Written since the last flush.
-    dirty: bool,
+/// A request that was checked.
+enum Request<'a> {
+    Read { offset: u64, into: View<'a> },
+    Write { offset: u64, from: View<'a> },
+    Flush,
+    Id(View<'a>),
+    Discard(View<'a>),
+    WriteZeroes(View<'a>),
+}
+
+impl Request<'_> {
+    /// What it costs, besides being one.
+    fn bytes(&self) -> u64 {
+        match self {
+            Self::Read { into: data, .. } | Self::Write { from: data, .. } => data.len() as u64,
+            _ => 0,
+        }
+    }
+}
+
+/// Where a request's answer and what is counted go.
+struct Books {
     metrics: Arc<DeviceMetrics>,
     counts: Arc<BlockMetrics>,
 }
 
-impl<B: Backend> Disk<B> {
-    pub(super) fn new(
-        backend: B,
-        sectors: u64,
-        serial: [u8; ID_LEN],
-        config: BlockConfig,
-        metrics: Arc<DeviceMetrics>,
-        counts: Arc<BlockMetrics>,
-    ) -> Self {
-        let bounce = vec![0; BOUNCE_LEN];
-        Self { backend, sectors, serial, config, bounce, write_through: false, dirty: false, metrics, counts }
+impl Books {
+    fn read(&self, len: usize) -> usize {
+        self.counts.reads.increment();
+        self.counts.read_bytes.add(len as u64);
+        len
     }
 
-    /// A driver that cannot flush takes every write for durable (5.2.6.2).
-    pub(super) fn set_flush_negotiated(&mut self, negotiated: bool) {
-        self.write_through = self.config.cache == Cache::Writeback && !negotiated;
+    fn wrote(&self, len: usize) -> usize {
+        self.counts.writes.increment();
+        self.counts.write_bytes.add(len as u64);
+        0
     }
 
-    /// Puts `backend` in the place of what the disk was.
-    pub(super) fn replace(&mut self, backend: B, sectors: u64) {
-        (self.backend, self.sectors) = (backend, sectors);
+    fn flushed(&self) -> usize {
+        self.counts.flushes.increment();
+        0
     }
 
-    /// The device stops, or the disk is replaced: what was written becomes durable, unless that was never promised.
-    pub(super) fn settle(&mut self) {
-        if self.dirty && self.config.cache == Cache::Writeback {
-            self.dirty = false;
-            if let Err(error) = self.backend.flush() {
-                self.metrics.host_fault(|| format!("cannot flush a disk: {error}"));
-            }
-        }
-    }
-
-    /// Executes the request in `chain` and writes its status, the last writable byte, whatever happened.
-    pub(super) fn serve(&mut self, chain: &mut Chain) -> Answer {
-        let writable = chain.writable.view();
-        let Some((data, status)) = writable.len().checked_sub(1).and_then(|at| writable.split_at(at)) else {
-            // There is no place for a status. A chain that has a fault was counted where that was found.
-            if chain.fault.is_none() {
-                self.metrics.guest_faults.increment();
-            }
-            return Answer::Used(0);
-        };
-        let outcome = if chain.fault.is_some() {
-            self.counts.failures.increment();
-            status.copy_from(&[VIRTIO_BLK_S_IOERR as u8]);
-            return Answer::Used(0);
-        } else {
-            self.execute(chain.readable.view(), data)
-        };
+    /// Writes the status of a request with `room` writable bytes besides it.
+    fn answer(&self, outcome: Outcome, room: usize, status: View<'_>) -> Answer {
         let code = match &outcome {
             Ok(_) => VIRTIO_BLK_S_OK,
             Err(failure) => self.count(failure),
@@ -109,9 +92,9 @@ impl<B: Backend> Disk<B> {
         status.copy_from(&[code as u8]);
         match outcome {
             // The length counts from the first byte, so that it reaches the status only over data that was written.
-            Ok(written) if written == data.len() => Answer::Used(written as u32 + 1),
+            Ok(written) if written == room => Answer::Used(written as u32 + 1),
             Ok(written) => Answer::Used(written as u32),
-            Err(_) if data.is_empty() => Answer::Used(1),
+            Err(_) if room == 0 => Answer::Used(1),
             Err(_) => Answer::Used(0),
         }
     }
@@ -125,22 +108,216 @@ impl<B: Backend> Disk<B> {
         }
         VIRTIO_BLK_S_IOERR
     }
+}
 
-    fn execute(&mut self, readable: View<'_>, writable: View<'_>) -> Outcome {
+/// The place for data and the one for the status, if there is one.
+fn split_status(chain: &Chain) -> Option<(View<'_>, View<'_>)> {
+    let writable = chain.writable.view();
+    writable.len().checked_sub(1).and_then(|at| writable.split_at(at))
+}
+
+/// The disk as requests see it.
+pub(super) struct Disk<B> {
+    backend: B,
+    ring: Option<Uring>,
+    sectors: u64,
+    serial: [u8; ID_LEN],
+    read_only: bool,
+    cache: Cache,
+    pub(super) limiter: Limiter,
+    bounce: Vec<u8>,
+    /// Every write is flushed before it is answered.
+    write_through: bool,
+    /// How often the disk was changed, and how many of these changes a flush has covered.
+    changes: u64,
+    flushed: u64,
+    books: Books,
+}
+
+impl<B: Backend> Disk<B> {
+    pub(super) fn new(
+        medium: Medium<B>,
+        config: &BlockConfig,
+        limiter: Limiter,
+        metrics: Arc<DeviceMetrics>,
+        counts: Arc<BlockMetrics>,
+    ) -> Self {
+        let mut serial = [0; ID_LEN];
+        serial.iter_mut().zip(config.serial.bytes()).for_each(|(to, from)| *to = from);
+        let Medium { backend, ring } = medium;
+        Self {
+            sectors: backend.size() / SECTOR,
+            backend,
+            ring,
+            serial,
+            read_only: config.read_only,
+            cache: config.cache,
+            limiter,
+            bounce: vec![0; BOUNCE_LEN],
+            write_through: false,
+            changes: 0,
+            flushed: 0,
+            books: Books { metrics, counts },
+        }
+    }
+
+    /// A driver that cannot flush takes every write for durable (5.2.6.2).
+    pub(super) fn set_flush_negotiated(&mut self, negotiated: bool) {
+        self.write_through = self.cache == Cache::Writeback && !negotiated;
+    }
+
+    /// The way to the kernel, if requests take it.
+    pub(super) fn ring(&mut self) -> Option<&mut Uring> {
+        self.ring.as_mut()
+    }
+
+    /// The disk becomes another one. Nothing is in flight; what was written to the old one becomes durable.
+    pub(super) fn replace(&mut self, medium: Medium<B>) {
+        self.settle();
+        self.sectors = medium.backend.size() / SECTOR;
+        (self.backend, self.ring) = (medium.backend, medium.ring);
+    }
+
+    /// The device stops: what was written becomes durable, unless that was never promised.
+    pub(super) fn settle(&mut self) {
+        if self.changes != self.flushed && self.cache == Cache::Writeback {
+            self.flushed = self.changes;
+            if let Err(error) = self.backend.flush() {
+                self.books.metrics.host_fault(|| format!("cannot flush a disk: {error}"));
+            }
+        }
+    }
+
+    /// Executes the request in `chain`, which is of queue `queue`, or hands it to the ring. Its status, the last writable
+    /// byte, is written whatever happens.
+    pub(super) fn serve(&mut self, queue: u16, chain: &mut Chain) -> Answer {
+        let Some((data, status)) = split_status(chain) else {
+            // There is no place for a status. A chain that has a fault was counted where that was found.
+            if chain.fault.is_none() {
+                self.books.metrics.guest_faults.increment();
+            }
+            return Answer::Used(0);
+        };
+        if chain.fault.is_some() {
+            self.books.counts.failures.increment();
+            status.copy_from(&[VIRTIO_BLK_S_IOERR as u8]);
+            return Answer::Used(0);
+        }
+        let request = match self.parse(chain.readable.view(), data) {
+            Ok(request) => request,
+            Err(failure) => return self.books.answer(Err(failure), data.len(), status),
+        };
+        if self.ring.as_ref().is_some_and(|ring| !ring.has_room()) {
+            return Answer::Wait;
+        }
+        if !self.limiter.admit(request.bytes()) {
+            self.books.counts.throttled.increment();
+            return Answer::Wait;
+        }
+        match self.start(queue, &request) {
+            Some(slot) => {
+                if let Some(ring) = &mut self.ring {
+                    ring.keep_chain(slot, chain);
+                }
+                Answer::Later
+            }
+            None => {
+                let outcome = self.execute(request);
+                self.books.answer(outcome, data.len(), status)
+            }
+        }
+    }
+
+    /// Hands a request to the ring, if it is one for it.
+    fn start(&mut self, queue: u16, request: &Request<'_>) -> Option<usize> {
+        let ring = self.ring.as_mut()?;
+        match *request {
+            Request::Read { offset, into } if !into.is_empty() => {
+                Some(ring.start(queue, Job::Read, Some(into), offset))
+            }
+            Request::Write { offset, from } if !from.is_empty() => {
+                Some(ring.start(queue, Job::Write, Some(from), offset))
+            }
+            Request::Flush => Some(ring.start(queue, Job::Flush(self.changes), None, 0)),
+            _ => None,
+        }
+    }
+
+    /// Answers the next request that the ring is done with, and calls `used` with its queue, head and length. False
+    /// when there is none.
+    pub(super) fn land(&mut self, used: &mut dyn FnMut(u16, u16, u32)) -> bool {
+        let Some(ring) = &mut self.ring else { return false };
+        let (index, result) = match ring.landed() {
+            None => return false,
+            Some(Landed::Partly) => return true,
+            Some(Landed::Done(index, result)) => (index, result),
+        };
+        let slot = ring.slot(index);
+        if slot.job == Job::Write {
+            self.changes += 1;
+            if self.write_through && result.is_ok() {
+                slot.job = Job::Settle(self.changes);
+                ring.queue(index);
+                return true;
+            }
+        }
+        let outcome = match (slot.job, result) {
+            (Job::Read, Ok(())) => Ok(self.books.read(slot.len)),
+            (Job::Write, Ok(())) => Ok(self.books.wrote(slot.len)),
+            (Job::Flush(covered), Ok(())) => {
+                self.flushed = self.flushed.max(covered);
+                Ok(self.books.flushed())
+            }
+            (Job::Settle(covered), Ok(())) => {
+                self.flushed = self.flushed.max(covered);
+                self.books.flushed();
+                Ok(self.books.wrote(slot.len))
+            }
+            (Job::Read, Err(error)) => Err(Failure::Host("read", error)),
+            (Job::Write, Err(error)) => Err(Failure::Host("write", error)),
+            (Job::Flush(_) | Job::Settle(_), Err(error)) => Err(Failure::Host("flush", error)),
+        };
+        if let Some((data, status)) = split_status(&slot.chain)
+            && let Answer::Used(len) = self.books.answer(outcome, data.len(), status)
+        {
+            used(slot.queue, slot.chain.head, len);
+        }
+        ring.release(index);
+        true
+    }
+
+    /// Understands and checks a request; the backend has not been asked for anything afterwards.
+    fn parse<'a>(&self, readable: View<'a>, writable: View<'a>) -> Result<Request<'a>, Failure> {
         // type, reserved, sector: 5.2.6.
         let (kind, rest) = readable.split_value::<[u32; 2]>().ok_or(Failure::Guest)?;
         let (sector, data) = rest.split_value::<u64>().ok_or(Failure::Guest)?;
-        match u32::from_le(kind[0]) {
-            VIRTIO_BLK_T_IN => self.read(u64::from_le(sector), writable),
-            VIRTIO_BLK_T_OUT => self.write(u64::from_le(sector), data),
-            VIRTIO_BLK_T_FLUSH => self.flush(),
-            VIRTIO_BLK_T_GET_ID => Ok(writable.copy_from(&self.serial)),
+        let sector = u64::from_le(sector);
+        let request = match u32::from_le(kind[0]) {
+            VIRTIO_BLK_T_IN => {
+                return Ok(Request::Read { offset: self.offset(sector, writable.len() as u64)?, into: writable });
+            }
+            VIRTIO_BLK_T_FLUSH => return Ok(Request::Flush),
+            VIRTIO_BLK_T_GET_ID => return Ok(Request::Id(writable)),
+            VIRTIO_BLK_T_OUT => Request::Write { offset: self.offset(sector, data.len() as u64)?, from: data },
+            VIRTIO_BLK_T_DISCARD => Request::Discard(data),
+            VIRTIO_BLK_T_WRITE_ZEROES => Request::WriteZeroes(data),
+            _ => return Err(Failure::Unsupported),
+        };
+        // The others change the disk.
+        if self.read_only { Err(Failure::Guest) } else { Ok(request) }
+    }
+
+    fn execute(&mut self, request: Request<'_>) -> Outcome {
+        match request {
+            Request::Read { offset, into } => self.read(offset, into),
+            Request::Write { offset, from } => self.write(offset, from),
+            Request::Flush => self.flush(),
+            Request::Id(writable) => Ok(writable.copy_from(&self.serial)),
             // Discarding knows no flags.
-            VIRTIO_BLK_T_DISCARD => self.for_ranges(data, 0, |backend, offset, len, _| backend.discard(offset, len)),
-            VIRTIO_BLK_T_WRITE_ZEROES => self.for_ranges(data, FLAG_UNMAP, |backend, offset, len, flags| {
+            Request::Discard(data) => self.for_ranges(data, 0, |backend, offset, len, _| backend.discard(offset, len)),
+            Request::WriteZeroes(data) => self.for_ranges(data, FLAG_UNMAP, |backend, offset, len, flags| {
                 backend.write_zeroes(offset, len, flags & FLAG_UNMAP != 0)
             }),
-            _ => Err(Failure::Unsupported),
         }
     }
 
@@ -153,36 +330,22 @@ impl<B: Backend> Disk<B> {
         }
     }
 
-    fn read(&mut self, sector: u64, into: View<'_>) -> Outcome {
-        let offset = self.offset(sector, into.len() as u64)?;
+    fn read(&mut self, offset: u64, into: View<'_>) -> Outcome {
         self.backend.read_to_guest(offset, into, &mut self.bounce).map_err(|e| Failure::Host("read", e))?;
-        self.counts.reads.increment();
-        self.counts.read_bytes.add(into.len() as u64);
-        Ok(into.len())
+        Ok(self.books.read(into.len()))
     }
 
-    fn write(&mut self, sector: u64, from: View<'_>) -> Outcome {
-        let offset = self.offset(sector, from.len() as u64)?;
-        self.before_change()?;
+    fn write(&mut self, offset: u64, from: View<'_>) -> Outcome {
+        self.changes += 1;
         self.backend.write_from_guest(offset, from, &mut self.bounce).map_err(|e| Failure::Host("write", e))?;
-        self.counts.writes.increment();
-        self.counts.write_bytes.add(from.len() as u64);
+        self.books.wrote(from.len());
         self.after_change()
     }
 
     fn flush(&mut self) -> Outcome {
         self.backend.flush().map_err(|e| Failure::Host("flush", e))?;
-        self.dirty = false;
-        self.counts.flushes.increment();
-        Ok(0)
-    }
-
-    fn before_change(&mut self) -> Result<(), Failure> {
-        if self.config.read_only {
-            return Err(Failure::Guest);
-        }
-        self.dirty = true;
-        Ok(())
+        self.flushed = self.changes;
+        Ok(self.books.flushed())
     }
 
     fn after_change(&mut self) -> Outcome {
@@ -198,7 +361,6 @@ impl<B: Backend> Disk<B> {
     ) -> Outcome {
         // 5.2.6: `sector` as u64, `num_sectors` and `flags` as u32.
         const RANGE_LEN: usize = 16;
-        self.before_change()?;
         if data.is_empty() || !data.len().is_multiple_of(RANGE_LEN) || data.len() / RANGE_LEN > MAX_RANGES as usize {
             return Err(Failure::Guest);
         }
@@ -220,6 +382,7 @@ impl<B: Backend> Disk<B> {
             }
             rest = after;
         }
+        self.changes += 1;
         for (offset, len, flags) in ranges.iter().filter(|(_, len, _)| *len > 0) {
             act(&mut self.backend, *offset, *len, *flags).map_err(|e| Failure::Host("discard or zero a part of", e))?;
         }

@@ -1,12 +1,13 @@
 use std::io::{self, Read, Seek, Write};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use super::*;
 use crate::testing::{Driver, DriverQueue, Piece};
 
-const HEADER: u64 = Driver::BUFFERS;
-const STATUS: u64 = Driver::BUFFERS + 0x100;
-const DATA: u64 = Driver::BUFFERS + 0x1000;
+pub(super) const HEADER: u64 = Driver::BUFFERS;
+pub(super) const STATUS: u64 = Driver::BUFFERS + 0x100;
+pub(super) const DATA: u64 = Driver::BUFFERS + 0x1000;
 
 /// A disk in memory that notes what happens to it.
 #[derive(Clone, Default)]
@@ -67,7 +68,7 @@ impl Backend for Notes {
     }
 }
 
-fn header(driver: &Driver, kind: u32, sector: u64) {
+pub(super) fn header(driver: &Driver, kind: u32, sector: u64) {
     driver.put(HEADER, &kind.to_le_bytes());
     driver.put(HEADER + 4, &[0; 4]);
     driver.put(HEADER + 8, &sector.to_le_bytes());
@@ -75,7 +76,7 @@ fn header(driver: &Driver, kind: u32, sector: u64) {
 }
 
 /// Runs one request; returns status and length.
-fn request(driver: &Driver, queue: &mut DriverQueue, kind: u32, sector: u64, data: &[Piece]) -> (u8, u32) {
+pub(super) fn request(driver: &Driver, queue: &mut DriverQueue, kind: u32, sector: u64, data: &[Piece]) -> (u8, u32) {
     header(driver, kind, sector);
     let mut chain = vec![Piece::Read(HEADER, 16)];
     chain.extend(data);
@@ -84,19 +85,19 @@ fn request(driver: &Driver, queue: &mut DriverQueue, kind: u32, sector: u64, dat
     (driver.get(STATUS, 1)[0], len)
 }
 
-const IN: u32 = 0;
-const OUT: u32 = 1;
-const FLUSH: u32 = 4;
+pub(super) const IN: u32 = 0;
+pub(super) const OUT: u32 = 1;
+pub(super) const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
 const DISCARD: u32 = 11;
-const WRITE_ZEROES: u32 = 13;
+pub(super) const WRITE_ZEROES: u32 = 13;
 
 #[test]
 fn a_raw_file_is_read_written_and_flushed() {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(&[7; 4096 + 100]).unwrap();
     let mut driver =
-        Driver::attach(Block::new(RawFile::new(file.try_clone().unwrap()).unwrap(), BlockConfig::default()));
+        Driver::attach(Block::new(RawFile::new(file.try_clone().unwrap()).unwrap(), BlockConfig::default()).unwrap());
     let mut queue = driver.up().remove(0);
     assert_eq!(u64::from_le_bytes(driver.machine.read(driver.device_config(0))), 8, "whole sectors only");
 
@@ -134,7 +135,8 @@ fn a_raw_file_is_read_written_and_flushed() {
 fn requests_are_checked_before_the_backend_sees_them() {
     let disk = Notes::new(64 << 10);
     let block =
-        Block::new(disk.clone(), BlockConfig { serial: "disk-0123456789-0123456789".into(), ..Default::default() });
+        Block::new(disk.clone(), BlockConfig { serial: "disk-0123456789-0123456789".into(), ..Default::default() })
+            .unwrap();
     let (metrics, counts) = (Arc::clone(block.metrics()), Arc::clone(block.block_metrics()));
     let mut driver = Driver::attach(block);
     let mut queue = driver.up().remove(0);
@@ -169,7 +171,7 @@ fn requests_are_checked_before_the_backend_sees_them() {
 #[test]
 fn ranges_are_all_checked_before_the_first_is_touched() {
     let disk = Notes::new(64 << 10);
-    let mut driver = Driver::attach(Block::new(disk.clone(), BlockConfig::default()));
+    let mut driver = Driver::attach(Block::new(disk.clone(), BlockConfig::default()).unwrap());
     let mut queue = driver.up().remove(0);
     let mut ranges = |kind: u32, ranges: &[(u64, u32, u32)]| {
         let bytes: Vec<u8> = ranges
@@ -199,7 +201,7 @@ fn ranges_are_all_checked_before_the_first_is_touched() {
 fn a_read_only_disk_refuses_changes() {
     let disk = Notes::new(4096);
     let config = BlockConfig { read_only: true, ..Default::default() };
-    let mut driver = Driver::attach(Block::new(disk.clone(), config));
+    let mut driver = Driver::attach(Block::new(disk.clone(), config).unwrap());
     let mut queue = driver.up().remove(0);
     assert_ne!(driver.offered() & 1 << VIRTIO_BLK_F_RO, 0);
     driver.put(DATA, &1u128.to_le_bytes());
@@ -218,7 +220,7 @@ fn durability_is_what_was_promised() {
         (Cache::Unsafe, 0, vec!["write 0 512"]),
     ] {
         let disk = Notes::new(4096);
-        let mut driver = Driver::attach(Block::new(disk.clone(), BlockConfig { cache, ..Default::default() }));
+        let mut driver = Driver::attach(Block::new(disk.clone(), BlockConfig { cache, ..Default::default() }).unwrap());
         assert_eq!(driver.offered() & flush != 0, cache == Cache::Writeback);
         let mut queue = driver.prepare_all(flush & !negotiated).remove(0);
         driver.start();
@@ -234,7 +236,7 @@ fn durability_is_what_was_promised() {
 #[test]
 fn a_full_ring_of_indirect_requests_comes_back() {
     let disk = Notes::new(1 << 20);
-    let mut driver = Driver::attach(Block::new(disk, BlockConfig::default()));
+    let mut driver = Driver::attach(Block::new(disk, BlockConfig::default()).unwrap());
     let mut queue = driver.up().remove(0);
     header(&driver, OUT, 0);
     for request in 0..u64::from(queue.size) {
@@ -252,7 +254,7 @@ fn a_full_ring_of_indirect_requests_comes_back() {
 #[test]
 fn the_status_is_written_whatever_the_chain_is_like() {
     let disk = Notes::new(4096);
-    let block = Block::new(disk.clone(), BlockConfig::default());
+    let block = Block::new(disk.clone(), BlockConfig::default()).unwrap();
     let metrics = Arc::clone(block.metrics());
     let mut driver = Driver::attach(block);
     let mut queue = driver.up().remove(0);
@@ -296,16 +298,19 @@ fn what_holds_no_sectors_is_no_disk() {
 #[test]
 fn a_disk_is_replaced_while_it_works_and_its_driver_told() {
     let (old, new) = (Notes::new(8 * 512), Notes::new(16 * 512));
-    let block = Block::new(old.clone(), BlockConfig::default());
+    let block = Block::new(old.clone(), BlockConfig::default()).unwrap();
     let control = block.control();
     let mut driver = Driver::attach(block);
+    let config_vector = Arc::clone(&driver.machine.host.vectors.lock().unwrap()[0]);
     let mut queues = driver.up();
     let write = [Piece::Read(HEADER, 16), Piece::Read(DATA, 512), Piece::Write(STATUS, 1)];
     driver.put(HEADER, &[1, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]);
     driver.run(&mut queues[0], &write);
     assert_eq!((old.take_calls(), driver.get(STATUS, 1)), (vec!["write 1536 512".to_owned()], vec![0]));
     let generation = driver.machine.read::<1>(driver.common(21));
-    control.replace(new.clone());
+    config_vector.take();
+    control.replace(new.clone().into());
+    assert!(config_vector.wait(Instant::now() + Duration::from_secs(20)), "the driver is not told");
     assert_eq!(old.take_calls(), ["flush"], "what was written to the old one is durable");
     assert_ne!(driver.machine.read::<1>(driver.common(21)), generation);
     assert_eq!(driver.machine.read::<8>(driver.device_config(0)), [16, 0, 0, 0, 0, 0, 0, 0]);
@@ -314,6 +319,6 @@ fn a_disk_is_replaced_while_it_works_and_its_driver_told() {
     assert_eq!((new.take_calls(), driver.get(STATUS, 1)), (vec!["write 7680 512".to_owned()], vec![0]));
     // At rest, too.
     driver.set_status(0);
-    control.replace(Notes::new(512));
+    control.replace(Notes::new(512).into());
     assert_eq!(driver.machine.read::<8>(driver.device_config(0)), [1, 0, 0, 0, 0, 0, 0, 0]);
 }

@@ -12,6 +12,7 @@ mod tap;
 mod tests;
 
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use event_manager::EventSet;
@@ -25,7 +26,8 @@ use virtio_bindings::virtio_net::{
 use self::aside::Aside;
 use self::receive::{Next, Receiver};
 pub use self::tap::{Link, Tap, TapError};
-use super::{Active, Answer, Chain, Drained, Handler, Session, VirtioDevice, Virtqueue, Worker, read_image};
+use super::limiter::{Limiter, LimiterConfig, LimiterUpdate};
+use super::{Active, Answer, Chain, Handler, Inbox, Session, VirtioDevice, Virtqueue, Worker, read_image};
 use crate::metadata::Responder;
 use crate::metrics::{Counter, DeviceMetrics};
 
@@ -36,17 +38,24 @@ const MAX_FRAME_LEN: usize = HEADER_LEN + 65535 + 18;
 const QUEUE_SIZE: u16 = 256;
 const RX: usize = 0;
 const TX: usize = 1;
-/// The tokens of the link's descriptor, and of the metadata server's timer.
+/// The worker's descriptors: the link, orders from the control thread, the limiters' timers, the metadata server's timer.
 const LINK: u32 = 0;
-const TIMER: u32 = 1;
+const ORDERS: u32 = 1;
+const RX_CREDIT: u32 = 2;
+const TX_CREDIT: u32 = 3;
+const TIMER: u32 = 4;
 
 /// What a network device is like.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct NetConfig {
     /// Address of the guest's interface.
     pub mac: [u8; 6],
     /// The MTU that the guest should use; its own choice if there is none.
     pub mtu: Option<u16>,
+    /// How much the guest may receive in a time.
+    pub rx_limits: LimiterConfig,
+    /// How much it may send.
+    pub tx_limits: LimiterConfig,
 }
 
 /// What a network device counts beyond [`DeviceMetrics`]. Receive and transmit are the guest's.
@@ -64,6 +73,33 @@ pub struct NetMetrics {
     pub tx_bytes: Counter,
     /// Frames that the host did not take: malformed, or the interface is down.
     pub tx_dropped: Counter,
+    /// Times that frames for the guest had to wait for the limiter.
+    pub rx_throttled: Counter,
+    /// Times that frames of the guest had to.
+    pub tx_throttled: Counter,
+}
+
+/// What the control thread asks of a device that works.
+#[derive(Default)]
+struct Orders {
+    rx: LimiterUpdate,
+    tx: LimiterUpdate,
+}
+
+/// An interface, from outside of the guest. Outlives the device harmlessly.
+#[derive(Clone)]
+pub struct NetControl {
+    inbox: Arc<Inbox<Orders>>,
+}
+
+impl NetControl {
+    /// The interface gets other limits.
+    pub fn limit(&self, rx: LimiterUpdate, tx: LimiterUpdate) {
+        self.inbox.post(|orders| {
+            orders.rx.merge(rx);
+            orders.tx.merge(tx);
+        });
+    }
 }
 
 /// A virtio network device.
@@ -71,12 +107,16 @@ pub struct Net<L: Link> {
     features: u64,
     config: [u8; 12],
     net_metrics: Arc<NetMetrics>,
+    control: NetControl,
     worker: Worker<NetHandler<L>>,
 }
 
 impl<L: Link + 'static> Net<L> {
     /// A device that is connected to `link`.
-    pub fn new(link: L, config: NetConfig) -> Self {
+    ///
+    /// # Errors
+    /// The host has no descriptors left.
+    pub fn new(link: L, config: NetConfig) -> io::Result<Self> {
         let mut features = [
             VIRTIO_NET_F_CSUM,
             VIRTIO_NET_F_GUEST_CSUM,
@@ -101,18 +141,27 @@ impl<L: Link + 'static> Net<L> {
             space[10..].copy_from_slice(&mtu.to_le_bytes());
         }
         let net_metrics = Arc::<NetMetrics>::default();
-        let counts = Arc::clone(&net_metrics);
+        let control = NetControl { inbox: Arc::new(Inbox::open()?) };
         let handler = NetHandler {
             link,
-            counts,
+            counts: Arc::clone(&net_metrics),
+            inbox: Arc::clone(&control.inbox),
             aside: None,
+            rx: Limiter::open(config.rx_limits)?,
+            tx: Limiter::open(config.tx_limits)?,
             receiver: None,
             next: Next::Nothing,
-            sending: true,
+            sending: Sending::Free,
             watched: None,
             gone: false,
         };
-        Self { features, config: space, net_metrics, worker: Worker::new("net", handler, Arc::default()) }
+        let worker = Worker::new("net", handler, Arc::default());
+        Ok(Self { features, config: space, net_metrics, control, worker })
+    }
+
+    /// For changes from outside of the guest.
+    pub fn control(&self) -> NetControl {
+        self.control.clone()
     }
 
     /// The guest reaches `responder` over this interface. To be called before the device is used.
@@ -162,16 +211,29 @@ impl<L: Link + 'static> VirtioDevice for Net<L> {
     }
 }
 
+/// What the transmit queue waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Sending {
+    /// The driver's notification.
+    Free,
+    /// The link, to take frames again.
+    Link,
+    /// The limiter.
+    Credit,
+}
+
 struct NetHandler<L> {
     link: L,
     counts: Arc<NetMetrics>,
+    inbox: Arc<Inbox<Orders>>,
     /// A server that the guest reaches over this interface.
     aside: Option<Aside>,
+    rx: Limiter,
+    tx: Limiter,
     /// While the driver has a receive queue.
     receiver: Option<Receiver>,
     next: Next,
-    /// The link takes frames; otherwise the transmit queue waits until it does.
-    sending: bool,
+    sending: Sending,
     /// What the link is watched for, if it is.
     watched: Option<EventSet>,
     /// The link has failed for good.
@@ -185,7 +247,7 @@ impl<L: Link + 'static> NetHandler<L> {
             if let Some(aside) = &mut self.aside {
                 receiver.inject(aside, queue, metrics, &self.counts);
             }
-            self.next = receiver.run(&self.link, queue, metrics, &self.counts);
+            self.next = receiver.run(&self.link, queue, &mut self.rx, metrics, &self.counts);
         } else {
             self.next = Next::Nothing;
         }
@@ -193,9 +255,9 @@ impl<L: Link + 'static> NetHandler<L> {
 
     fn transmit(&mut self, session: &mut Session<'_, '_>) {
         let metrics = session.metrics;
+        self.sending = Sending::Free;
         if let Some(queue) = session.queue(TX) {
-            let drained = queue.drain(|chain| self.send(chain, metrics));
-            self.sending = drained != Drained::Waiting;
+            queue.drain(|chain| self.send(chain, metrics));
         }
         if self.aside.as_ref().is_some_and(|aside| aside.frame().is_some()) {
             self.receive(session);
@@ -211,8 +273,14 @@ impl<L: Link + 'static> NetHandler<L> {
             metrics.guest_faults.increment();
             return Answer::Used(0);
         }
+        // The limits are the link's: what does not reach it is not under them.
         if self.aside.as_mut().is_some_and(|aside| aside.take(frame)) {
             return Answer::Used(0);
+        }
+        if !self.tx.ready() {
+            self.counts.tx_throttled.increment();
+            self.sending = Sending::Credit;
+            return Answer::Wait;
         }
         loop {
             match frame.write_once(self.link.as_fd()) {
@@ -220,11 +288,15 @@ impl<L: Link + 'static> NetHandler<L> {
                     self.counts.tx_frames.increment();
                     self.counts.tx_bytes.add((frame.len() - HEADER_LEN) as u64);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Answer::Wait,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.sending = Sending::Link;
+                    return Answer::Wait;
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 // The kernel checks the header; and an interface may be down. A wire would not tell either.
                 Err(_) => self.counts.tx_dropped.increment(),
             }
+            self.tx.pay((frame.len() - HEADER_LEN) as u64);
             return Answer::Used(0);
         }
     }
@@ -236,7 +308,7 @@ impl<L: Link + 'static> NetHandler<L> {
         }
         let mut wanted = EventSet::empty();
         wanted.set(EventSet::IN, self.next == Next::Frame);
-        wanted.set(EventSet::OUT, !self.sending);
+        wanted.set(EventSet::OUT, self.sending == Sending::Link);
         let fd = self.link.as_fd();
         let result = match self.watched {
             Some(watched) if watched == wanted => Ok(()),
@@ -252,7 +324,14 @@ impl<L: Link + 'static> NetHandler<L> {
 
 impl<L: Link + 'static> Handler for NetHandler<L> {
     fn started(&mut self, session: &mut Session<'_, '_>) {
-        (self.next, self.sending, self.watched, self.gone) = (Next::Nothing, true, None, false);
+        (self.next, self.sending, self.watched, self.gone) = (Next::Nothing, Sending::Free, None, false);
+        for (fd, token) in
+            [(self.inbox.as_raw_fd(), ORDERS), (self.rx.as_raw_fd(), RX_CREDIT), (self.tx.as_raw_fd(), TX_CREDIT)]
+        {
+            if let Err(error) = session.watch(&fd, token, EventSet::IN) {
+                session.metrics.host_fault(|| format!("cannot watch a network device's events: {error}"));
+            }
+        }
         let mergeable = session.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         self.receiver = session.queue(RX).map(|queue| Receiver::new(queue.memory(), mergeable));
         if let Some(aside) = &mut self.aside {
@@ -275,13 +354,43 @@ impl<L: Link + 'static> Handler for NetHandler<L> {
     }
 
     fn ready(&mut self, token: u32, events: EventSet, session: &mut Session<'_, '_>) {
-        if token == TIMER {
-            if let Some(aside) = &mut self.aside {
-                aside.go_on();
+        match token {
+            LINK => return self.link_ready(events, session),
+            TIMER => return self.aside_ready(session),
+            RX_CREDIT => self.rx.expired(),
+            TX_CREDIT => self.tx.expired(),
+            _ => {
+                let Orders { rx, tx } = self.inbox.take();
+                self.rx.update(&rx);
+                self.tx.update(&tx);
             }
-            self.receive(session);
-            return self.watch(session);
         }
+        if self.next == Next::Credit {
+            self.receive(session);
+        }
+        if self.sending == Sending::Credit {
+            self.transmit(session);
+        }
+        self.watch(session);
+    }
+
+    fn stopping(&mut self, session: &mut Session<'_, '_>) {
+        if let (Some(mut receiver), Some(Some(queue))) = (self.receiver.take(), session.queues.get_mut(RX)) {
+            receiver.give_back(queue);
+        }
+    }
+}
+
+impl<L: Link + 'static> NetHandler<L> {
+    fn aside_ready(&mut self, session: &mut Session<'_, '_>) {
+        if let Some(aside) = &mut self.aside {
+            aside.go_on();
+        }
+        self.receive(session);
+        self.watch(session);
+    }
+
+    fn link_ready(&mut self, events: EventSet, session: &mut Session<'_, '_>) {
         if events.contains(EventSet::ERROR) {
             // Reported again and again whatever is watched for: the interface was removed.
             session.metrics.host_fault(|| "a tap device is gone".to_owned());
@@ -295,11 +404,5 @@ impl<L: Link + 'static> Handler for NetHandler<L> {
             self.receive(session);
         }
         self.watch(session);
-    }
-
-    fn stopping(&mut self, session: &mut Session<'_, '_>) {
-        if let (Some(mut receiver), Some(Some(queue))) = (self.receiver.take(), session.queues.get_mut(RX)) {
-            receiver.give_back(queue);
-        }
     }
 }

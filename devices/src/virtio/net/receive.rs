@@ -10,6 +10,7 @@ use super::tap::Link;
 use super::{HEADER_LEN, MAX_FRAME_LEN, NetMetrics};
 use crate::Memory;
 use crate::metrics::DeviceMetrics;
+use crate::virtio::limiter::Limiter;
 use crate::virtio::{Buffers, Chain, Virtqueue};
 
 /// Frames that are handed over, and faulty chains that are returned, before other events are looked at: a driver that
@@ -25,6 +26,8 @@ pub(super) enum Next {
     Frame,
     /// The driver has to offer buffers first, and will notify.
     Buffers,
+    /// The limiter has to have credit, and will say when.
+    Credit,
     /// Nothing: the link has failed.
     Nothing,
 }
@@ -61,6 +64,7 @@ impl Receiver {
         &mut self,
         link: &impl Link,
         queue: &mut Virtqueue,
+        limiter: &mut Limiter,
         metrics: &DeviceMetrics,
         counts: &NetMetrics,
     ) -> Next {
@@ -83,8 +87,13 @@ impl Receiver {
                 next = Next::Buffers;
                 break;
             }
+            if !limiter.ready() {
+                counts.rx_throttled.increment();
+                next = Next::Credit;
+                break;
+            }
             match self.receive(link, queue, counts) {
-                Ok(()) => {}
+                Ok(len) => limiter.pay(len as u64),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
@@ -119,15 +128,15 @@ impl Receiver {
         }
     }
 
-    fn receive(&mut self, link: &impl Link, queue: &mut Virtqueue, counts: &NetMetrics) -> io::Result<()> {
+    /// Hands one frame over; how many bytes it had.
+    fn receive(&mut self, link: &impl Link, queue: &mut Virtqueue, counts: &NetMetrics) -> io::Result<usize> {
         let view = self.buffers.view();
         let len = view.read_once(link.as_fd(), &mut self.overflow)?;
         if len > view.len() || len < HEADER_LEN {
             counts.rx_dropped.increment();
-            return Ok(());
+            return Ok(0);
         }
-        self.complete(len, queue, counts);
-        Ok(())
+        Ok(self.complete(len, queue, counts))
     }
 
     /// Hands over the frames of `aside` while there are buffers.
@@ -170,8 +179,9 @@ impl Receiver {
         queue.announce();
     }
 
-    /// Returns as many chains as a frame of `len` bytes, which is in the buffers, has filled.
-    fn complete(&mut self, len: usize, queue: &mut Virtqueue, counts: &NetMetrics) {
+    /// Returns as many chains as a frame of `len` bytes, which is in the buffers, has filled; how many bytes it had without
+    /// its header.
+    fn complete(&mut self, len: usize, queue: &mut Virtqueue, counts: &NetMetrics) -> usize {
         let mut left = len;
         let mut chains = 0;
         while left > 0 {
@@ -192,6 +202,7 @@ impl Receiver {
         self.buffers.drop_front(pieces);
         counts.rx_frames.increment();
         counts.rx_bytes.add((len - HEADER_LEN) as u64);
+        len - HEADER_LEN
     }
 
     /// Gives the buffers in hand back to the queue they came from.
@@ -209,6 +220,7 @@ mod tests {
 
     use super::*;
     use crate::testing::{Machine, Wire};
+    use crate::virtio::limiter::LimiterConfig;
     use crate::virtio::{Interrupt, QueueConfig};
 
     struct Silent;
@@ -234,7 +246,8 @@ mod tests {
         let mut queue =
             Virtqueue::new(0, ring, &machine.memory, Arc::clone(&notify), Arc::new(Silent), Arc::clone(&metrics));
         let mut receiver = Receiver::new(&machine.memory, true);
-        let mut run = || (receiver.run(&wire, &mut queue, &metrics, &counts), queue.state().next_used);
+        let mut limiter = Limiter::open(LimiterConfig::NONE).unwrap();
+        let mut run = || (receiver.run(&wire, &mut queue, &mut limiter, &metrics, &counts), queue.state().next_used);
         for round in 1..=3 {
             assert_eq!(run(), (Next::Frame, 256 * round));
             assert_eq!(notify.read().unwrap(), 1, "nobody would come back");

@@ -1,13 +1,20 @@
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use super::super::limiter::BucketConfig;
 use super::*;
 use crate::testing::{Driver, DriverQueue, Echo, Piece, SERVER, Wire};
 
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const DATA: u64 = Driver::BUFFERS;
-const CONFIG: NetConfig = NetConfig { mac: [2, 0, 0, 0, 0, 7], mtu: Some(1400) };
+const CONFIG: NetConfig = NetConfig {
+    mac: [2, 0, 0, 0, 0, 7],
+    mtu: Some(1400),
+    rx_limits: LimiterConfig::NONE,
+    tx_limits: LimiterConfig::NONE,
+};
 
 fn frame(len: usize) -> Vec<u8> {
     (0..HEADER_LEN + len).map(|at| if at < HEADER_LEN { 0 } else { (at / 3) as u8 }).collect()
@@ -24,7 +31,7 @@ fn received(driver: &Driver, queue: &mut DriverQueue, buffers: &[(u64, u32)]) ->
 #[test]
 fn a_frame_fills_as_many_buffers_as_it_needs_and_they_appear_together() {
     let (wire, peer, offloads) = Wire::new();
-    let net = Net::new(wire, CONFIG);
+    let net = Net::new(wire, CONFIG).unwrap();
     let counts = Arc::clone(net.net_metrics());
     let mut driver = Driver::attach(net);
     assert_eq!(driver.machine.read::<12>(driver.device_config(0)), [2, 0, 0, 0, 0, 7, 1, 0, 0, 0, 0x78, 5]);
@@ -54,7 +61,7 @@ fn a_frame_fills_as_many_buffers_as_it_needs_and_they_appear_together() {
 #[test]
 fn the_guest_sends_from_any_pieces_and_bad_chains_are_returned() {
     let (wire, peer, _) = Wire::new();
-    let net = Net::new(wire, CONFIG);
+    let net = Net::new(wire, CONFIG).unwrap();
     let (counts, metrics) = (Arc::clone(net.net_metrics()), Arc::clone(net.metrics()));
     let mut driver = Driver::attach(net);
     let mut queues = driver.up();
@@ -79,7 +86,7 @@ fn the_guest_sends_from_any_pieces_and_bad_chains_are_returned() {
 #[test]
 fn without_room_frames_wait_or_are_dropped_whole() {
     let (wire, peer, _) = Wire::new();
-    let net = Net::new(wire, CONFIG);
+    let net = Net::new(wire, CONFIG).unwrap();
     let (counts, metrics) = (Arc::clone(net.net_metrics()), Arc::clone(net.metrics()));
     let mut driver = Driver::attach(net);
     let mut queues = driver.prepare_all(MERGEABLE);
@@ -103,7 +110,7 @@ fn without_room_frames_wait_or_are_dropped_whole() {
 #[test]
 fn frames_for_the_metadata_server_go_aside_and_its_answers_come_back() {
     let (wire, peer, _) = Wire::new();
-    let mut net = Net::new(wire, CONFIG);
+    let mut net = Net::new(wire, CONFIG).unwrap();
     net.set_responder(Responder::new(SERVER, Box::new(Echo))).unwrap();
     let mut driver = Driver::attach(net);
     // Who has the server's address? 10.0.0.2 asks. And a frame of the same kind for somebody else.
@@ -140,7 +147,7 @@ fn frames_for_the_metadata_server_go_aside_and_its_answers_come_back() {
 #[test]
 fn buffers_in_hand_are_given_back_at_reset() {
     let (wire, peer, _) = Wire::new();
-    let mut driver = Driver::attach(Net::new(wire, CONFIG));
+    let mut driver = Driver::attach(Net::new(wire, CONFIG).unwrap());
     for round in 0..3u8 {
         let mut queues = driver.up();
         let queue = &mut queues[RX];
@@ -177,7 +184,7 @@ fn frames_cross_a_real_tap() {
             return;
         }
     }
-    let net = Net::new(tap, CONFIG);
+    let net = Net::new(tap, CONFIG).unwrap();
     let (counts, metrics) = (Arc::clone(net.net_metrics()), Arc::clone(net.metrics()));
     let mut driver = Driver::attach(net);
     let mut queues = driver.up();
@@ -198,4 +205,41 @@ fn frames_cross_a_real_tap() {
     let (_, len) = queues[RX].wait();
     assert!(len as usize > HEADER_LEN);
     assert_eq!(metrics.first_host_fault(), None);
+}
+
+#[test]
+fn limits_hold_frames_back_in_both_directions_until_they_are_lifted() {
+    let bucket = |size, millis| BucketConfig { size, one_time_burst: 0, refill_time: Duration::from_millis(millis) };
+    let limits = LimiterConfig { bandwidth: None, operations: Some(bucket(2, 200)) };
+    let (wire, peer, _) = Wire::new();
+    let net = Net::new(wire, NetConfig { rx_limits: limits, tx_limits: limits, ..CONFIG }).unwrap();
+    let (counts, control) = (Arc::clone(net.net_metrics()), net.control());
+    let mut driver = Driver::attach(net);
+    let mut queues = driver.up();
+    let start = Instant::now();
+    driver.put(DATA, &frame(60));
+    (0..4).for_each(|_| assert_eq!(driver.run(&mut queues[TX], &[Piece::Read(DATA, 72)]), 0));
+    assert!(start.elapsed() > Duration::from_millis(150), "two of four frames have to be earned");
+    let buffers: Vec<(u64, u32)> = (1..9).map(|n| (DATA + n * 0x1000, 1000)).collect();
+    for (address, len) in &buffers {
+        queues[RX].add(&[Piece::Write(*address, *len)]);
+    }
+    driver.kick(&queues[RX]);
+    let start = Instant::now();
+    (0..4).for_each(|_| assert_eq!(peer.send(&frame(60)).unwrap(), 72));
+    (0..4).for_each(|_| assert_eq!(received(&driver, &mut queues[RX], &buffers).len(), 72));
+    assert!(start.elapsed() > Duration::from_millis(150));
+    assert!(counts.rx_throttled.value() > 0 && counts.tx_throttled.value() > 0);
+    // An hour for one frame; then no limit.
+    let hour = LimiterUpdate { operations: Some(bucket(1, 3_600_000)), ..LimiterUpdate::default() };
+    control.limit(hour, hour);
+    for _ in 0..2 {
+        peer.send(&frame(60)).unwrap();
+        queues[TX].add(&[Piece::Read(DATA, 72)]);
+    }
+    driver.kick(&queues[TX]);
+    let none = LimiterUpdate { operations: Some(bucket(0, 0)), ..LimiterUpdate::default() };
+    control.limit(none, none);
+    (0..2).for_each(|_| assert_eq!(received(&driver, &mut queues[RX], &buffers).len(), 72));
+    (0..2).for_each(|_| assert_eq!(queues[TX].wait().1, 0));
 }

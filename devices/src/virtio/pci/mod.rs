@@ -19,7 +19,7 @@
 //!     mmio.insert(0xe000_0000, pci::ECAM_LEN, root.ecam())?;
 //!     ports.insert(pci::CONFIG_PORT, pci::CONFIG_PORTS, root.config_ports())?;
 //!     // For each device: the device over its backend, the transport over the device, a slot for the transport.
-//!     let disk = Block::new(RawFile::open("disk.img".as_ref(), false)?, BlockConfig::default());
+//!     let disk = Block::new(RawFile::open("disk.img".as_ref(), false)?, BlockConfig::default())?;
 //!     root.add(VirtioPciDevice::new(disk, memory, host)?)?;
 //!     // At the end: all workers are joined.
 //!     root.shutdown();
@@ -184,7 +184,8 @@ impl VirtioPciDevice {
             let notify = Arc::clone(&self.notify[index]);
             queues.push(Some(Virtqueue::new(index as u16, queue, &self.memory, notify, interrupt, metrics)));
         }
-        let result = self.device.activate(Active { queues, features });
+        let interrupt = Arc::clone(&self.lines) as Arc<dyn Interrupt>;
+        let result = self.device.activate(Active { queues, features, interrupt });
         if result.is_err() {
             self.lines.needs_reset();
         }

@@ -8,7 +8,7 @@ const EVENT_IDX: u64 = 1 << 29;
 const AT: u64 = Driver::BUFFERS;
 
 fn driver() -> (Driver, Arc<crate::metrics::DeviceMetrics>) {
-    let block = Block::new(RamDisk::new(4096), BlockConfig::default());
+    let block = Block::new(RamDisk::new(4096), BlockConfig::default()).unwrap();
     let metrics = Arc::clone(block.metrics());
     (Driver::attach(block), metrics)
 }

@@ -1,0 +1,119 @@
+//! The devices of a machine, as its control thread knows them: what can be changed while they work, and what they count.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bedplate_api::vmm::DeviceStatus;
+use bedplate_devices::metrics::{Counter, DeviceMetrics};
+use bedplate_devices::virtio::balloon::{BalloonControl, BalloonMetrics};
+use bedplate_devices::virtio::block::{Backend, BlockControl, BlockMetrics};
+use bedplate_devices::virtio::mem::{MemControl, MemMetrics};
+use bedplate_devices::virtio::net::{NetControl, NetMetrics};
+
+/// What changes a disk while its VM runs.
+pub type DiskControl = BlockControl<Box<dyn Backend>>;
+
+/// By the names that the configuration gives them.
+#[derive(Default)]
+pub struct Devices {
+    pub(super) disks: BTreeMap<String, DiskControl>,
+    pub(super) nets: BTreeMap<String, NetControl>,
+    pub(super) balloon: Option<BalloonControl>,
+    pub(super) mem: Option<MemControl>,
+    pub(super) counts: BTreeMap<String, (Arc<DeviceMetrics>, Counts)>,
+    /// What the host could not do as it was asked for, in words.
+    pub(super) warnings: Vec<String>,
+}
+
+/// What only one kind of device counts.
+pub(super) enum Counts {
+    Block(Arc<BlockMetrics>),
+    Net(Arc<NetMetrics>),
+    Balloon(Arc<BalloonMetrics>),
+    Mem(Arc<MemMetrics>),
+    Rng(Arc<Counter>),
+    Vsock,
+}
+
+impl Devices {
+    /// The disk of a drive, if there is such a drive.
+    pub fn disk(&self, drive_id: &str) -> Option<&DiskControl> {
+        self.disks.get(drive_id)
+    }
+
+    /// A network interface, if there is such a one.
+    pub fn net(&self, iface_id: &str) -> Option<&NetControl> {
+        self.nets.get(iface_id)
+    }
+
+    /// The memory balloon.
+    pub const fn balloon(&self) -> Option<&BalloonControl> {
+        self.balloon.as_ref()
+    }
+
+    /// The memory that can be added.
+    pub const fn mem(&self) -> Option<&MemControl> {
+        self.mem.as_ref()
+    }
+
+    /// What the host could not do as it was asked for and does otherwise.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    /// All counters, as they stand.
+    pub fn status(&self) -> BTreeMap<String, DeviceStatus> {
+        let status = |(metrics, counts): &(Arc<DeviceMetrics>, Counts)| DeviceStatus {
+            notifications: metrics.notifications.value(),
+            chains: metrics.chains.value(),
+            interrupts: metrics.interrupts.value(),
+            guest_faults: metrics.guest_faults.value(),
+            host_faults: metrics.host_faults.value(),
+            first_host_fault: metrics.first_host_fault().map(str::to_owned),
+            counters: counts.named().into_iter().map(|(name, counter)| (name.to_owned(), counter.value())).collect(),
+        };
+        self.counts.iter().map(|(name, counts)| (name.clone(), status(counts))).collect()
+    }
+}
+
+impl Counts {
+    /// The counters by the names that they have outside: Firecracker's, where it counts the same.
+    fn named(&self) -> Vec<(&'static str, &Counter)> {
+        match self {
+            Self::Block(block) => vec![
+                ("read_count", &block.reads),
+                ("read_bytes", &block.read_bytes),
+                ("write_count", &block.writes),
+                ("write_bytes", &block.write_bytes),
+                ("flush_count", &block.flushes),
+                ("execute_fails", &block.failures),
+                ("rate_limiter_throttled_events", &block.throttled),
+            ],
+            Self::Net(net) => vec![
+                ("rx_packets_count", &net.rx_frames),
+                ("rx_bytes_count", &net.rx_bytes),
+                ("rx_fails", &net.rx_dropped),
+                ("rx_rate_limiter_throttled", &net.rx_throttled),
+                ("tx_packets_count", &net.tx_frames),
+                ("tx_bytes_count", &net.tx_bytes),
+                ("tx_fails", &net.tx_dropped),
+                ("tx_rate_limiter_throttled", &net.tx_throttled),
+            ],
+            Self::Balloon(balloon) => vec![
+                ("inflated_pages", &balloon.inflated),
+                ("deflated_pages", &balloon.deflated),
+                ("released_bytes", &balloon.released_bytes),
+                ("reported_bytes", &balloon.reported_bytes),
+                ("hinted_bytes", &balloon.hinted_bytes),
+                ("stats_updates_count", &balloon.stats_updates),
+            ],
+            Self::Mem(mem) => vec![
+                ("plugged_blocks", &mem.plugged),
+                ("unplugged_blocks", &mem.unplugged),
+                ("refused_requests", &mem.refused),
+            ],
+            Self::Rng(bytes) => vec![("entropy_bytes", bytes)],
+            Self::Vsock => Vec::new(),
+        }
+    }
+}

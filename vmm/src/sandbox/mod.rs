@@ -1,0 +1,122 @@
+//! The walls around the process: what a guest that took over its VMM would find.
+//!
+//! Entered by the control thread after everything that the VM needs has been opened and before there is a second thread,
+//! so before the first guest instruction. From then on, in the order in which they are put up ([`Sandbox::enter`]):
+//!
+//! 1. own mount, network, IPC and host-name namespaces; the root holds the directories of this VM and nothing else;
+//! 2. another user, if one was named, and no capabilities, for good;
+//! 3. landlock: the same directories, also for descriptors from before;
+//! 4. seccomp: a list of system calls for the process, and a shorter one for each kind of thread ([`narrow`]).
+//!
+//! Absences: no pid namespace, which would need a second process that waits for this one. What it would take away, to
+//! signal or trace others, seccomp does.
+
+mod files;
+mod root;
+mod syscalls;
+mod user;
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+pub use syscalls::Thread;
+pub use user::User;
+
+/// What happens on a system call that is not on the list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unlisted {
+    /// The process says which it was and ends.
+    Ends,
+    /// The kernel logs it and lets it pass: to find out what a list lacks.
+    Logged,
+}
+
+/// A wall cannot be put up.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "sandbox: {what}: {source}; {remedy}, or run with --no-sandbox, which lets a guest that takes over its VMM do what you can"
+)]
+pub struct SandboxError {
+    what: String,
+    source: io::Error,
+    remedy: &'static str,
+}
+
+impl SandboxError {
+    fn new(what: impl Into<String>, source: impl Into<io::Error>, remedy: &'static str) -> Self {
+        Self { what: what.into(), source: source.into(), remedy }
+    }
+}
+
+/// What a directory is needed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Access {
+    /// Files in it are read.
+    Read,
+    /// Files in it are made, changed, renamed and removed.
+    Write,
+}
+
+/// A sandbox that is being planned.
+#[derive(Debug, Clone)]
+pub struct Sandbox {
+    unlisted: Unlisted,
+    user: Option<User>,
+    dirs: Vec<(PathBuf, Access)>,
+}
+
+/// Set once the process is inside; threads that start later take their lists from it.
+static INSIDE: OnceLock<Unlisted> = OnceLock::new();
+
+impl Sandbox {
+    /// Walls without a door. `user` is who the process shall be; only root can become somebody else.
+    pub const fn new(unlisted: Unlisted, user: Option<User>) -> Self {
+        Self { unlisted, user, dirs: Vec::new() }
+    }
+
+    /// Leaves `dir` visible.
+    pub fn keep(&mut self, dir: &Path, access: Access) {
+        // A path that cannot be made absolute is not there, and then there is nothing to keep.
+        let Ok(dir) = std::path::absolute(dir).and_then(|dir| dir.canonicalize()) else { return };
+        match self.dirs.iter_mut().find(|(kept, _)| *kept == dir) {
+            Some((_, kept)) => *kept = access.max(*kept),
+            None => self.dirs.push((dir, access)),
+        }
+    }
+
+    /// Leaves the directory visible in which `file` is made, renamed or removed while the VM runs.
+    pub fn keep_place_of(&mut self, file: &Path) {
+        if let Ok(file) = std::path::absolute(file)
+            && let Some(dir) = file.parent()
+        {
+            self.keep(dir, Access::Write);
+        }
+    }
+
+    /// Goes inside, for good. Must be called while the process has one thread.
+    ///
+    /// # Errors
+    /// The host refuses a wall; some may stand already, so the process has to end.
+    pub fn enter(&self) -> Result<(), SandboxError> {
+        root::close(&self.dirs)?;
+        user::become_nobody(self.user)?;
+        files::restrict(&self.dirs)?;
+        syscalls::restrict_process(self.unlisted)?;
+        // A second call would be our bug; the walls stand either way.
+        let _ = INSIDE.set(self.unlisted);
+        bedplate_devices::virtio::on_worker_start(|| narrow(Thread::Worker));
+        Ok(())
+    }
+}
+
+/// Leaves the calling thread only what its kind needs. Called first thing by every thread; does nothing outside of a
+/// sandbox.
+///
+/// # Panics
+/// The host refuses the list: a thread must not go on without.
+pub fn narrow(thread: Thread) {
+    if let Some(unlisted) = INSIDE.get() {
+        syscalls::restrict_thread(thread, *unlisted);
+    }
+}

@@ -1,0 +1,272 @@
+//! Seccomp: the system calls that the process needs once it is inside, and which of them each kind of thread needs.
+//!
+//! Filters add up, and threads inherit those of their maker: the process's list holds everything, a vCPU's also what its
+//! devices' workers need, because the vCPU that sets a device going starts its worker.
+//!
+//! The lists were made from what runs: `--log-system-calls` lets everything pass and has the kernel's log name what is
+//! not listed (`type=1326 … syscall=N`). Calls whose arguments are not looked at cost nothing per call on a kernel from
+//! 5.11 on, which remembers them.
+
+use std::collections::BTreeMap;
+
+use libc::c_long;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    TargetArch, apply_filter,
+};
+
+use super::{SandboxError, Unlisted};
+
+/// Exit code of a process that made a system call that is not listed: 128 + `SIGSYS`.
+const EXIT_CODE: i32 = 159;
+
+/// A kind of thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Thread {
+    /// The one that serves the API.
+    Control,
+    /// Runs guest code, and answers for the devices' registers.
+    Vcpu,
+    /// Does a device's work.
+    Worker,
+    /// Carries the serial console's bytes.
+    Console,
+}
+
+/// What every thread needs: memory, locks, time, its own end.
+const EVERY: &[c_long] = &[
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_close,
+    libc::SYS_futex,
+    libc::SYS_brk,
+    libc::SYS_mmap,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_mprotect,
+    libc::SYS_madvise,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_restart_syscall,
+    libc::SYS_sched_yield,
+    // The allocator counts processors.
+    libc::SYS_sched_getaffinity,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+/// To start a thread, and to narrow it.
+const STARTS_THREADS: &[c_long] =
+    &[libc::SYS_clone3, libc::SYS_clone, libc::SYS_set_robust_list, libc::SYS_rseq, libc::SYS_prctl, libc::SYS_seccomp];
+
+/// To wait for many things.
+const WAITS: &[c_long] = &[
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_eventfd2,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_settime,
+];
+
+/// Files by name, within what is visible.
+const OPENS_FILES: &[c_long] = &[
+    libc::SYS_openat,
+    libc::SYS_open,
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_stat,
+    libc::SYS_lstat,
+    libc::SYS_statx,
+    libc::SYS_lseek,
+    libc::SYS_fcntl,
+    libc::SYS_fsync,
+];
+
+/// Names themselves: the log that is moved, the exit file, sockets that go at the end.
+const CHANGES_NAMES: &[c_long] =
+    &[libc::SYS_unlink, libc::SYS_unlinkat, libc::SYS_rename, libc::SYS_renameat, libc::SYS_renameat2];
+
+/// The data of disks.
+const DISKS: &[c_long] = &[
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_fdatasync,
+    libc::SYS_fallocate,
+    libc::SYS_ftruncate,
+    libc::SYS_flock,
+    libc::SYS_io_uring_setup,
+    libc::SYS_io_uring_enter,
+    libc::SYS_io_uring_register,
+];
+
+/// Sockets; which kind may be made is a rule of its own.
+const SOCKETS: &[c_long] = &[
+    libc::SYS_connect,
+    libc::SYS_accept4,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_shutdown,
+    libc::SYS_getsockopt,
+    libc::SYS_setsockopt,
+    libc::SYS_getsockname,
+    libc::SYS_getpeername,
+];
+
+const RANDOM: &[c_long] = &[libc::SYS_getrandom];
+
+/// Calls of which an argument counts; [`process_rules`] has the rules.
+const BY_ARGUMENT: &[c_long] = &[libc::SYS_ioctl, libc::SYS_socket, libc::SYS_tgkill];
+
+/// Requests that are made of descriptors after the start. A guest's every exit is the first.
+const IOCTLS: &[u64] = &[
+    0xae80,      // KVM_RUN
+    0x4020_ae76, // KVM_IRQFD
+    0x4040_ae79, // KVM_IOEVENTFD
+    0x4008_ae6a, // KVM_SET_GSI_ROUTING
+    0xc008_ae67, // KVM_IRQ_LINE_STATUS
+    0x4008_ae61, // KVM_IRQ_LINE
+    0xaead,      // KVM_KVMCLOCK_CTRL
+    0x8090_ae81, // KVM_GET_REGS
+    0x8138_ae83, // KVM_GET_SREGS
+    0x4008_ae89, // KVM_SET_MSRS
+    0xc008_ae88, // KVM_GET_MSRS
+    0x4020_ae46, // KVM_SET_USER_MEMORY_REGION
+    0x4004_54d0, // TUNSETOFFLOAD
+    0x4004_54d8, // TUNSETVNETHDRSZ
+    0x5421,      // FIONBIO
+    0x5413,      // TIOCGWINSZ, by which a terminal is known
+    0x5401,      // TCGETS
+    0x5402,      // TCSETS
+    0x5403,      // TCSETSW
+    0x802c_542a, // TCGETS2
+    0x402c_542c, // TCSETSW2
+    0x1277,      // BLKDISCARD
+    0x127f,      // BLKZEROOUT
+    0x8008_1272, // BLKGETSIZE64
+];
+
+/// The lists of which a kind of thread's is made.
+const fn lists(thread: Thread) -> &'static [&'static [c_long]] {
+    match thread {
+        Thread::Control => &[EVERY, WAITS, OPENS_FILES, CHANGES_NAMES, DISKS, SOCKETS, RANDOM, BY_ARGUMENT],
+        Thread::Vcpu => &[EVERY, STARTS_THREADS, WAITS, OPENS_FILES, DISKS, SOCKETS, RANDOM, BY_ARGUMENT],
+        Thread::Worker => &[EVERY, WAITS, OPENS_FILES, DISKS, SOCKETS, RANDOM, BY_ARGUMENT],
+        Thread::Console => &[EVERY, WAITS, OPENS_FILES, CHANGES_NAMES, SOCKETS, BY_ARGUMENT],
+    }
+}
+
+/// Restricts the process, by its only thread.
+pub(super) fn restrict_process(unlisted: Unlisted) -> Result<(), SandboxError> {
+    let failed =
+        |e: std::io::Error| SandboxError::new("seccomp refuses its list", e, "the kernel needs CONFIG_SECCOMP_FILTER");
+    vmm_sys_util::signal::register_signal_handler(libc::SIGSYS, refused)
+        .map_err(|e| failed(std::io::Error::from_raw_os_error(e.errno())))?;
+    process_rules().and_then(|rules| apply(rules, unlisted)).map_err(failed)
+}
+
+/// Restricts the calling thread further.
+pub(super) fn restrict_thread(thread: Thread, unlisted: Unlisted) {
+    let rules = lists(thread).iter().flat_map(|list| list.iter()).map(|call| (*call, Vec::new())).collect();
+    #[allow(clippy::expect_used)]
+    apply(rules, unlisted).expect("a thread of a sandboxed process cannot go on without its list of system calls");
+}
+
+type Rules = BTreeMap<c_long, Vec<SeccompRule>>;
+
+fn process_rules() -> std::io::Result<Rules> {
+    let all = [Thread::Control, Thread::Vcpu, Thread::Worker, Thread::Console];
+    let calls = all.into_iter().flat_map(lists).flat_map(|list| list.iter());
+    let mut rules: Rules = calls.map(|call| (*call, Vec::new())).collect();
+    let only = |argument, len, value| -> std::io::Result<SeccompRule> {
+        let condition = SeccompCondition::new(argument, len, SeccompCmpOp::Eq, value);
+        condition.and_then(|condition| SeccompRule::new(vec![condition])).map_err(std::io::Error::other)
+    };
+    let ioctls = IOCTLS.iter().map(|request| only(1, SeccompCmpArgLen::Dword, *request));
+    rules.insert(libc::SYS_ioctl, ioctls.collect::<std::io::Result<_>>()?);
+    // To programs on this machine, and only within what is visible.
+    rules.insert(libc::SYS_socket, vec![only(0, SeccompCmpArgLen::Dword, libc::AF_UNIX as u64)?]);
+    // Kicks of our own threads.
+    rules.insert(libc::SYS_tgkill, vec![only(0, SeccompCmpArgLen::Dword, std::process::id().into())?]);
+    Ok(rules)
+}
+
+fn apply(rules: Rules, unlisted: Unlisted) -> std::io::Result<()> {
+    let otherwise = match unlisted {
+        Unlisted::Ends => SeccompAction::Trap,
+        Unlisted::Logged => SeccompAction::Log,
+    };
+    let program: BpfProgram = SeccompFilter::new(rules, otherwise, SeccompAction::Allow, TargetArch::x86_64)
+        .and_then(TryInto::try_into)
+        .map_err(std::io::Error::other)?;
+    apply_filter(&program).map_err(std::io::Error::other)
+}
+
+/// Says which call it was, and ends the process: something is not as it should be, in the list or in the process.
+extern "C" fn refused(_signal: libc::c_int, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    /// Of `si_syscall` in `siginfo_t`, which libc does not name.
+    const SYSCALL_AT: usize = 24;
+    // SAFETY: the kernel passes a valid `siginfo_t`, which for SIGSYS has the call's number there.
+    let number = unsafe { info.cast::<u8>().add(SYSCALL_AT).cast::<i32>().read() };
+    // SAFETY: the kernel passes the interrupted thread's context, a valid `ucontext_t`; the second argument is in RSI.
+    let argument = unsafe { (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RSI as usize] };
+    // No formatting here: it might allocate, and the allocator's lock may be ours.
+    let (number, argument) = (hex(number.into()), hex(argument));
+    let parts: [&[u8]; 5] = [
+        b"bedplate-vmm: sandbox: system call 0x",
+        &number[12..],
+        b" with the second argument 0x",
+        &argument[8..],
+        b" is not on the list and was refused\n",
+    ];
+    for part in parts {
+        // SAFETY: the part is as long as said, and the call may be made in a signal handler.
+        unsafe { libc::write(libc::STDERR_FILENO, part.as_ptr().cast(), part.len()) };
+    }
+    // SAFETY: as above.
+    unsafe { libc::_exit(EXIT_CODE) };
+}
+
+fn hex(number: i64) -> [u8; 16] {
+    let mut rest = number.cast_unsigned();
+    let mut digits = [0; 16];
+    for digit in digits.iter_mut().rev() {
+        *digit = b"0123456789abcdef"[(rest % 16) as usize];
+        rest /= 16;
+    }
+    digits
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_processes_list_holds_every_threads() {
+        let process = process_rules().unwrap();
+        for thread in [Thread::Control, Thread::Vcpu, Thread::Worker, Thread::Console] {
+            assert!(lists(thread).iter().flat_map(|list| list.iter()).all(|call| process.contains_key(call)));
+        }
+        for never in [libc::SYS_execve, libc::SYS_ptrace, libc::SYS_kill, libc::SYS_mount, libc::SYS_chdir] {
+            assert!(!process.contains_key(&never));
+        }
+        assert!(!process[&libc::SYS_ioctl].is_empty() && !process[&libc::SYS_socket].is_empty());
+    }
+}
