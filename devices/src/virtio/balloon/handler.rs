@@ -55,6 +55,8 @@ pub(super) struct BalloonHandler {
     /// The last run of hinting, and whether its end is to be acknowledged at once.
     run: u32,
     acknowledge: bool,
+    /// The driver has just said that it has told of all.
+    stopped: bool,
 
     roles: [Option<Role>; QUEUES],
     /// The buffer of the statistics, which is returned to ask for new ones.
@@ -73,6 +75,7 @@ impl BalloonHandler {
             timer: Timer::open()?,
             run: DONE,
             acknowledge: true,
+            stopped: false,
             roles: [None; QUEUES],
             held: None,
             numbers: Vec::with_capacity(MAX_PAGES),
@@ -149,7 +152,9 @@ impl BalloonHandler {
             if !rest.is_empty() {
                 session_metrics.guest_faults.increment();
             }
-            shared.guest_command.store(u32::from_le(command), Ordering::SeqCst);
+            let command = u32::from_le(command);
+            shared.guest_command.store(command, Ordering::SeqCst);
+            self.stopped = command == STOP;
         }
         let host = shared.host_command.load(Ordering::SeqCst);
         // Hints of a run that is over may be in use again.
@@ -245,10 +250,10 @@ impl BalloonHandler {
     }
 
     /// The driver has nothing more to say in this run: it gets its pages back.
-    fn end_run(&self, session: &Session<'_, '_>) {
-        let shared = &self.shared;
+    fn end_run(&mut self, session: &Session<'_, '_>) {
+        let (stopped, shared) = (std::mem::take(&mut self.stopped), &self.shared);
         if self.acknowledge
-            && shared.guest_command.load(Ordering::SeqCst) == STOP
+            && stopped
             && shared.host_command.load(Ordering::SeqCst) > DONE
             && shared.host_command.swap(DONE, Ordering::SeqCst) != DONE
         {
@@ -259,7 +264,7 @@ impl BalloonHandler {
 
 impl Handler for BalloonHandler {
     fn started(&mut self, session: &mut Session<'_, '_>) {
-        self.held = None;
+        (self.held, self.stopped) = (None, false);
         self.assign(session);
         self.ranges = session.queues.iter().flatten().next().map(|queue| Buffers::new(Arc::clone(queue.memory())));
         // A driver begins without a balloon and without a run.
