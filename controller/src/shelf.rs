@@ -105,7 +105,7 @@ pub enum Blob {
 
 impl Blob {
     /// Its length in bytes.
-    pub fn len(&self) -> u64 {
+    pub fn size(&self) -> u64 {
         match self {
             Self::File(_, len) => *len,
             Self::Pack(table) => table.len(),
@@ -279,7 +279,7 @@ impl Shelf {
         let _lease = self.store.lease()?;
         let artifact = Artifact::parse(bytes)?;
         for piece in pieces(&artifact) {
-            let found = self.blob(&piece.digest)?.len();
+            let found = self.blob(&piece.digest)?.size();
             if found != piece.size {
                 let (what, size) = ("a blob of another length", piece.size);
                 return Err(OciError::Size { what, size, most: found }.into());

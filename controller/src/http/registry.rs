@@ -155,7 +155,7 @@ pub async fn blob(
 ) -> Result<Response, OciRefusal> {
     let asked = digest.clone();
     let blob = ask(&control, move |shelf| shelf.blob(&asked)).await?;
-    let total = blob.len();
+    let total = blob.size();
     let range =
         headers.get(header::RANGE).and_then(|value| value.to_str().ok()).and_then(|text| parse_range(text, total));
     let (status, start, end) = match range {

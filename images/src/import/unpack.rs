@@ -101,11 +101,11 @@ pub(super) fn failed(path: &Path, packing: Option<Format>) -> impl Fn(io::Error)
     }
 }
 
-/// What was looked at, and a reader that begins with it again.
-type Peeked<R> = (Vec<u8>, Chain<Cursor<Vec<u8>>, R>);
+/// A reader whose first bytes were read already.
+pub(super) type Peeked<R> = Chain<Cursor<Vec<u8>>, R>;
 
 /// The first `most` bytes of `reader`, or as many as there are, and a reader of all of them.
-pub(super) fn peek<R: Read>(mut reader: R, most: usize) -> io::Result<Peeked<R>> {
+pub(super) fn peek<R: Read>(mut reader: R, most: usize) -> io::Result<(Vec<u8>, Peeked<R>)> {
     let mut head = Vec::with_capacity(most);
     reader.by_ref().take(most as u64).read_to_end(&mut head)?;
     Ok((head.clone(), Cursor::new(head).chain(reader)))

@@ -36,7 +36,10 @@ async fn ask(mut stream: impl AsyncReadExt + AsyncWriteExt + Unpin, request: &st
     let _ = stream.write_all(body).await;
     let mut bytes = Vec::new();
     let _ = stream.read_to_end(&mut bytes).await;
-    let at = bytes.windows(4).position(|window| window == b"\r\n\r\n").unwrap();
+    // A connection that is broken off at once may have sent nothing at all.
+    let Some(at) = bytes.windows(4).position(|window| window == b"\r\n\r\n") else {
+        return Answer { status: 0, head: String::new(), body: Vec::new() };
+    };
     let head = String::from_utf8_lossy(&bytes[..at]).into_owned();
     let status = head.split(' ').nth(1).and_then(|text| text.parse().ok()).unwrap();
     let mut body = bytes.split_off(at + 4);

@@ -84,7 +84,7 @@ fn hostile_containers_are_refused_and_nothing_gets_a_name() {
         refused(&layout(dir.path(), &[archive(&[(name, &[1; 512])])]), "no layer of it has a file");
     }
     let disk = archive(&[("disk/a", &[1; 4096]), ("more", &[2; 100_000])]);
-    let damaged = layout(dir.path(), &[disk.clone()]);
+    let damaged = layout(dir.path(), std::slice::from_ref(&disk));
     let layer = damaged.join("blobs/sha256").join(&sha256(&disk)[7..]);
     // In the disk, behind it, and cut off.
     for at in [600, 50_000] {
