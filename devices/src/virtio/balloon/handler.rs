@@ -190,10 +190,11 @@ impl BalloonHandler {
         let mut before = held.take();
         queue.drain(|chain| {
             if chain.fault.is_none() {
-                counts.stats_updates.increment();
                 if !shared.stats.update(chain.readable.view()) {
                     metrics.guest_faults.increment();
                 }
+                // Last: who sees the count finds the report.
+                counts.stats_updates.increment();
             }
             if held.is_some() {
                 return Answer::Used(0);
