@@ -10,10 +10,17 @@
 //! | `GET /vm/config` | → [`VmConfig`] |
 //! | `PATCH /vm` | [`VmStateChange`] |
 //! | `PUT /actions` | [`Action`] |
+//! | `GET`, `PUT`, `PATCH /mmds` | any JSON: the guest's metadata; `PATCH` merges (RFC 7396) |
+//! | `PATCH /drives/{id}` | [`DrivePatch`]; after the start only |
+//! | `PATCH /network-interfaces/{id}` | [`NetworkInterfacePatch`]; after the start only |
+//! | `DELETE /drives/{id}`, `/network-interfaces/{id}` | no body; refused: devices cannot be taken away |
+//! | `PUT /snapshot/create`, `/snapshot/load` | [`SnapshotCreate`], [`SnapshotLoad`]; refused: there are no snapshots |
 //! | `PUT /boot-source` | [`BootSource`]; before the start only, as all that follow up to `/metrics` |
 //! | `GET`, `PUT`, `PATCH /machine-config` | [`MachineConfig`], or [`MachineConfigPatch`] for `PATCH` |
+//! | `PUT /cpu-config` | [`CpuConfig`] |
 //! | `PUT /drives/{id}` | [`Drive`] |
 //! | `PUT /network-interfaces/{id}` | [`NetworkInterface`] |
+//! | `PUT /mmds/config` | [`MmdsConfig`] |
 //! | `PUT /vsock` | [`Vsock`] |
 //! | `PUT /entropy` | [`Entropy`] |
 //! | `PUT /balloon` | [`Balloon`] |
@@ -32,18 +39,29 @@
 //! | `PUT /bedplate/stop` | no body; ends the VM at once, the process exits with code 0 |
 
 mod balloon;
+mod cpu;
 mod devices;
 mod hotplug;
 mod limits;
+mod metadata;
+mod snapshot;
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
 pub use balloon::{Balloon, BalloonStats, BalloonStatsUpdate, BalloonUpdate, HintingStart, HintingStatus};
-pub use devices::DeviceStatus;
+pub use cpu::{
+    Bitmap, Capability, CpuConfig, CpuConfigSource, CpuidModifier, CpuidRegister, Hex, MsrModifier, RegisterModifier,
+};
+pub use devices::{DeviceStatus, MetricsLine};
 pub use hotplug::{MemoryHotplug, MemoryHotplugStatus, MemoryHotplugUpdate};
 pub use limits::{RateLimiter, TokenBucket};
+pub use metadata::{MmdsConfig, MmdsVersion};
+pub use snapshot::{
+    MemoryBackend, MemoryBackendType, NetworkOverride, RestoredPages, SnapshotCreate, SnapshotLoad, SnapshotType,
+    VsockOverride,
+};
 
 /// Body of every error answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,9 +83,15 @@ pub struct VmConfig {
     /// vCPUs and memory.
     #[serde(default)]
     pub machine_config: MachineConfig,
+    /// What the processors are, beyond `machine_config`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_config: Option<CpuConfigSource>,
     /// Network interfaces, in the order in which the guest sees them.
     #[serde(default)]
     pub network_interfaces: Vec<NetworkInterface>,
+    /// How the guest reaches its metadata. Absent: it does not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mmds_config: Option<MmdsConfig>,
     /// Sockets between host and guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<Vsock>,
@@ -132,6 +156,20 @@ pub struct Drive {
     pub rate_limiter: Option<RateLimiter>,
 }
 
+/// A change of a drive of a VM that runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DrivePatch {
+    /// As in the path.
+    pub drive_id: String,
+    /// What holds the disk from now on; the same path has its size read again. Absent: as it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path_on_host: Option<String>,
+    /// How much may be read and written from now on; of the limits only those change that are named. Absent: as it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
+}
+
 /// What a flush does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum CacheType {
@@ -159,21 +197,44 @@ pub struct MachineConfig {
     pub vcpu_count: u8,
     /// RAM in MiB.
     pub mem_size_mib: u64,
-    /// Two threads per core. Only `false` is offered.
+    /// Two threads per core: `vcpu_count` is then 1 or even.
     #[serde(default)]
     pub smt: bool,
-    /// Only `false` is offered.
+    /// One of Firecracker's deprecated names of processors. Absent: `None`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_template: Option<CpuTemplate>,
+    /// KVM keeps a log of the pages that the guest writes.
     #[serde(default)]
     pub track_dirty_pages: bool,
-    /// Only `None` is offered.
+    /// Pages of the host behind the guest's RAM.
     #[serde(default)]
     pub huge_pages: HugePages,
 }
 
 impl Default for MachineConfig {
     fn default() -> Self {
-        Self { vcpu_count: 1, mem_size_mib: 128, smt: false, track_dirty_pages: false, huge_pages: HugePages::None }
+        Self {
+            vcpu_count: 1,
+            mem_size_mib: 128,
+            smt: false,
+            cpu_template: None,
+            track_dirty_pages: false,
+            huge_pages: HugePages::None,
+        }
     }
+}
+
+/// Firecracker's names of processors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub enum CpuTemplate {
+    C3,
+    T2,
+    T2S,
+    T2CL,
+    T2A,
+    V1N1,
+    None,
 }
 
 /// Size of the host pages behind the guest's RAM.
@@ -182,6 +243,11 @@ pub enum HugePages {
     /// The host's normal pages.
     #[default]
     None,
+    /// Huge pages where the host has some to spare and its setting for shared memory is `advise` or more.
+    Transparent,
+    /// Huge pages of 2 MiB that the host has put aside; `mem_size_mib` is even.
+    #[serde(rename = "2M")]
+    Of2Mib,
 }
 
 /// A change of some of [`MachineConfig`].
@@ -195,6 +261,8 @@ pub struct MachineConfigPatch {
     pub mem_size_mib: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub smt: Option<bool>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_template: Option<CpuTemplate>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub track_dirty_pages: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -212,7 +280,24 @@ pub struct NetworkInterface {
     /// MAC address that the guest uses. Absent: one made from the tap's name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_mac: Option<String>,
+    /// MTU that the guest should use, 68 or more. Absent: its own choice.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
     /// How much the guest may receive in a time. Absent: no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// How much it may send.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_rate_limiter: Option<RateLimiter>,
+}
+
+/// A change of an interface of a VM that runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkInterfacePatch {
+    /// As in the path.
+    pub iface_id: String,
+    /// How much the guest may receive from now on; of the limits only those change that are named. Absent: as it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rx_rate_limiter: Option<RateLimiter>,
     /// How much it may send.
@@ -265,30 +350,60 @@ pub struct Logger {
     /// Write the level with each message.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub show_level: Option<bool>,
-    /// Write the place in the source with each message; accepted, and not offered.
+    /// Write the place in the source with each message.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub show_log_origin: Option<bool>,
+    /// Write only messages of modules whose path begins so, such as `bedplate_vmm::control`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub module: Option<String>,
 }
 
-/// Severity of a message.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+/// Severity of a message. Read whatever the case, and `Warn` is `Warning`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[allow(missing_docs)]
 pub enum LogLevel {
     Off,
     Error,
-    #[serde(alias = "Warn")]
     Warning,
     Info,
     Debug,
     Trace,
 }
 
+impl std::str::FromStr for LogLevel {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        Ok(match name.to_ascii_lowercase().as_str() {
+            "off" => Self::Off,
+            "error" => Self::Error,
+            "warn" | "warning" => Self::Warning,
+            "info" => Self::Info,
+            "debug" => Self::Debug,
+            "trace" => Self::Trace,
+            _ => return Err(format!("{name:?} is no level: give Off, Error, Warning, Info, Debug or Trace")),
+        })
+    }
+}
+
+impl<'de> Deserialize<'de> for LogLevel {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
 /// Where counters go.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Metrics {
-    /// File or named pipe; each flush appends one line of JSON, a [`Status`].
+    /// File or named pipe; each flush appends one line of JSON, a [`MetricsLine`].
     pub metrics_path: String,
+    /// Write the VM's id, too.
+    #[serde(default)]
+    pub emit_id: bool,
+    /// Written with each line, as they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub properties: Option<BTreeMap<String, String>>,
 }
 
 /// What to do.
@@ -362,6 +477,7 @@ pub struct Version {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Status {
     /// As given with `--id`.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub id: String,
     /// Where it stands.
     pub state: RunState,
@@ -369,6 +485,12 @@ pub struct Status {
     pub pid: u32,
     /// Seconds since the first vCPU instruction; 0 before it.
     pub uptime_seconds: u64,
+    /// Microseconds from the time that `--start-time-us` gave to the first wait for a request.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process_startup_time_us: Option<u64>,
+    /// The same in processor time, from `--start-time-cpu-us`, with that of `--parent-cpu-time-us`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process_startup_time_cpu_us: Option<u64>,
     /// Why vCPUs left the guest, summed over all of them.
     pub exits: ExitCounts,
     /// What each device counts: `block_{drive_id}`, `net_{iface_id}`, `balloon`, `entropy`, `memory_hotplug`, `vsock`.

@@ -140,7 +140,9 @@ impl Vmm {
         let log = dir.join("vmm.log");
         let words = File::create(&log).map_err(file("create", &log))?;
         let mut command = Command::new(program);
-        command.current_dir(dir).args(["--id", id, "--config-file", "vmm.json", "--api-sock", API]);
+        // The VMM's names have no dots and underscores, as Firecracker's; the names of images may.
+        let id: String = id.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).take(64).collect();
+        command.current_dir(dir).args(["--id", &id, "--config-file", "vmm.json", "--api-sock", API]);
         command.args(["--serial", serial, "--exit-file", EXIT]);
         if walls == Walls::None {
             command.arg("--no-sandbox");

@@ -11,6 +11,7 @@ use std::sync::Arc;
 pub mod bus;
 pub mod files;
 pub mod host;
+pub mod metadata;
 pub mod metrics;
 pub mod pci;
 pub mod platform;

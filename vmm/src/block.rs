@@ -37,8 +37,8 @@ pub fn open(drive: &DriveConfig) -> Result<(AnyMedium, Option<String>), DeviceEr
 
 fn no_ring(id: &str, error: &io::Error) -> String {
     format!(
-        "drive {id:?}: the host has no io_uring for io_engine Async ({error}), so that each request is a system call: \
-         set kernel.io_uring_disabled to 0, or leave io_engine out"
+        "drive {id:?}: no io_uring for io_engine Async ({error}), so that each request is a system call. A drive that is \
+         exchanged inside the sandbox gets none; at the start, kernel.io_uring_disabled must be 0. Or leave io_engine out"
     )
 }
 

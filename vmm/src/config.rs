@@ -1,15 +1,18 @@
 //! What was asked for → what will be built: every check that needs no host, with words for people. Only [`separate`]
-//! looks at files.
+//! looks at files, and [`validate`] at one with a template of processors.
 
 mod hotplug;
 
 use std::collections::HashSet;
+use std::io;
+use std::net::Ipv4Addr;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use bedplate_api::vmm::{
-    Balloon, CacheType, Drive, IoEngine, MachineConfig, NetworkInterface, RateLimiter, TokenBucket, VmConfig, Vsock,
+    Balloon, CacheType, CpuConfig, CpuConfigSource, CpuTemplate, Drive, HugePages, IoEngine, MachineConfig, MmdsConfig,
+    NetworkInterface, RateLimiter, TokenBucket, VmConfig, Vsock,
 };
 use bedplate_devices::virtio::balloon::BalloonConfig;
 use bedplate_devices::virtio::block::Cache;
@@ -17,25 +20,39 @@ use bedplate_devices::virtio::limiter::{BucketConfig, LimiterConfig, LimiterUpda
 
 pub use self::hotplug::{HotplugConfig, HotplugError, memory_hotplug};
 use crate::boot::{BootConfig, CmdlineError, RootDevice, compose_cmdline};
+use crate::files;
+use crate::json;
+use crate::kvm::{self, Topology};
+use crate::memory::Pages;
 
-/// vCPUs of one VM, at most.
-pub const MAX_VCPUS: u8 = 8;
+/// vCPUs of one VM, at most: as many as Firecracker gives.
+pub const MAX_VCPUS: u8 = 32;
 /// MiB of RAM, at least: below it not even a small kernel fits.
 pub const MIN_MEMORY_MIB: u64 = 16;
 /// MiB of RAM, at most: a TiB, far from the end of what a processor addresses.
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
+/// Bytes of a file with a template: some hundred modifiers, of a hundred bytes each.
+const MAX_TEMPLATE: u64 = 1 << 20;
 /// Drives, network interfaces and the four others share 31 slots of the PCI bus.
 const MAX_DEVICES: usize = 31;
+/// Where the guest's metadata is if nobody says where.
+const MMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+/// The least that IPv4 can do with (RFC 791).
+const MIN_MTU: u16 = 68;
 /// Context ids below are the host's and the hypervisor's.
 const FIRST_GUEST_CID: u32 = 3;
 
 /// A VM that can be built, as far as can be said without the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Number of vCPUs.
-    pub vcpus: u8,
+    /// vCPUs and cores.
+    pub topology: Topology,
+    /// What the processors are.
+    pub kvm: kvm::VmConfig,
     /// RAM.
     pub memory_mib: u64,
+    /// What it is made of.
+    pub pages: Pages,
     /// Kernel, initial RAM disk, command line.
     pub boot: BootConfig,
     /// Root device first.
@@ -46,7 +63,7 @@ pub struct Config {
     pub vsock: Option<VsockConfig>,
     /// A source of randomness.
     pub entropy: Option<EntropyConfig>,
-    /// A memory balloon; none only where there is no room for the one that nobody asked for.
+    /// A memory balloon; where nobody asked for one, none if there is no room for it, or with huge pages.
     pub balloon: Option<BalloonConfig>,
     /// Memory that can be added.
     pub hotplug: Option<HotplugConfig>,
@@ -71,6 +88,9 @@ pub struct NetConfig {
     pub id: String,
     pub tap: String,
     pub mac: [u8; 6],
+    pub mtu: Option<u16>,
+    /// Where the guest reaches its metadata over it.
+    pub metadata: Option<Ipv4Addr>,
     pub rx_limits: LimiterConfig,
     pub tx_limits: LimiterConfig,
 }
@@ -102,8 +122,27 @@ pub enum ConfigError {
     Vcpus(u8),
     #[error("mem_size_mib {0} is not offered: give {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}")]
     Memory(u64),
-    #[error("{0} is not offered: leave it out or set it to false")]
-    NotOffered(&'static str),
+    #[error("vcpu_count {0} with smt leaves a core with one thread: give 1 or an even number")]
+    OddVcpus(u8),
+    #[error("mem_size_mib {0} is not a number of huge pages of 2 MiB: give an even number")]
+    OddMemory(u64),
+    #[error("cpu_template {0:?} is not offered: put the bits that you need into cpu-config")]
+    Template(CpuTemplate),
+    #[error("cpu-config {path}: {source}; correct it")]
+    CpuConfigFile { path: String, source: io::Error },
+    #[error(
+        "MMDS config error: The list of network interface IDs that allow forwarding MMDS requests is empty: name one in \
+         network_interfaces"
+    )]
+    MmdsNowhere,
+    #[error("MMDS config error: there is no network interface {0:?}: configure it first, or take it off the list")]
+    MmdsInterface(String),
+    #[error(
+        "MMDS config error: The MMDS IPv4 address is not link local: {0}; give one from 169.254.1.0 to 169.254.254.255"
+    )]
+    MmdsAddress(Ipv4Addr),
+    #[error("network interface {id:?}: mtu {mtu} is not offered: give {MIN_MTU} to 65535")]
+    Mtu { id: String, mtu: u16 },
     #[error("{what} {name:?} exists twice: give each its own")]
     Twice { what: &'static str, name: String },
     #[error("{what} {name:?} is not a name: give 1 to 64 letters, digits, underscores and hyphens")]
@@ -130,6 +169,10 @@ pub enum ConfigError {
     /// Firecracker's words.
     #[error("Amount of pages requested is too large.")]
     Balloon,
+    #[error(
+        "a balloon would give back pages that huge_pages 2M has reserved, and might not get them again: leave one out"
+    )]
+    BalloonOfHugePages,
     #[error("{what}: the path is empty: name a file")]
     EmptyPath { what: String },
     #[error("{0} devices are too many: the PCI bus has room for {MAX_DEVICES}")]
@@ -146,6 +189,7 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
     distinct("drive_id", spec.drives.iter().map(|d| d.drive_id.as_str()))?;
     distinct("iface_id", spec.network_interfaces.iter().map(|n| n.iface_id.as_str()))?;
     distinct("host_dev_name", spec.network_interfaces.iter().map(|n| n.host_dev_name.as_str()))?;
+    distinct("guest_mac", spec.network_interfaces.iter().filter_map(|n| n.guest_mac.as_deref()))?;
     let root = root_device(&spec.drives)?;
     let cmdline = compose_cmdline(source.boot_args.as_deref(), root.as_ref())?;
     let boot = BootConfig {
@@ -157,8 +201,20 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
     drives.sort_by_key(|drive| !drive.is_root_device);
     let memory_mib = spec.machine_config.mem_size_mib;
     let mut config = Config {
-        vcpus: spec.machine_config.vcpu_count,
+        topology: Topology {
+            vcpus: spec.machine_config.vcpu_count,
+            threads_per_core: if spec.machine_config.smt && spec.machine_config.vcpu_count > 1 { 2 } else { 1 },
+        },
+        kvm: kvm::VmConfig {
+            cpu: spec.cpu_config.as_ref().map(cpu).transpose()?.unwrap_or_default(),
+            log_dirty_pages: spec.machine_config.track_dirty_pages,
+        },
         memory_mib,
+        pages: match spec.machine_config.huge_pages {
+            HugePages::None => Pages::Normal,
+            HugePages::Transparent => Pages::Transparent,
+            HugePages::Of2Mib => Pages::Huge,
+        },
         boot,
         drives: drives.into_iter().map(drive).collect::<Result<_, _>>()?,
         nets: spec.network_interfaces.iter().map(net).collect::<Result<_, _>>()?,
@@ -167,10 +223,20 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
         balloon: spec.balloon.as_ref().map(|spec| balloon(spec, memory_mib)).transpose()?,
         hotplug: spec.memory_hotplug.as_ref().map(memory_hotplug).transpose()?,
     };
+    if let Some(mmds) = &spec.mmds_config {
+        let address = mmds_address(mmds, &spec.network_interfaces)?;
+        let named = config.nets.iter_mut().filter(|net| mmds.network_interfaces.contains(&net.id));
+        named.for_each(|net| net.metadata = Some(address));
+    }
     let others = [config.vsock.is_some(), config.entropy.is_some(), config.balloon.is_some(), config.hotplug.is_some()];
     let devices = config.drives.len() + config.nets.len() + others.iter().filter(|there| **there).count();
-    if config.balloon.is_none() && devices < MAX_DEVICES {
-        config.balloon = Some(BalloonConfig { reporting: true, ..BalloonConfig::default() });
+    match (&config.balloon, config.pages) {
+        // What it gives back, another VM could reserve.
+        (Some(_), Pages::Huge) => return Err(ConfigError::BalloonOfHugePages),
+        (None, Pages::Normal | Pages::Transparent) if devices < MAX_DEVICES => {
+            config.balloon = Some(BalloonConfig { reporting: true, ..BalloonConfig::default() });
+        }
+        _ => {}
     }
     if devices > MAX_DEVICES { Err(ConfigError::TooManyDevices(devices)) } else { Ok(config) }
 }
@@ -209,11 +275,26 @@ pub fn machine(spec: &MachineConfig) -> Result<(), ConfigError> {
     if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&spec.mem_size_mib) {
         return Err(ConfigError::Memory(spec.mem_size_mib));
     }
-    match (spec.smt, spec.track_dirty_pages) {
-        (true, _) => Err(ConfigError::NotOffered("smt")),
-        (_, true) => Err(ConfigError::NotOffered("track_dirty_pages")),
-        _ => Ok(()),
+    if spec.smt && spec.vcpu_count > 1 && !spec.vcpu_count.is_multiple_of(2) {
+        return Err(ConfigError::OddVcpus(spec.vcpu_count));
     }
+    if spec.huge_pages != HugePages::None && !spec.mem_size_mib.is_multiple_of(2) {
+        return Err(ConfigError::OddMemory(spec.mem_size_mib));
+    }
+    match spec.cpu_template {
+        None | Some(CpuTemplate::None) => Ok(()),
+        Some(template) => Err(ConfigError::Template(template)),
+    }
+}
+
+/// The template itself, wherever it stands.
+fn cpu(source: &CpuConfigSource) -> Result<CpuConfig, ConfigError> {
+    let path = match source {
+        CpuConfigSource::Template(config) => return Ok(config.clone()),
+        CpuConfigSource::Path(path) => path,
+    };
+    let read = || json::object(&files::read_all(path.as_ref(), MAX_TEMPLATE)?).map_err(io::Error::other);
+    read().map_err(|source| ConfigError::CpuConfigFile { path: path.clone(), source })
 }
 
 fn root_device(drives: &[Drive]) -> Result<Option<RootDevice>, ConfigError> {
@@ -303,8 +384,29 @@ pub fn net(net: &NetworkInterface) -> Result<NetConfig, ConfigError> {
         Some(text) => parse_mac(text).ok_or_else(|| ConfigError::Mac { id: id.clone(), mac: text.clone() })?,
         None => mac_of(&tap),
     };
+    if let Some(mtu) = net.mtu.filter(|mtu| *mtu < MIN_MTU) {
+        return Err(ConfigError::Mtu { id, mtu });
+    }
     let (rx_limits, tx_limits) = (limits(net.rx_rate_limiter), limits(net.tx_rate_limiter));
-    Ok(NetConfig { id, tap, mac, rx_limits, tx_limits })
+    Ok(NetConfig { id, tap, mac, mtu: net.mtu, metadata: None, rx_limits, tx_limits })
+}
+
+/// Checks how the guest reaches its metadata; returns at which address.
+///
+/// # Errors
+/// No interface is named, or one that is not there, or the address is none that only a link has.
+pub fn mmds_address(mmds: &MmdsConfig, interfaces: &[NetworkInterface]) -> Result<Ipv4Addr, ConfigError> {
+    if mmds.network_interfaces.is_empty() {
+        return Err(ConfigError::MmdsNowhere);
+    }
+    let known = |id: &&String| interfaces.iter().any(|interface| interface.iface_id == **id);
+    if let Some(id) = mmds.network_interfaces.iter().find(|id| !known(id)) {
+        return Err(ConfigError::MmdsInterface(id.clone()));
+    }
+    let address = mmds.ipv4_address.unwrap_or(MMDS_ADDRESS);
+    // The first and the last 256 are reserved (RFC 3927, 2.1).
+    let usable = address.is_link_local() && (1..=254).contains(&address.octets()[2]);
+    if usable { Ok(address) } else { Err(ConfigError::MmdsAddress(address)) }
 }
 
 /// Checks the vsock device.
@@ -411,15 +513,33 @@ mod tests {
     #[test]
     fn what_cannot_be_built_is_named() {
         assert!(validate(&VmConfig::default()).unwrap_err().to_string().contains("boot source"));
-        assert!(error(r#", "machine-config": {"vcpu_count": 9, "mem_size_mib": 64}"#).contains("vcpu_count 9"));
+        assert!(error(r#", "machine-config": {"vcpu_count": 33, "mem_size_mib": 64}"#).contains("vcpu_count 33"));
         assert!(error(r#", "machine-config": {"vcpu_count": 0, "mem_size_mib": 64}"#).contains("vcpu_count 0"));
         assert!(error(r#", "machine-config": {"vcpu_count": 1, "mem_size_mib": 1}"#).contains("mem_size_mib 1"));
+        let machine =
+            |more: &str| error(&format!(r#", "machine-config": {{"vcpu_count": 3, "mem_size_mib": 65{more}}}"#));
+        assert!(machine(r#", "smt": true"#).contains("vcpu_count 3 with smt"));
+        assert!(machine(r#", "huge_pages": "2M""#).contains("even"));
+        assert!(machine(r#", "cpu_template": "T2CL""#).contains("T2CL"));
+        assert!(error(r#", "cpu-config": "/nowhere/template""#).contains("cpu-config /nowhere/template: No such file"));
         let drive = r#"{"drive_id": "a", "path_on_host": "d", "is_root_device": true}"#;
         assert!(error(&format!(r#", "drives": [{drive}, {drive}]"#)).contains("exists twice"));
         let other = drive.replace(r#""a""#, r#""b""#);
         assert!(error(&format!(r#", "drives": [{drive}, {other}]"#)).contains("both are the root device"));
         assert!(error(&format!(r#", "drives": [{}]"#, drive.replace(r#""a""#, r#""a/b""#))).contains("not a name"));
         assert!(error(r#", "vsock": {"guest_cid": 2, "uds_path": "v"}"#).contains("guest_cid 2"));
+        let mmds = |more: &str| {
+            error(&format!(
+                r#", "network-interfaces": [{{"iface_id": "e", "host_dev_name": "t"}}], "mmds-config": {{{more}}}"#
+            ))
+        };
+        assert!(mmds(r#""network_interfaces": []"#).contains("is empty"));
+        assert!(mmds(r#""network_interfaces": ["e", "f"]"#).contains(r#"no network interface "f""#));
+        for address in ["10.0.0.1", "169.254.0.9", "169.254.255.1"] {
+            assert!(mmds(&format!(r#""network_interfaces": ["e"], "ipv4_address": "{address}""#)).contains(address));
+        }
+        let small = r#", "network-interfaces": [{"iface_id": "e", "host_dev_name": "t", "mtu": 67}]"#;
+        assert!(error(small).contains("mtu 67"));
         for mac in ["", "06:00:00:00:00", "01:00:00:00:00:01", "06:00:00:00:00:0g", "+6:00:00:00:00:00"] {
             let text =
                 format!(r#", "network-interfaces": [{{"iface_id": "e", "host_dev_name": "t", "guest_mac": "{mac}"}}]"#);
@@ -444,6 +564,9 @@ mod tests {
         );
         assert!(!balloon(&asked.replace('X', r#", "free_page_reporting": false"#)).reporting);
         assert!(error(&asked.replace("16", "129").replace('X', "")).contains("too large"));
+        let huge = r#", "machine-config": {"vcpu_count": 1, "mem_size_mib": 128, "huge_pages": "2M"}"#;
+        assert_eq!(validate(&spec(huge)).unwrap().balloon, None);
+        assert!(error(&format!("{huge}{}", asked.replace('X', ""))).contains("leave one out"));
     }
 
     #[test]
@@ -452,6 +575,7 @@ mod tests {
             iface_id: "e".into(),
             host_dev_name: tap.into(),
             guest_mac: None,
+            mtu: None,
             rx_rate_limiter: None,
             tx_rate_limiter: None,
         };

@@ -1,7 +1,7 @@
 //! Opening what somebody named. The path may lead to a FIFO or a device, and neither may keep us waiting.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Read};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 
@@ -17,6 +17,19 @@ pub fn read_regular(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(path)?;
     regular(&file.metadata()?)?;
     Ok(file)
+}
+
+/// All of a regular file of at most `limit` bytes.
+///
+/// # Errors
+/// The host refuses, it is something else, or it is longer.
+pub fn read_all(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    read_regular(path)?.take(limit + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit {
+        return Err(io::Error::other(format!("this file has more than {limit} bytes")));
+    }
+    Ok(bytes)
 }
 
 fn regular(metadata: &fs::Metadata) -> io::Result<()> {

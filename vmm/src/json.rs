@@ -1,16 +1,41 @@
 //! Reading what clients send.
 
+use serde::Serialize;
 use serde::de::{DeserializeOwned, Error};
+use serde_json::Value;
 
-/// What an object describes. An array is refused: serde would take it for a struct, field after field.
+/// What an object describes. An array in the place of an object is refused, at the top and within: serde would take it
+/// for a struct, field after field.
 ///
 /// # Errors
 /// It is not JSON, not an object, or another object.
-pub fn object<T: DeserializeOwned>(text: &[u8]) -> serde_json::Result<T> {
+pub fn object<T: DeserializeOwned + Serialize>(text: &[u8]) -> serde_json::Result<T> {
     if text.trim_ascii_start().starts_with(b"[") {
         return Err(Error::custom("an array where an object is expected"));
     }
-    serde_json::from_slice(text)
+    let value = serde_json::from_slice(text)?;
+    // Arrays are there to be found only if there is a bracket at all.
+    if text.contains(&b'[') {
+        same_form(&serde_json::from_slice(text)?, &serde_json::to_value(&value)?, "")?;
+    }
+    Ok(value)
+}
+
+/// Compares what was sent with how it would be written.
+fn same_form(sent: &Value, understood: &Value, place: &str) -> serde_json::Result<()> {
+    match (sent, understood) {
+        (Value::Array(_), Value::Object(_)) => {
+            Err(Error::custom(format!("{place} is an array where an object is expected")))
+        }
+        (Value::Array(sent), Value::Array(understood)) => {
+            sent.iter().zip(understood).try_for_each(|(sent, understood)| same_form(sent, understood, place))
+        }
+        (Value::Object(sent), Value::Object(understood)) => {
+            let both = sent.iter().filter_map(|(name, sent)| Some((name, sent, understood.get(name)?)));
+            both.into_iter().try_for_each(|(name, sent, understood)| same_form(sent, understood, name))
+        }
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -26,5 +51,14 @@ mod tests {
         }
         assert!(object::<VmConfig>(b"7").is_err());
         object::<VmConfig>(b" {}").unwrap();
+    }
+
+    #[test]
+    fn nor_is_an_array_within_one() {
+        let error = |text: &str| object::<VmConfig>(text.as_bytes()).unwrap_err().to_string();
+        assert_eq!(error(r#"{"boot-source": ["k"]}"#), "boot-source is an array where an object is expected");
+        assert_eq!(error(r#"{"drives": [["d", "p", false]]}"#), "drives is an array where an object is expected");
+        let drive = r#"{"drives": [{"drive_id": "d", "path_on_host": "p", "is_root_device": false}]}"#;
+        assert_eq!(object::<VmConfig>(drive.as_bytes()).unwrap().drives.len(), 1);
     }
 }

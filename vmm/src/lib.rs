@@ -20,4 +20,5 @@ pub mod json;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod metadata;
 pub mod sandbox;

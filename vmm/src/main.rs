@@ -6,9 +6,9 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use bedplate_api::error::with_causes;
-use bedplate_api::vmm::{Exit, ExitReason, VmConfig};
+use bedplate_api::vmm::{Exit, ExitReason, LogLevel, Logger, Metrics, VmConfig};
 use bedplate_vmm::console::{Console, Target};
-use bedplate_vmm::control::{self, Server, Session, Signals};
+use bedplate_vmm::control::{self, Server, Session, Settings, Signals, StartTimes};
 use bedplate_vmm::exit_file::ExitFile;
 use bedplate_vmm::json;
 use bedplate_vmm::sandbox::{Access, Sandbox, Unlisted, User};
@@ -20,7 +20,7 @@ use clap::Parser;
 #[derive(Parser)]
 #[command(version, name = "bedplate-vmm")]
 struct Args {
-    /// Serve the HTTP API on this Unix socket
+    /// Serve the HTTP API on this Unix socket; without --config-file, too: /run/firecracker.socket
     #[arg(long, value_name = "PATH")]
     api_sock: Option<PathBuf>,
     /// Boot at once what this JSON file describes
@@ -29,9 +29,12 @@ struct Args {
     /// Serve no API
     #[arg(long, requires = "config_file", conflicts_with = "api_sock")]
     no_api: bool,
-    /// Name of this VM
-    #[arg(long, default_value = "anonymous-instance")]
+    /// Name of this VM: 1 to 64 letters, digits and hyphens
+    #[arg(long, default_value = "anonymous-instance", value_parser = instance_id)]
     id: String,
+    /// Largest body of a request to the API
+    #[arg(long, value_name = "BYTES", default_value_t = control::DEFAULT_MAX_BODY)]
+    http_api_max_payload_size: usize,
     /// Where the guest's serial console goes: stdio, off, file:PATH or socket:PATH
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: Target,
@@ -51,11 +54,68 @@ struct Args {
     #[arg(long, value_name = "DIR", conflicts_with = "no_sandbox")]
     visible: Vec<PathBuf>,
     /// Let a guest that takes over this process do what you can do
-    #[arg(long)]
+    #[arg(long, visible_alias = "no-seccomp")]
     no_sandbox: bool,
     /// Log system calls that are not on the sandbox's list instead of ending: to find what the list lacks
     #[arg(long, conflicts_with = "no_sandbox")]
     log_system_calls: bool,
+    /// Append messages of the VMM to this file or FIFO instead of stderr
+    #[arg(long, value_name = "PATH")]
+    log_path: Option<String>,
+    /// Least severe level that is written: Off, Error, Warning, Info, Debug or Trace
+    #[arg(long)]
+    level: Option<LogLevel>,
+    /// Write only messages of modules whose path begins so
+    #[arg(long, value_name = "PATH")]
+    module: Option<String>,
+    /// Write the level with each message
+    #[arg(long)]
+    show_level: bool,
+    /// Write the place in the source with each message
+    #[arg(long)]
+    show_log_origin: bool,
+    /// Append counters to this file or FIFO
+    #[arg(long, value_name = "PATH")]
+    metrics_path: Option<String>,
+    /// Let the guest's metadata (MMDS) begin with this JSON file
+    #[arg(long, value_name = "PATH")]
+    metadata: Option<PathBuf>,
+    /// Most metadata, as JSON without spaces; unless given, as much as --http-api-max-payload-size says
+    #[arg(long, value_name = "BYTES")]
+    mmds_size_limit: Option<usize>,
+    /// Give the guest a boot timer: a byte of 123, written to 0xc0000000, logs the time since the start
+    #[arg(long)]
+    boot_timer: bool,
+    /// Reading of the monotonic clock when the process was asked for
+    #[arg(long, value_name = "MICROSECONDS")]
+    start_time_us: Option<u64>,
+    /// Processor time of the process when this program was begun
+    #[arg(long, value_name = "MICROSECONDS")]
+    start_time_cpu_us: Option<u64>,
+    /// Processor time that the parent has spent for the process
+    #[arg(long, value_name = "MICROSECONDS")]
+    parent_cpu_time_us: Option<u64>,
+    /// Does nothing: devices are on PCI always
+    #[arg(long)]
+    enable_pci: bool,
+    /// Refused: the sandbox has lists of its own, and cannot read Firecracker's
+    #[arg(long, value_name = "PATH", conflicts_with = "no_sandbox")]
+    seccomp_filter: Option<PathBuf>,
+    /// Refused: this version has no snapshots
+    #[arg(long)]
+    snapshot_version: bool,
+    /// Refused: this version has no snapshots
+    #[arg(long, value_name = "PATH")]
+    describe_snapshot: Option<PathBuf>,
+}
+
+/// Where Firecracker serves its API if nobody says where.
+const DEFAULT_API_SOCK: &str = "/run/firecracker.socket";
+
+fn instance_id(id: &str) -> Result<String, String> {
+    // As Firecracker has it: the length in bytes, letters of any alphabet.
+    let good = (1..=64).contains(&id.len()) && id.chars().all(|c| c == '-' || c.is_alphanumeric());
+    if good { Ok(id.to_owned()) } else { Err("give 1 to 64 letters, digits and hyphens".to_owned()) }
 }
 
 fn main() -> ExitCode {
@@ -87,12 +147,26 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<Exit> {
     // Before any thread: all of them inherit which signals are blocked.
     let signals = Signals::take_over().context("signals cannot be taken over")?;
-    if args.api_sock.is_none() && args.config_file.is_none() {
-        bail!("nothing to run: give --config-file, or --api-sock to be configured through the API");
-    }
+    refuse_unoffered(args)?;
     let console = Console::open(&args.serial, args.serial_log.as_deref())?;
-    let mut session = Session::new(args.id.clone(), console, sandbox(args))?;
-    let server = args.api_sock.as_deref().map(Server::listen).transpose()?;
+    let start = StartTimes {
+        monotonic_us: args.start_time_us,
+        cpu_us: args.start_time_cpu_us,
+        parent_cpu_us: args.parent_cpu_time_us,
+    };
+    let mmds_size_limit = args.mmds_size_limit.unwrap_or(args.http_api_max_payload_size);
+    let settings = Settings { id: args.id.clone(), boot_timer: args.boot_timer, start, mmds_size_limit };
+    let mut session = Session::new(settings, console, sandbox(args))?;
+    session.set_logger(&logger(args))?;
+    if let Some(path) = &args.metrics_path {
+        session.set_metrics(&Metrics { metrics_path: path.clone(), emit_id: false, properties: None })?;
+    }
+    if let Some(path) = &args.metadata {
+        session.load_metadata(path)?;
+    }
+    let default_sock = args.config_file.is_none().then_some(Path::new(DEFAULT_API_SOCK));
+    let api_sock = args.api_sock.as_deref().or(default_sock);
+    let server = api_sock.map(|path| Server::listen(path, args.http_api_max_payload_size)).transpose()?;
     if let Some(path) = &args.config_file {
         session.start_with(read_config(path)?)?;
         if matches!(args.serial, Target::Stdio) && std::io::stdin().is_terminal() {
@@ -100,6 +174,31 @@ fn run(args: &Args) -> Result<Exit> {
         }
     }
     Ok(control::run(session, server, &signals)?)
+}
+
+/// What Firecracker has and this version has not: said, not ignored.
+fn refuse_unoffered(args: &Args) -> Result<()> {
+    if args.snapshot_version || args.describe_snapshot.is_some() {
+        bail!("snapshots are not offered by this version: the state of vCPUs and devices cannot be saved yet");
+    }
+    if let Some(path) = &args.seccomp_filter {
+        bail!(
+            "the seccomp filter {} cannot be set: the sandbox has lists of its own, and cannot read Firecracker's; leave \
+             --seccomp-filter out",
+            path.display()
+        );
+    }
+    Ok(())
+}
+
+fn logger(args: &Args) -> Logger {
+    Logger {
+        log_path: args.log_path.clone(),
+        level: args.level,
+        show_level: Some(args.show_level),
+        show_log_origin: Some(args.show_log_origin),
+        module: args.module.clone(),
+    }
 }
 
 /// What the process goes into before the guest runs, with the places that are needed until its end.
@@ -112,6 +211,7 @@ fn sandbox(args: &Args) -> Option<Sandbox> {
     let user = args.uid.zip(args.gid).map(|(uid, gid)| User { uid, gid });
     let mut sandbox = Sandbox::new(unlisted, user);
     args.visible.iter().for_each(|dir| sandbox.keep(dir, Access::Write));
+    // Not that of the API's default socket: it is everybody's. What is left of that socket, the next process replaces.
     let socket = if let Target::Socket(path) = &args.serial { Some(path) } else { None };
     let places = [args.api_sock.as_ref(), args.exit_file.as_ref(), args.serial_log.as_ref(), socket];
     places.into_iter().flatten().for_each(|file| sandbox.keep_place_of(file));

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! 0            low RAM, up to 3 GiB (the page tables and tables of `boot::start` and `acpi` lie in its first MiB)
-//! 3 GiB        window for 32-bit BARs, 512 MiB
+//! 3 GiB        boot timer, where there is one
+//! 3 GiB + 1M   window for 32-bit BARs, 511 MiB
 //! 3.5 GiB      ECAM, 1 MiB per bus
 //! 4 GiB - 20M  I/O APIC, local APICs, Intel's identity map and task segment
 //! 4 GiB        RAM beyond 3 GiB
@@ -15,14 +16,20 @@ use std::sync::Arc;
 
 use bedplate_devices::Memory;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use rustix::mm::{Advice, madvise};
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
 
 /// Fixed addresses.
 pub mod layout {
     /// Where RAM ends below 4 GiB, at most.
     pub const LOW_RAM_END: u64 = 0xc000_0000;
+    /// The boot timer: where Firecracker has it.
+    pub const BOOT_TIMER: u64 = LOW_RAM_END;
     /// Window for 32-bit BARs.
-    pub const MMIO32: std::ops::Range<u64> = LOW_RAM_END..ECAM;
+    pub const MMIO32: std::ops::Range<u64> = LOW_RAM_END + (1 << 20)..ECAM;
     /// PCI configuration space.
     pub const ECAM: u64 = 0xe000_0000;
     /// I/O APIC.
@@ -65,6 +72,18 @@ pub enum MemoryError {
         /// Its reason.
         source: std::io::Error,
     },
+    /// The host has not put enough huge pages aside.
+    #[error(
+        "{asked_mib} MiB of guest memory in huge pages of 2 MiB cannot be had: {source}; put aside {} of them \
+         (/proc/sys/vm/nr_hugepages), or leave huge_pages out",
+        asked_mib / 2
+    )]
+    HugePages {
+        /// As asked.
+        asked_mib: u64,
+        /// Its reason.
+        source: std::io::Error,
+    },
     /// The processor cannot address so much.
     #[error(
         "{asked_mib} MiB of guest memory and the window for devices do not fit into {bits} address bits: ask for less"
@@ -75,6 +94,18 @@ pub enum MemoryError {
         /// Of a guest-physical address.
         bits: u8,
     },
+}
+
+/// What pages of the host RAM is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Pages {
+    /// 4 KiB.
+    #[default]
+    Normal,
+    /// 2 MiB where the host has some to spare.
+    Transparent,
+    /// 2 MiB, put aside by the host for this.
+    Huge,
 }
 
 /// RAM of one VM.
@@ -88,34 +119,52 @@ pub struct Ram {
 }
 
 impl Ram {
-    /// `mib` MiB of zeros. Pages are taken from the host when they are first touched.
+    /// `mib` MiB of zeros. Pages are taken from the host when they are first touched; huge ones are reserved here, so
+    /// that the host cannot run out of them later, which would kill the process.
     ///
     /// # Errors
     /// The host has less, or refuses.
-    pub fn new(mib: u64) -> Result<Self, MemoryError> {
+    pub fn new(mib: u64, pages: Pages) -> Result<Self, MemoryError> {
         let host_mib = host_mib();
         if mib > host_mib {
             return Err(MemoryError::BeyondHost { asked_mib: mib, host_mib });
         }
-        let refused = |source| MemoryError::Refused { asked_mib: mib, source };
+        let refused = |source| match pages {
+            Pages::Huge => MemoryError::HugePages { asked_mib: mib, source },
+            Pages::Normal | Pages::Transparent => MemoryError::Refused { asked_mib: mib, source },
+        };
+        let (memfd_flags, mmap_flags) = match pages {
+            Pages::Huge => (MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, libc::MAP_SHARED),
+            Pages::Normal | Pages::Transparent => (MemfdFlags::empty(), libc::MAP_SHARED | libc::MAP_NORESERVE),
+        };
         // Cannot overflow: the host has that much.
         let len = mib << 20;
-        let memfd = memfd_create("guest-ram", MemfdFlags::CLOEXEC).map_err(|e| refused(e.into()))?;
+        let memfd = memfd_create("guest-ram", memfd_flags | MemfdFlags::CLOEXEC).map_err(|e| refused(e.into()))?;
         ftruncate(&memfd, len).map_err(|e| refused(e.into()))?;
         let memfd = Arc::new(File::from(memfd));
         let mut offset = 0;
-        let mut ranges = Vec::with_capacity(2);
+        let mut regions = Vec::with_capacity(2);
         for (start, end) in ram_ranges(len) {
-            let file = FileOffset::from_arc(Arc::clone(&memfd), offset);
-            ranges.push((GuestAddress(start), (end - start) as usize, Some(file)));
+            let region = MmapRegionBuilder::new((end - start) as usize)
+                .with_file_offset(FileOffset::from_arc(Arc::clone(&memfd), offset))
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(mmap_flags)
+                .build();
+            let region = region.map_err(|e| refused(why(e)))?;
+            let region = GuestRegionMmap::new(region, GuestAddress(start));
+            regions.extend(region);
             offset += end - start;
         }
-        let memory = GuestMemoryMmap::from_ranges_with_files(&ranges)
-            .map_err(|e| refused(std::io::Error::other(e.to_string())))?;
+        let memory = GuestMemoryMmap::from_regions(regions);
+        let memory = memory.map_err(|e| refused(std::io::Error::other(e.to_string())))?;
+        if pages == Pages::Transparent {
+            advise_huge(&memory);
+        }
         Ok(Self { memory: Arc::new(memory), memfd, len, hotplug: None })
     }
 
-    /// Adds a region of `mib` MiB, in a memfd of its own, that is not RAM for the guest until a device says so.
+    /// Adds a region of `mib` MiB of normal pages, in a memfd of its own, that is not RAM for the guest until a device
+    /// says so.
     ///
     /// # Errors
     /// The host has less, or refuses.
@@ -173,6 +222,23 @@ impl Ram {
     }
 }
 
+/// The host's own words, where a mapping failed in it.
+fn why(error: MmapRegionError) -> std::io::Error {
+    match error {
+        MmapRegionError::Mmap(error) => error,
+        other => std::io::Error::other(other.to_string()),
+    }
+}
+
+fn advise_huge(memory: &GuestMemoryMmap) {
+    for region in memory.iter() {
+        let len = region.len() as usize;
+        // SAFETY: the mapping is as long as its region says; advice on huge pages changes no content.
+        // Refused where the kernel has no transparent huge pages: then the normal ones are what is meant.
+        let _ = unsafe { madvise(region.as_ptr().cast(), len, Advice::LinuxHugepage) };
+    }
+}
+
 fn ram_ranges(len: u64) -> impl Iterator<Item = (u64, u64)> {
     let low = len.min(layout::LOW_RAM_END);
     [(0, low), (layout::HIGH_RAM, layout::HIGH_RAM + (len - low))].into_iter().filter(|(start, end)| end > start)
@@ -185,7 +251,7 @@ fn host_mib() -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{Bytes, GuestMemoryBackend};
+    use vm_memory::Bytes;
 
     use super::*;
 
@@ -198,15 +264,15 @@ mod tests {
 
     #[test]
     fn more_than_the_host_has_is_refused_by_name() {
-        let error = Ram::new(host_mib() + 1).map(|_| ()).unwrap_err().to_string();
+        let error = Ram::new(host_mib() + 1, Pages::Normal).map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("more than this host has"), "{error}");
-        assert!(Ram::new(u64::MAX).is_err());
+        assert!(Ram::new(u64::MAX, Pages::Normal).is_err());
     }
 
     #[test]
     fn ram_is_the_memfd() {
         use std::os::unix::fs::FileExt;
-        let ram = Ram::new(16).unwrap();
+        let ram = Ram::new(16, Pages::Transparent).unwrap();
         ram.memory.write_slice(b"hello", GuestAddress(0x1234)).unwrap();
         let mut bytes = [0; 5];
         ram.memfd.read_exact_at(&mut bytes, 0x1234).unwrap();

@@ -104,6 +104,7 @@ pub(super) fn config(args: &Args, kernel: Kernel, disk: PathBuf, net: Option<&Ne
         iface_id: "eth0".to_owned(),
         host_dev_name: net.tap().to_owned(),
         guest_mac: Some(net.mac.clone()),
+        mtu: None,
         rx_rate_limiter: None,
         tx_rate_limiter: None,
     });

@@ -2,14 +2,18 @@
 
 /// A moment in UTC as a clock shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Moment {
+pub struct Moment {
+    /// Of our era.
     pub year: i64,
     /// 1 to 12.
     pub month: u8,
     /// 1 to 31.
     pub day: u8,
+    /// 0 to 23.
     pub hour: u8,
+    /// 0 to 59.
     pub minute: u8,
+    /// 0 to 59.
     pub second: u8,
     /// 1 is Sunday.
     pub weekday: u8,
@@ -28,6 +32,7 @@ const fn before_year(n: i64) -> i64 {
 }
 
 impl Moment {
+    /// `seconds` since 1970.
     pub fn from_unix(seconds: i64) -> Self {
         let days = seconds.div_euclid(DAY);
         let time = seconds.rem_euclid(DAY);

@@ -3,7 +3,8 @@
 //! All are called on vCPU threads through [`crate::bus::Bus`]. None of them owns a thread or a descriptor that blocks.
 
 mod acpi_pm;
-mod calendar;
+mod boot_timer;
+pub mod calendar;
 mod i8042;
 mod rtc;
 mod serial;
@@ -11,6 +12,7 @@ mod serial;
 pub use acpi_pm::{
     AcpiPm, PM_BLOCK_LEN, PM_TIMER_OFFSET, PM1_CONTROL_OFFSET, PM1_EVENT_OFFSET, RESET_OFFSET, SLEEP_TYPE_S5,
 };
+pub use boot_timer::{BOOT_TIMER_LEN, BootTimer, Booted};
 pub use i8042::{I8042, I8042_LEN};
 pub use rtc::{RTC_LEN, Rtc};
 pub use serial::{SERIAL_LEN, SerialPort};

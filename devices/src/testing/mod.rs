@@ -9,8 +9,10 @@ mod backends;
 mod driver;
 mod host;
 mod hostile;
+mod web;
 
 pub use backends::{RamDisk, Wire};
 pub use driver::{Driver, DriverQueue, Piece};
 pub use host::{FakeHost, FakeVector, Machine};
 pub use hostile::{Hostile, configuration, honest};
+pub use web::{Echo, SERVER, WebClient, disturb};

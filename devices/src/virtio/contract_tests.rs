@@ -14,7 +14,8 @@ use super::net::{Net, NetConfig};
 use super::rng::Rng;
 use super::vsock::{Vsock, VsockConfig};
 use super::*;
-use crate::testing::{Driver, DriverQueue, Hostile, Machine, Piece, RamDisk, Wire, honest};
+use crate::metadata::Responder;
+use crate::testing::{Driver, DriverQueue, Echo, Hostile, Machine, Piece, RamDisk, SERVER, Wire, honest};
 
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 const NEEDS_RESET: u8 = 0x40;
@@ -54,7 +55,8 @@ fn net() -> Subject<Net<Wire>> {
     let (wire, peer, _) = Wire::new();
     peer.set_nonblocking(true).unwrap();
     let relax = Box::new(move || while peer.recv(&mut [0; 64]).is_ok() {});
-    let device = Net::new(wire, NetConfig { mac: [2, 0, 0, 0, 0, 1], ..NetConfig::default() }).unwrap();
+    let mut device = Net::new(wire, NetConfig { mac: [2, 0, 0, 0, 0, 1], ..NetConfig::default() }).unwrap();
+    device.set_responder(Responder::new(SERVER, Box::new(Echo))).unwrap();
     Subject { device, served: &[0, 1], relax }
 }
 

@@ -37,6 +37,7 @@ pub fn vm_config(spec: &VmSpec, boot: &Bootable, disk: &Path, nic: Option<&Nic>)
                 iface_id: "eth0".to_owned(),
                 host_dev_name: nic.tap.clone(),
                 guest_mac: Some(format_mac(nic.mac)),
+                mtu: None,
                 rx_rate_limiter: None,
                 tx_rate_limiter: None,
             })

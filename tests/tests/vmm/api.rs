@@ -12,10 +12,11 @@ use serde_json::{Value, json};
 
 /// As a client of Firecracker does it: section by section, then `InstanceStart`.
 pub fn configured_by_api() -> Result<()> {
-    let socket = std::path::Path::new("/run/api-only.sock");
+    // Where Firecracker's clients look for it if nobody says where.
+    let socket = std::path::Path::new("/run/firecracker.socket");
     let _ = std::fs::remove_file(socket);
     let mut command = Command::new("/bin/bedplate-vmm");
-    command.arg("--api-sock").arg(socket).args(["--id", "by-api", "--serial", "file:/run/api-only.serial"]);
+    command.args(["--id", "by-api", "--serial", "file:/run/api-only.serial"]);
     command.stdin(Stdio::null());
     let mut process = Process::start("a VM without a configuration file", command)?;
     until("the API socket", Duration::from_secs(60), || Ok(socket.exists().then_some(())))?;

@@ -7,6 +7,8 @@ mod block;
 mod boot;
 mod ends;
 mod hotplug;
+mod machine;
+mod metadata;
 mod network;
 mod refusals;
 mod sandbox;
@@ -51,6 +53,13 @@ fn main() -> ExitCode {
         Scenario { name: "the_serial_log_is_written", run: serial::log },
         Scenario { name: "is_configured_and_started_through_the_api", run: api::configured_by_api },
         Scenario { name: "the_api_refuses_bad_requests", run: api::bad_requests },
+        Scenario { name: "threads_share_cores", run: machine::threads },
+        Scenario { name: "a_template_changes_the_processor", run: machine::templates },
+        Scenario { name: "memory_is_in_huge_pages", run: machine::huge_pages },
+        Scenario { name: "the_boot_timer_is_logged", run: machine::boot_timer },
+        Scenario { name: "a_disk_grows_and_is_replaced", run: machine::disks },
+        Scenario { name: "the_guest_reads_its_metadata", run: metadata::version_1 },
+        Scenario { name: "the_guest_needs_a_token_for_its_metadata", run: metadata::version_2 },
         Scenario { name: "a_vmm_has_nothing_left_when_its_guest_runs", run: sandbox::walls },
         Scenario { name: "without_a_sandbox_it_says_so", run: sandbox::none },
         Scenario { name: "bad_kernels_are_refused", run: refusals::kernels },

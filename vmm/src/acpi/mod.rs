@@ -76,7 +76,7 @@ impl Area<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::Ram;
+    use crate::memory::{Pages, Ram};
 
     fn table(ram: &Ram, address: u64) -> Vec<u8> {
         let len: u32 = ram.memory.read_obj(GuestAddress(address + 4)).unwrap();
@@ -103,7 +103,7 @@ mod tests {
 
     #[test]
     fn every_table_is_reached_from_the_root_and_sums_to_zero() {
-        let ram = Ram::new(8).unwrap();
+        let ram = Ram::new(8, Pages::Normal).unwrap();
         let description = Description { vcpus: 8, mmio32: 0xc000_0000..0xe000_0000, mmio64: 1 << 34..1 << 35 };
         let rsdp = write(&ram.memory, &description).unwrap();
         let mut root = [0; 36];

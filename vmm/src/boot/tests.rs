@@ -5,6 +5,7 @@ use std::io::Write;
 use vm_memory::{ByteValued, GuestMemoryBackend};
 
 use super::*;
+use crate::memory::Pages;
 
 fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
     let mut file = tempfile::NamedTempFile::new().unwrap();
@@ -20,7 +21,7 @@ fn try_load(bytes: &[u8], initrd: Option<&[u8]>) -> Result<(Entry, Ram), BootErr
         initrd: initrd.as_ref().map(|f| f.path().into()),
         cmdline: "quiet".into(),
     };
-    let ram = Ram::new(32).unwrap();
+    let ram = Ram::new(32, Pages::Normal).unwrap();
     load(&ram, &config, 0xe_0000).map(|entry| (entry, ram))
 }
 
@@ -118,6 +119,6 @@ fn other_files_are_recognised_and_too_large_kernels_refused() {
     let too_large = try_load(&bzimage(&[0; 4096]), Some(&vec![0; 20 << 20])).map(|_| ()).unwrap_err();
     assert!(too_large.to_string().starts_with("initrd "), "{too_large}");
     let missing = BootConfig { kernel: "/nowhere/vmlinuz".into(), initrd: None, cmdline: String::new() };
-    let message = load(&Ram::new(32).unwrap(), &missing, 0).unwrap_err().to_string();
+    let message = load(&Ram::new(32, Pages::Normal).unwrap(), &missing, 0).unwrap_err().to_string();
     assert!(message.starts_with("kernel /nowhere/vmlinuz: No such file"), "{message}");
 }

@@ -5,7 +5,6 @@ use bedplate_devices::virtio::balloon::BalloonControl;
 
 use super::commands::Answer;
 use super::fault::Fault;
-use super::routes::json;
 use super::session::Session;
 use crate::config;
 
@@ -28,22 +27,6 @@ pub(super) enum BalloonCommand {
     StartHinting(HintingStart),
     DescribeHinting,
     StopHinting,
-}
-
-/// Understands a request to a path below `/balloon`; `None` where there is no such path or method.
-pub(super) fn parse(method: &str, path: &[&str], body: &[u8]) -> Option<Result<BalloonCommand, Fault>> {
-    Some(match (method, path) {
-        ("PUT", []) => json(body).map(BalloonCommand::Set),
-        ("GET", []) => Ok(BalloonCommand::Describe),
-        ("PATCH", []) => json(body).map(BalloonCommand::Update),
-        ("GET", ["statistics"]) => Ok(BalloonCommand::DescribeStatistics),
-        ("PATCH", ["statistics"]) => json(body).map(BalloonCommand::UpdateStatistics),
-        ("PATCH", ["hinting", "start"]) if body.is_empty() => Ok(BalloonCommand::StartHinting(HintingStart::default())),
-        ("PATCH", ["hinting", "start"]) => json(body).map(BalloonCommand::StartHinting),
-        ("GET", ["hinting", "status"]) => Ok(BalloonCommand::DescribeHinting),
-        ("PATCH", ["hinting", "stop"]) => Ok(BalloonCommand::StopHinting),
-        _ => return None,
-    })
 }
 
 impl Session {
@@ -154,23 +137,5 @@ fn statistics(control: &BalloonControl) -> BalloonStats {
         direct_scan,
         async_reclaim,
         direct_reclaim,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn paths_are_firecracker_s() {
-        let body = br#"{"amount_mib": 5}"#;
-        let update = BalloonCommand::Update(BalloonUpdate { amount_mib: 5 });
-        assert_eq!(parse("PATCH", &[], body), Some(Ok(update)));
-        assert!(parse("PUT", &[], body).is_some_and(|result| result.is_err()), "deflate_on_oom has no default");
-        let start = BalloonCommand::StartHinting(HintingStart { acknowledge_on_stop: true });
-        assert_eq!(parse("PATCH", &["hinting", "start"], b""), Some(Ok(start.clone())));
-        assert_eq!(parse("PATCH", &["hinting", "start"], b"{}"), Some(Ok(start)));
-        assert_eq!(parse("PUT", &["hinting", "start"], b""), None);
-        assert_eq!(parse("GET", &["nothing"], b""), None);
     }
 }

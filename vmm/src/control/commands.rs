@@ -1,10 +1,11 @@
 //! Everything that can be asked of a VM process.
 
 use bedplate_api::vmm::{
-    ActionType, Balloon, BalloonStats, BootSource, Drive, Entropy, HintingStatus, InstanceInfo, Logger, MachineConfig,
-    MachineConfigPatch, MemoryHotplugStatus, Metrics, NetworkInterface, SerialDevice, Status, TargetState, Version,
-    VmConfig, Vsock,
+    ActionType, Balloon, BalloonStats, BootSource, CpuConfig, Drive, DrivePatch, Entropy, HintingStatus, InstanceInfo,
+    Logger, MachineConfig, MachineConfigPatch, MemoryHotplugStatus, Metrics, MmdsConfig, MmdsVersion, NetworkInterface,
+    NetworkInterfacePatch, SerialDevice, SnapshotCreate, SnapshotLoad, Status, TargetState, Version, VmConfig, Vsock,
 };
+use serde_json::Value;
 
 use super::balloon::BalloonCommand;
 use super::hotplug::HotplugCommand;
@@ -22,17 +23,21 @@ pub(super) enum Command {
     DescribeMachine,
     /// Always.
     DescribeStatus,
-    /// Before the start, as all below up to `SetMetrics`.
+    /// Before the start, as all below up to `LoadSnapshot`.
     SetBootSource(BootSource),
     SetMachine(MachineConfig),
     PatchMachine(MachineConfigPatch),
+    SetCpu(CpuConfig),
     PutDrive(Drive),
     PutNetworkInterface(NetworkInterface),
+    SetMmds(MmdsConfig),
     SetVsock(Vsock),
     SetEntropy(Entropy),
     SetSerial(SerialDevice),
     SetLogger(Logger),
     SetMetrics(Metrics),
+    /// Refused: there are no snapshots.
+    LoadSnapshot(SnapshotLoad),
     /// Each at its own time.
     Balloon(BalloonCommand),
     /// Likewise.
@@ -41,8 +46,21 @@ pub(super) enum Command {
     Act(ActionType),
     /// After the start.
     ChangeState(TargetState),
-    /// After the start.
+    /// After the start, as all below up to `PressPowerButton`.
+    PatchDrive(DrivePatch),
+    PatchNetworkInterface(NetworkInterfacePatch),
+    /// Refused: devices cannot be taken away.
+    Unplug {
+        what: &'static str,
+        id: String,
+    },
+    /// Refused: there are no snapshots.
+    CreateSnapshot(SnapshotCreate),
     PressPowerButton,
+    /// Always, as the two below.
+    DescribeMetadata,
+    PutMetadata(Value),
+    PatchMetadata(Value),
     /// Always.
     Stop,
 }
@@ -57,8 +75,31 @@ pub(super) enum Answer {
     Config(Box<VmConfig>),
     Machine(MachineConfig),
     Status(Status),
+    Metadata(Value),
     Balloon(Balloon),
     BalloonStats(Box<BalloonStats>),
     Hinting(HintingStatus),
     Hotplug(MemoryHotplugStatus),
+}
+
+impl Command {
+    /// What of it Firecracker wants its clients to leave behind, in its words.
+    pub(super) fn deprecation(&self) -> Option<&'static str> {
+        match self {
+            Self::SetMachine(machine) if machine.cpu_template.is_some() => {
+                Some("PUT /machine-config: cpu_template field is deprecated.")
+            }
+            Self::PatchMachine(patch) if patch.cpu_template.is_some() => {
+                Some("PATCH /machine-config: cpu_template field is deprecated.")
+            }
+            Self::SetMmds(mmds) if mmds.version == MmdsVersion::V1 => {
+                Some("PUT /mmds/config: V1 is deprecated. Use V2 instead.")
+            }
+            Self::SetVsock(vsock) if vsock.vsock_id.is_some() => Some("PUT /vsock: vsock_id field is deprecated."),
+            Self::LoadSnapshot(load) if load.mem_file_path.is_some() || load.enable_diff_snapshots => {
+                Some("PUT /snapshot/load: mem_file_path and enable_diff_snapshots fields are deprecated.")
+            }
+            _ => None,
+        }
+    }
 }

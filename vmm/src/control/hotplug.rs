@@ -4,7 +4,6 @@ use bedplate_api::vmm::{MemoryHotplug, MemoryHotplugStatus, MemoryHotplugUpdate}
 
 use super::commands::Answer;
 use super::fault::Fault;
-use super::routes::json;
 use super::session::Session;
 use crate::config;
 
@@ -19,16 +18,6 @@ pub(super) enum HotplugCommand {
     Describe,
     /// After the start.
     Update(MemoryHotplugUpdate),
-}
-
-/// Understands a request to `/hotplug/memory`; `None` where there is no such method.
-pub(super) fn parse(method: &str, body: &[u8]) -> Option<Result<HotplugCommand, Fault>> {
-    Some(match method {
-        "PUT" => json(body).map(HotplugCommand::Set),
-        "GET" => Ok(HotplugCommand::Describe),
-        "PATCH" => json(body).map(HotplugCommand::Update),
-        _ => return None,
-    })
 }
 
 impl Session {

@@ -19,8 +19,8 @@ use std::task::{Context, Poll, Wake, Waker};
 use bedplate_api::socket;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
-use hyper::body::Incoming;
-use hyper::header::CONTENT_TYPE;
+use hyper::body::{Body, Incoming};
+use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::rt::ReadBufCursor;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -34,8 +34,8 @@ use super::routes;
 use super::session::Session;
 use crate::files;
 
-/// Bytes of a request's body, at most; Firecracker's default.
-const MAX_BODY: usize = 51_200;
+/// Bytes of a request's body, at most, unless another limit is asked for; Firecracker's default.
+pub const DEFAULT_MAX_BODY: usize = 51_200;
 /// Connections at once: with more, the oldest is closed.
 const MAX_CONNECTIONS: usize = 16;
 
@@ -51,6 +51,7 @@ pub struct ListenError {
 pub struct Server {
     listener: UnixListener,
     path: PathBuf,
+    max_body: usize,
     connections: Vec<Connection>,
 }
 
@@ -76,13 +77,13 @@ impl Wake for Woken {
 }
 
 impl Server {
-    /// Listens at `path`.
+    /// Listens at `path`; takes bodies of at most `max_body` bytes.
     ///
     /// # Errors
     /// Somebody else does, or the host refuses.
-    pub fn listen(path: &Path) -> Result<Self, ListenError> {
+    pub fn listen(path: &Path, max_body: usize) -> Result<Self, ListenError> {
         let listener = socket::listen(path).map_err(|source| ListenError { path: path.into(), source })?;
-        Ok(Self { listener, path: path.into(), connections: Vec::new() })
+        Ok(Self { listener, path: path.into(), max_body, connections: Vec::new() })
     }
 
     /// What to wait for.
@@ -103,7 +104,7 @@ impl Server {
                 self.connections.remove(0);
             }
             if socket.set_nonblocking(true).is_ok() {
-                self.connections.push(Connection::new(socket, Rc::clone(session)));
+                self.connections.push(Connection::new(socket, Rc::clone(session), self.max_body));
             }
         }
         self.connections.retain_mut(Connection::advance);
@@ -117,9 +118,9 @@ impl Drop for Server {
 }
 
 impl Connection {
-    fn new(socket: UnixStream, session: Rc<RefCell<Session>>) -> Self {
+    fn new(socket: UnixStream, session: Rc<RefCell<Session>>, max_body: usize) -> Self {
         let stream = Rc::new(Stream { socket, wants_read: Cell::new(false), wants_write: Cell::new(false) });
-        let service = service_fn(move |request| answer(Rc::clone(&session), request));
+        let service = service_fn(move |request| answer(Rc::clone(&session), request, max_body));
         // Without a timer there must be no time limit on headers: hyper would panic.
         let connection =
             http1::Builder::new().header_read_timeout(None).serve_connection(Io(Rc::clone(&stream)), service);
@@ -148,30 +149,46 @@ impl Connection {
 async fn answer(
     session: Rc<RefCell<Session>>,
     request: Request<Incoming>,
+    max_body: usize,
 ) -> Result<Response<Full<Bytes>>, Infallible> {
     let (head, body) = request.into_parts();
-    let result = match Limited::new(body, MAX_BODY).collect().await {
-        Ok(body) => routes::parse(&head.method, head.uri.path(), &body.to_bytes())
-            .and_then(|command| session.borrow_mut().execute(command)),
-        Err(error) if error.is::<LengthLimitError>() => Err(Fault {
-            status: StatusCode::PAYLOAD_TOO_LARGE,
-            message: format!("The request's body is larger than {MAX_BODY} bytes."),
+    let too_large = || Fault {
+        status: StatusCode::PAYLOAD_TOO_LARGE,
+        message: format!("The request's body is larger than {max_body} bytes."),
+    };
+    // What says beforehand that it is too long is not even read.
+    let announced = body.size_hint().lower();
+    if announced > max_body as u64 {
+        let fault = too_large();
+        return Ok(json(fault.status, &fault.body()));
+    }
+    let mut deprecated = false;
+    let result = match Limited::new(body, max_body).collect().await {
+        Ok(body) => routes::parse(&head.method, head.uri.path(), &body.to_bytes()).and_then(|command| {
+            deprecated = command.deprecation().is_some();
+            session.borrow_mut().execute(command)
         }),
+        Err(error) if error.is::<LengthLimitError>() => Err(too_large()),
         Err(error) => Err(Fault::bad_request(format!("The request's body cannot be read: {error}."))),
     };
-    Ok(match result {
+    let mut response = match result {
         Ok(Answer::Done) => empty(StatusCode::NO_CONTENT),
         Ok(Answer::Instance(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Version(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Config(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Machine(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Status(body)) => json(StatusCode::OK, &body),
+        Ok(Answer::Metadata(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Balloon(body)) => json(StatusCode::OK, &body),
         Ok(Answer::BalloonStats(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Hinting(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Hotplug(body)) => json(StatusCode::OK, &body),
         Err(fault) => json(fault.status, &fault.body()),
-    })
+    };
+    if deprecated {
+        response.headers_mut().insert("deprecation", HeaderValue::from_static("true"));
+    }
+    Ok(response)
 }
 
 fn empty(status: StatusCode) -> Response<Full<Bytes>> {
@@ -184,7 +201,7 @@ fn json(status: StatusCode, body: &impl Serialize) -> Response<Full<Bytes>> {
     let Ok(bytes) = serde_json::to_vec(body) else { return empty(StatusCode::INTERNAL_SERVER_ERROR) };
     let mut response = Response::new(Full::from(bytes));
     *response.status_mut() = status;
-    response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static("application/json"));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response
 }
 

@@ -1,14 +1,18 @@
 //! The control thread: one `poll` over signals, the API's socket and its connections, and the end of the machine.
 
 mod balloon;
+mod change;
 mod commands;
+mod configure;
 mod fault;
 mod hotplug;
 mod http;
 mod log;
+mod metrics;
 mod routes;
 mod session;
 mod signals;
+mod startup;
 
 use std::cell::RefCell;
 use std::io;
@@ -16,20 +20,22 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
 
 use bedplate_api::vmm::Exit;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use vmm_sys_util::eventfd::EventFd;
 
-pub use http::{ListenError, Server};
-pub use session::{Session, StartError};
+pub use http::{DEFAULT_MAX_BODY, ListenError, Server};
+pub use session::{Session, Settings, StartError};
 pub use signals::{Signal, Signals};
+pub use startup::StartTimes;
 
 /// Serves until the VM has ended; says how. Without a VM, until one was started and has ended, or a signal ends it all.
 ///
 /// # Errors
 /// The host refuses to wait for events.
-pub fn run(session: Session, mut server: Option<Server>, signals: &Signals) -> io::Result<Exit> {
+pub fn run(mut session: Session, mut server: Option<Server>, signals: &Signals) -> io::Result<Exit> {
     let leave = session.leave().try_clone()?;
     let ended = session.ended().try_clone()?;
+    session.note_startup();
     let session = Rc::new(RefCell::new(session));
     loop {
         {
@@ -41,7 +47,12 @@ pub fn run(session: Session, mut server: Option<Server>, signals: &Signals) -> i
             if let Some(server) = &server {
                 server.poll_fds(&mut fds);
             }
-            match poll(&mut fds, None) {
+            let timeout = session.borrow().until_flush().map(|until| Timespec {
+                // At most a minute.
+                tv_sec: until.as_secs() as i64,
+                tv_nsec: until.subsec_nanos().into(),
+            });
+            match poll(&mut fds, timeout.as_ref()) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(error.into()),
             }
@@ -55,6 +66,7 @@ pub fn run(session: Session, mut server: Option<Server>, signals: &Signals) -> i
         if let Some(server) = &mut server {
             server.serve(&session);
         }
+        session.borrow_mut().flush_in_time();
         let exit = session.borrow_mut().take_exit();
         if let Some(exit) = exit {
             return Ok(exit);

@@ -1,62 +1,133 @@
 //! Method, path and body → [`Command`].
 
+use std::fmt::Display;
+
 use hyper::Method;
+use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
-use bedplate_api::vmm::{Action, Drive, NetworkInterface, VmStateChange};
+use bedplate_api::vmm::{
+    Action, Drive, DrivePatch, HintingStart, MachineConfigPatch, NetworkInterface, NetworkInterfacePatch, SnapshotLoad,
+    VmStateChange,
+};
 
-use super::balloon;
+use super::balloon::BalloonCommand;
 use super::commands::Command;
 use super::fault::Fault;
-use super::hotplug;
+use super::hotplug::HotplugCommand;
 
 /// Understands a request; the wording of faults is Firecracker's where clients may look at it.
 pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command, Fault> {
     let segments: Vec<&str> = path.split('/').filter(|segment| !segment.is_empty()).collect();
-    let unknown = || Err(Fault::bad_request(format!("Invalid request method and/or path: {method} {path}.")));
     match (method.as_str(), segments.as_slice()) {
         ("GET", _) if !body.is_empty() => Err(Fault::bad_request("GET request cannot have a body.")),
         ("GET", []) => Ok(Command::DescribeInstance),
         ("GET", ["version"]) => Ok(Command::DescribeVersion),
         ("GET", ["vm", "config"]) => Ok(Command::DescribeConfig),
         ("GET", ["machine-config"]) => Ok(Command::DescribeMachine),
+        ("GET", ["mmds"]) => Ok(Command::DescribeMetadata),
+        ("GET", ["balloon"]) => Ok(Command::Balloon(BalloonCommand::Describe)),
+        ("GET", ["balloon", "statistics"]) => Ok(Command::Balloon(BalloonCommand::DescribeStatistics)),
+        ("GET", ["balloon", "hinting", "status"]) => Ok(Command::Balloon(BalloonCommand::DescribeHinting)),
+        ("GET", ["hotplug", "memory"]) => Ok(Command::Hotplug(HotplugCommand::Describe)),
         ("GET", ["bedplate", "status"]) => Ok(Command::DescribeStatus),
+
+        ("PUT", ["bedplate", "power-button"]) => Ok(Command::PressPowerButton),
+        ("PUT", ["bedplate", "stop"]) => Ok(Command::Stop),
+        ("PUT", _) if body.is_empty() => Err(Fault::bad_request("Empty PUT request.")),
+        ("PUT", ["actions"]) => json(body).map(|action: Action| Command::Act(action.action_type)),
         ("PUT", ["boot-source"]) => json(body).map(Command::SetBootSource),
         ("PUT", ["machine-config"]) => json(body).map(Command::SetMachine),
-        ("PATCH", ["machine-config"]) => json(body).map(Command::PatchMachine),
-        ("PUT", ["drives", id]) => {
-            let drive: Drive = json(body)?;
-            same_id(id, &drive.drive_id)?;
-            Ok(Command::PutDrive(drive))
-        }
-        ("PUT", ["network-interfaces", id]) => {
-            let interface: NetworkInterface = json(body)?;
-            same_id(id, &interface.iface_id)?;
-            Ok(Command::PutNetworkInterface(interface))
-        }
+        ("PUT", ["cpu-config"]) => json(body).map(Command::SetCpu),
+        ("PUT", ["drives", id]) => put_drive(id, json(body)?),
+        ("PUT", ["network-interfaces", id]) => put_network_interface(id, json(body)?),
+        ("PUT", ["mmds"]) => any_json(body).map(Command::PutMetadata),
+        ("PUT", ["mmds", "config"]) => json(body).map(Command::SetMmds),
         ("PUT", ["vsock"]) => json(body).map(Command::SetVsock),
         ("PUT", ["entropy"]) => json(body).map(Command::SetEntropy),
+        ("PUT", ["balloon"]) => json(body).map(BalloonCommand::Set).map(Command::Balloon),
+        ("PUT", ["hotplug", "memory"]) => json(body).map(HotplugCommand::Set).map(Command::Hotplug),
         ("PUT", ["serial"]) => json(body).map(Command::SetSerial),
         ("PUT", ["logger"]) => json(body).map(Command::SetLogger),
         ("PUT", ["metrics"]) => json(body).map(Command::SetMetrics),
-        ("PUT", ["actions"]) => json(body).map(|action: Action| Command::Act(action.action_type)),
+        ("PUT", ["snapshot", "create"]) => json(body).map(Command::CreateSnapshot),
+        ("PUT", ["snapshot", "load"]) => load_snapshot(json(body)?),
+
+        ("PATCH", ["balloon", "hinting", "start"]) => start_hinting(body).map(Command::Balloon),
+        ("PATCH", ["balloon", "hinting", "stop"]) => Ok(Command::Balloon(BalloonCommand::StopHinting)),
+        ("PATCH", _) if body.is_empty() => Err(Fault::bad_request("Empty PATCH request.")),
+        ("PATCH", ["machine-config"]) => patch_machine(json(body)?),
+        ("PATCH", ["drives", id]) => patch_drive(id, json(body)?),
+        ("PATCH", ["network-interfaces", id]) => patch_network_interface(id, json(body)?),
+        ("PATCH", ["mmds"]) => any_json(body).map(Command::PatchMetadata),
         ("PATCH", ["vm"]) => json(body).map(|change: VmStateChange| Command::ChangeState(change.state)),
-        ("PUT", ["bedplate", "power-button"]) => Ok(Command::PressPowerButton),
-        ("PUT", ["bedplate", "stop"]) => Ok(Command::Stop),
-        (method, ["hotplug", "memory"]) => {
-            hotplug::parse(method, body).map_or_else(unknown, |command| command.map(Command::Hotplug))
-        }
-        (method, ["balloon", path @ ..]) => {
-            balloon::parse(method, path, body).map_or_else(unknown, |command| command.map(Command::Balloon))
-        }
-        _ => unknown(),
+        ("PATCH", ["balloon"]) => json(body).map(BalloonCommand::Update).map(Command::Balloon),
+        ("PATCH", ["balloon", "statistics"]) => json(body).map(BalloonCommand::UpdateStatistics).map(Command::Balloon),
+        ("PATCH", ["hotplug", "memory"]) => json(body).map(HotplugCommand::Update).map(Command::Hotplug),
+
+        ("DELETE", _) if !body.is_empty() => Err(Fault::bad_request("DELETE request cannot have a body.")),
+        ("DELETE", ["drives", id]) => Ok(Command::Unplug { what: "drive", id: (*id).into() }),
+        ("DELETE", ["network-interfaces", id]) => Ok(Command::Unplug { what: "network interface", id: (*id).into() }),
+
+        (_, ["drives" | "network-interfaces"]) => Err(Fault::bad_request("The ID cannot be empty.")),
+        _ => Err(Fault::bad_request(format!("Invalid request method and/or path: {method} {path}."))),
     }
 }
 
-pub(super) fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Fault> {
-    crate::json::object(body).map_err(|error| {
-        Fault::bad_request(format!("An error occurred when deserializing the json body of a request: {error}."))
-    })
+fn json<T: DeserializeOwned + Serialize>(body: &[u8]) -> Result<T, Fault> {
+    crate::json::object(body).map_err(not_understood)
+}
+
+fn any_json(body: &[u8]) -> Result<Value, Fault> {
+    serde_json::from_slice(body).map_err(not_understood)
+}
+
+fn not_understood(error: impl Display) -> Fault {
+    Fault::bad_request(format!("An error occurred when deserializing the json body of a request: {error}."))
+}
+
+fn put_drive(id: &str, drive: Drive) -> Result<Command, Fault> {
+    same_id(id, &drive.drive_id)?;
+    Ok(Command::PutDrive(drive))
+}
+
+fn patch_drive(id: &str, patch: DrivePatch) -> Result<Command, Fault> {
+    same_id(id, &patch.drive_id)?;
+    Ok(Command::PatchDrive(patch))
+}
+
+fn put_network_interface(id: &str, interface: NetworkInterface) -> Result<Command, Fault> {
+    same_id(id, &interface.iface_id)?;
+    Ok(Command::PutNetworkInterface(interface))
+}
+
+fn patch_network_interface(id: &str, patch: NetworkInterfacePatch) -> Result<Command, Fault> {
+    same_id(id, &patch.iface_id)?;
+    Ok(Command::PatchNetworkInterface(patch))
+}
+
+fn patch_machine(patch: MachineConfigPatch) -> Result<Command, Fault> {
+    if patch == MachineConfigPatch::default() {
+        return Err(Fault::bad_request("Empty PATCH request."));
+    }
+    Ok(Command::PatchMachine(patch))
+}
+
+/// The one request whose body may be missing.
+fn start_hinting(body: &[u8]) -> Result<BalloonCommand, Fault> {
+    let start = if body.is_empty() { HintingStart::default() } else { json(body)? };
+    Ok(BalloonCommand::StartHinting(start))
+}
+
+fn load_snapshot(load: SnapshotLoad) -> Result<Command, Fault> {
+    match (&load.mem_backend, &load.mem_file_path) {
+        (None, None) => Err(not_understood("missing field: either `mem_backend` or `mem_file_path` is required")),
+        (Some(_), Some(_)) => {
+            Err(not_understood("too many fields: either `mem_backend` or `mem_file_path` exclusively is required"))
+        }
+        _ => Ok(Command::LoadSnapshot(load)),
+    }
 }
 
 fn same_id(in_path: &str, in_body: &str) -> Result<(), Fault> {
@@ -69,6 +140,10 @@ fn same_id(in_path: &str, in_body: &str) -> Result<(), Fault> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use bedplate_api::vmm::BalloonUpdate;
+
     use super::*;
 
     fn parse(method: &str, path: &str, body: &str) -> Result<Command, String> {
@@ -90,9 +165,99 @@ mod tests {
         assert!(parse("PUT", "/drives/a", "{").unwrap_err().contains("deserializing the json body"));
         assert!(parse("PUT", "/drives/a", &drive.replace("path_on", "path_of")).unwrap_err().contains("path_of_host"));
         assert!(parse("PUT", "/boot-source", r#"["k"]"#).unwrap_err().contains("an array where"));
-        assert!(parse("DELETE", "/drives/a", "").unwrap_err().contains("Invalid request method"));
+        assert!(parse("POST", "/drives/a", "").unwrap_err().contains("Invalid request method"));
         assert!(parse("GET", "/nowhere", "").unwrap_err().contains("Invalid request method"));
+        assert!(parse("PUT", "/drives", drive).unwrap_err().contains("ID cannot be empty"));
+        assert_eq!(parse("PUT", "/logger", "").unwrap_err(), "Empty PUT request.");
+        assert_eq!(parse("PATCH", "/vm", "").unwrap_err(), "Empty PATCH request.");
+        assert_eq!(parse("PATCH", "/machine-config", "{}").unwrap_err(), "Empty PATCH request.");
+        let load = |more: &str| parse("PUT", "/snapshot/load", &format!(r#"{{"snapshot_path": "s" {more}}}"#));
+        assert!(load("").unwrap_err().contains("either `mem_backend` or `mem_file_path` is required"));
+        let backend = r#", "mem_backend": {"backend_type": "File", "backend_path": "m"}, "huge_pages": "2M""#;
+        assert!(load(&format!(r#"{backend}, "mem_file_path": "m""#)).unwrap_err().contains("too many fields"));
+        assert!(matches!(load(backend), Ok(Command::LoadSnapshot(_))));
+        assert!(parse("PUT", "/cpu-config", r#"{"reg_modifiers": []}"#).unwrap_err().contains("reg_modifiers"));
         assert!(parse("GET", "/version", "{}").unwrap_err().contains("cannot have a body"));
         assert!(parse("PUT", "/actions", r#"{"action_type": "Explode"}"#).unwrap_err().contains("Explode"));
+    }
+
+    #[test]
+    fn paths_of_the_balloon_are_firecracker_s() {
+        let body = r#"{"amount_mib": 5}"#;
+        let update = BalloonCommand::Update(BalloonUpdate { amount_mib: 5 });
+        assert_eq!(parse("PATCH", "/balloon", body), Ok(Command::Balloon(update)));
+        assert!(parse("PUT", "/balloon", body).unwrap_err().contains("deflate_on_oom"), "it has no default");
+        let start = || Ok(Command::Balloon(BalloonCommand::StartHinting(HintingStart { acknowledge_on_stop: true })));
+        assert_eq!(parse("PATCH", "/balloon/hinting/start", ""), start());
+        assert_eq!(parse("PATCH", "/balloon/hinting/start", "{}"), start());
+        assert!(parse("PUT", "/balloon/hinting/start", "{}").unwrap_err().contains("Invalid request method"));
+        assert!(parse("GET", "/balloon/nothing", "").unwrap_err().contains("Invalid request method"));
+    }
+
+    /// Method and path of each arm of `parse`, as the source has them.
+    fn routed() -> BTreeSet<(String, String)> {
+        let arms = include_str!("routes.rs").lines().map(str::trim).take_while(|line| *line != "#[cfg(test)]");
+        let arm = |line: &str| {
+            let (method, rest) = line.strip_prefix("(\"")?.split_once("\", [")?;
+            let (segments, _) = rest.split_once(']')?;
+            let name = |segment: &str| {
+                format!("/{}", if segment.starts_with('"') { segment.trim_matches('"') } else { "{id}" })
+            };
+            let path: String = segments.split(", ").filter(|segment| !segment.is_empty()).map(name).collect();
+            Some((method.to_owned(), if path.is_empty() { "/".to_owned() } else { path }))
+        };
+        arms.filter_map(arm).collect()
+    }
+
+    fn document() -> Value {
+        serde_yaml_ng::from_str(include_str!("../../../docs/openapi-vmm.yaml")).unwrap()
+    }
+
+    fn operations(document: &Value) -> impl Iterator<Item = (String, String, &Value)> {
+        let paths = document["paths"].as_object().unwrap().iter();
+        let methods = |(path, item): (&String, &'_ Value)| {
+            let operations = item.as_object().unwrap().iter().filter(|(name, _)| *name != "parameters");
+            operations.map(|(method, _)| (method.to_uppercase(), path.clone())).collect::<Vec<_>>()
+        };
+        let all: Vec<_> = paths.flat_map(methods).collect();
+        all.into_iter().map(|(method, path)| {
+            let operation = &document["paths"][path.as_str()][method.to_lowercase()];
+            (method, path, operation)
+        })
+    }
+
+    #[test]
+    fn the_document_has_every_route_and_no_other() {
+        let document = document();
+        let documented: BTreeSet<_> = operations(&document).map(|(method, path, _)| (method, path)).collect();
+        assert_eq!(documented, routed());
+        assert!(documented.len() > 25, "{documented:?}");
+    }
+
+    #[test]
+    fn the_document_has_every_field_and_no_other() {
+        let document = document();
+        let properties = |schema: &str| -> BTreeSet<String> {
+            document["components"]["schemas"][schema]["properties"]
+                .as_object()
+                .into_iter()
+                .flatten()
+                .map(|(name, _)| name.clone())
+                .collect()
+        };
+        // An unknown field is answered with the list of those that are known.
+        let known = |message: &str| -> BTreeSet<String> {
+            message.split('`').skip(1).step_by(2).filter(|name| *name != "none").map(str::to_owned).collect()
+        };
+        for (method, path, operation) in operations(&document) {
+            let reference = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].as_str();
+            let Some(schema) = reference.map(|reference| reference.rsplit('/').next().unwrap()) else { continue };
+            if schema != "Metadata" {
+                let message = parse(&method, &path, r#"{"none": 0}"#).unwrap_err();
+                assert_eq!(known(&message), properties(schema), "{method} {path}: {message}");
+            }
+        }
+        let message = serde_json::from_str::<bedplate_api::vmm::VmConfig>(r#"{"none": 0}"#).unwrap_err().to_string();
+        assert_eq!(known(&message), properties("VmConfig"));
     }
 }

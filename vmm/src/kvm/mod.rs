@@ -11,11 +11,13 @@ mod run_page;
 mod vcpu;
 mod vm;
 
+pub use cpuid::Topology;
 pub use exit::Exit;
 pub use irq::Interrupts;
 pub use vcpu::{Kicker, Vcpu, install_kick_signal};
-pub use vm::Vm;
+pub use vm::{Vm, VmConfig};
 
+use bedplate_api::vmm::Capability;
 use kvm_ioctls::{Cap, Kvm};
 
 /// The only version of the KVM API that ever was stable.
@@ -61,6 +63,30 @@ pub enum KvmError {
         /// KVM's limit.
         limit: usize,
     },
+    /// A template asks for a capability.
+    #[error("cpu-config: this host's KVM lacks capability {0}: take it out of kvm_capabilities, or use a newer kernel")]
+    NoCapability(u32),
+    /// A template changes a leaf that is not there.
+    #[error(
+        "cpu-config: this host's CPUID has no leaf {leaf:#x}, subleaf {subleaf:#x}: take it out of cpuid_modifiers"
+    )]
+    NoLeaf {
+        /// `eax`.
+        leaf: u32,
+        /// `ecx`.
+        subleaf: u32,
+    },
+    /// A template changes a register that is not there.
+    #[error("cpu-config: this host's KVM does not offer the register {0:#x}: take it out of msr_modifiers")]
+    NoMsr(u32),
+    /// A template gives a register what it cannot hold.
+    #[error("cpu-config: this host's KVM refuses {value:#x} for the register {addr:#x}: change its bitmap")]
+    MsrValue {
+        /// Which one.
+        addr: u32,
+        /// With the changes.
+        value: u64,
+    },
     /// A call failed.
     #[error("KVM refused to {what}: {source}")]
     Call {
@@ -79,8 +105,8 @@ fn call(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
     move |error| KvmError::Call { what, source: std::io::Error::from_raw_os_error(error.errno()) }
 }
 
-/// Opens `/dev/kvm` and checks that it offers what is needed.
-fn open() -> Result<Kvm, KvmError> {
+/// Opens `/dev/kvm` and checks that it offers what is needed, as a template has changed that.
+fn open(changes: &[Capability]) -> Result<Kvm, KvmError> {
     let kvm = Kvm::new().map_err(|e| match e.errno() {
         libc::ENOENT | libc::ENXIO | libc::ENODEV => KvmError::Absent,
         libc::EACCES | libc::EPERM => KvmError::Permission,
@@ -89,8 +115,13 @@ fn open() -> Result<Kvm, KvmError> {
     if kvm.get_api_version() != API_VERSION {
         return Err(KvmError::Version(kvm.get_api_version()));
     }
-    match REQUIRED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
-        Some((_, name)) => Err(KvmError::Missing(name)),
+    let waived = |cap: Cap| changes.iter().any(|change| !change.needed && change.number == cap as u32);
+    if let Some((_, name)) = REQUIRED.iter().find(|(cap, _)| !waived(*cap) && !kvm.check_extension(*cap)) {
+        return Err(KvmError::Missing(name));
+    }
+    let missing = |change: &&Capability| change.needed && kvm.check_extension_raw(change.number.into()) <= 0;
+    match changes.iter().find(missing) {
+        Some(change) => Err(KvmError::NoCapability(change.number)),
         None => Ok(kvm),
     }
 }

@@ -1,5 +1,6 @@
 //! The state in which a vCPU first runs: what any processor needs, and what each boot protocol wants.
 
+use bedplate_api::vmm::MsrModifier;
 use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs};
 use kvm_ioctls::VcpuFd;
 
@@ -33,13 +34,8 @@ pub(super) fn initialise(fd: &VcpuFd) -> Result<(), KvmError> {
     fd.set_fpu(&fpu).map_err(call("set floating-point registers"))?;
     for (index, data) in [(MSR_IA32_MISC_ENABLE, MISC_ENABLE_FAST_STRING), (MSR_MTRR_DEF_TYPE, MTRR_ENABLE_WRITE_BACK)]
     {
-        let entry = kvm_msr_entry { index, data, ..Default::default() };
-        let msrs = Msrs::from_entries(&[entry]).map_err(|e| KvmError::Call {
-            what: "list a model-specific register",
-            source: std::io::Error::other(format!("{e:?}")),
-        })?;
         // A register that this KVM does not know stays as it is: the guest finds out from CPUID.
-        fd.set_msrs(&msrs).map_err(call("set model-specific registers"))?;
+        fd.set_msrs(&one_msr(index, data)?).map_err(call("set model-specific registers"))?;
     }
     let mut lapic = fd.get_lapic().map_err(call("read a local interrupt controller"))?;
     for (offset, mode) in [(APIC_LVT0, DELIVER_EXTINT), (APIC_LVT1, DELIVER_NMI)] {
@@ -48,6 +44,28 @@ pub(super) fn initialise(fd: &VcpuFd) -> Result<(), KvmError> {
         }
     }
     fd.set_lapic(&lapic).map_err(call("set a local interrupt controller"))
+}
+
+fn one_msr(index: u32, data: u64) -> Result<Msrs, KvmError> {
+    let entry = kvm_msr_entry { index, data, ..Default::default() };
+    Msrs::from_entries(&[entry]).map_err(|e| KvmError::Call {
+        what: "list a model-specific register",
+        source: std::io::Error::other(format!("{e:?}")),
+    })
+}
+
+/// Changes a model-specific register as a template says.
+pub(super) fn modify(fd: &VcpuFd, modifier: &MsrModifier) -> Result<(), KvmError> {
+    let addr = modifier.addr.0;
+    let mut msr = one_msr(addr, 0)?;
+    let read = fd.get_msrs(&mut msr).map_err(call("read a model-specific register"))?;
+    let now = msr.as_slice().first().filter(|_| read == 1).ok_or(KvmError::NoMsr(addr))?.data;
+    let value = modifier.bitmap.apply(now);
+    // KVM says how many it took.
+    match fd.set_msrs(&one_msr(addr, value)?).map_err(call("set a model-specific register"))? {
+        1 => Ok(()),
+        _ => Err(KvmError::MsrValue { addr, value }),
+    }
 }
 
 /// The state of the first vCPU at its first instruction.

@@ -3,17 +3,31 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use bedplate_api::vmm::{CpuConfig, MsrModifier};
 use bedplate_devices::Memory;
-use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    kvm_userspace_memory_region,
+};
 use kvm_ioctls::VmFd;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{Interrupts, KvmError, Vcpu, call, cpuid, open};
+use super::{Interrupts, KvmError, Topology, Vcpu, call, cpuid, open};
 use crate::memory::layout;
+
+/// What a VM is like for KVM.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct VmConfig {
+    /// Changes to the host's processor.
+    pub cpu: CpuConfig,
+    /// Keep a log of the pages that the guest writes.
+    pub log_dirty_pages: bool,
+}
 
 /// A VM.
 pub struct Vm {
     fd: Arc<VmFd>,
+    msrs: Vec<MsrModifier>,
     supported: CpuId,
     interrupts: Interrupts,
     run_size: usize,
@@ -28,8 +42,8 @@ impl Vm {
     ///
     /// # Errors
     /// There is no KVM, it lacks what is needed, or it refuses.
-    pub fn new(memory: Memory) -> Result<Self, KvmError> {
-        let kvm = open()?;
+    pub fn new(memory: Memory, config: &VmConfig) -> Result<Self, KvmError> {
+        let kvm = open(&config.cpu.kvm_capabilities)?;
         let fd = kvm.create_vm().map_err(call("create a VM"))?;
         // Both are Intel's needs: a task segment and page table for real mode. They lie under the top of 4 GiB.
         fd.set_tss_address(layout::TSS as usize).map_err(call("place the task segment"))?;
@@ -39,8 +53,10 @@ impl Vm {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(call("create a timer"))?;
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("list processor features"))?;
+        let supported = cpuid::templated(&supported, &config.cpu.cpuid_modifiers)?;
         let fd = Arc::new(fd);
         let vm = Self {
+            msrs: config.cpu.msr_modifiers.clone(),
             interrupts: Interrupts::new(Arc::clone(&fd))?,
             run_size: fd.run_size(),
             max_vcpus: kvm.get_max_vcpus(),
@@ -49,15 +65,15 @@ impl Vm {
             supported,
             memory,
         };
-        vm.add_memory()?;
+        vm.add_memory(config.log_dirty_pages)?;
         Ok(vm)
     }
 
-    fn add_memory(&self) -> Result<(), KvmError> {
+    fn add_memory(&self, log_dirty_pages: bool) -> Result<(), KvmError> {
         for region in self.memory.iter() {
             let slot = kvm_userspace_memory_region {
                 slot: self.next_slot.fetch_add(1, Ordering::Relaxed),
-                flags: 0,
+                flags: if log_dirty_pages { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
                 guest_phys_addr: region.start_addr().raw_value(),
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr() as u64,
@@ -80,22 +96,25 @@ impl Vm {
         self.interrupts.clone()
     }
 
-    /// All `count` vCPUs, with features and topology set, waiting at reset.
+    /// All vCPUs, with features and topology set, waiting at reset.
     ///
     /// # Errors
     /// More than KVM takes, or KVM refuses.
-    pub fn create_vcpus(&self, count: u8) -> Result<Vec<Vcpu>, KvmError> {
-        if usize::from(count) > self.max_vcpus {
-            return Err(KvmError::TooManyVcpus { asked: count.into(), limit: self.max_vcpus });
+    pub fn create_vcpus(&self, topology: Topology) -> Result<Vec<Vcpu>, KvmError> {
+        if usize::from(topology.vcpus) > self.max_vcpus {
+            return Err(KvmError::TooManyVcpus { asked: topology.vcpus.into(), limit: self.max_vcpus });
         }
-        (0..count).map(|index| self.create_vcpu(index, count)).collect()
+        (0..topology.vcpus).map(|index| self.create_vcpu(index, topology)).collect()
     }
 
-    fn create_vcpu(&self, index: u8, count: u8) -> Result<Vcpu, KvmError> {
+    fn create_vcpu(&self, index: u8, topology: Topology) -> Result<Vcpu, KvmError> {
         let fd = self.fd.create_vcpu(index.into()).map_err(call("create a vCPU"))?;
-        let cpuid = cpuid::for_vcpu(&self.supported, index, count)?;
+        let cpuid = cpuid::for_vcpu(&self.supported, index, topology)?;
         fd.set_cpuid2(&cpuid).map_err(call("set processor features"))?;
         super::registers::initialise(&fd)?;
+        for modifier in &self.msrs {
+            super::registers::modify(&fd, modifier)?;
+        }
         Vcpu::new(fd, index, self.run_size)
     }
 }

@@ -11,8 +11,8 @@ use super::counters::ExitCounters;
 use super::lifecycle::Lifecycle;
 use super::vcpu::{self, Buses};
 use crate::boot::{BootError, Entry};
-use crate::kvm::{Interrupts, Vcpu, Vm, install_kick_signal};
-use crate::memory::Ram;
+use crate::kvm::{Interrupts, Topology, Vcpu, Vm, VmConfig, install_kick_signal};
+use crate::memory::{Pages, Ram};
 
 /// Where the code lies and begins.
 pub const CODE_ADDRESS: u16 = 0x1000;
@@ -36,12 +36,12 @@ impl BareMachine {
     /// There is no KVM, or it refuses.
     pub fn new(code: &[u8]) -> Result<Self, BuildError> {
         install_kick_signal()?;
-        let ram = Ram::new(MEMORY_MIB)?;
+        let ram = Ram::new(MEMORY_MIB, Pages::Normal)?;
         ram.memory
             .write_slice(code, GuestAddress(CODE_ADDRESS.into()))
             .map_err(|e| BootError::Structures(e.to_string()))?;
-        let vm = Vm::new(Arc::clone(&ram.memory))?;
-        let mut vcpus = vm.create_vcpus(1)?;
+        let vm = Vm::new(Arc::clone(&ram.memory), &VmConfig::default())?;
+        let mut vcpus = vm.create_vcpus(Topology { vcpus: 1, threads_per_core: 1 })?;
         let Some(vcpu) = vcpus.pop() else { unreachable!("one was asked for") };
         vcpu.enter_at(Entry::Real { address: CODE_ADDRESS })?;
         let ended = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(BuildError::Host)?;

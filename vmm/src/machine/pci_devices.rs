@@ -9,6 +9,7 @@ use std::sync::Arc;
 use bedplate_api::socket;
 use bedplate_devices::Memory;
 use bedplate_devices::host::PciHost;
+use bedplate_devices::metadata::Responder;
 use bedplate_devices::pci::PciRoot;
 use bedplate_devices::virtio::VirtioDevice;
 use bedplate_devices::virtio::balloon::{Balloon, BalloonConfig};
@@ -24,6 +25,7 @@ use super::BuildError;
 use super::devices::{Counts, Devices};
 use crate::block;
 use crate::config::{self, DriveConfig, EntropyConfig, HotplugConfig};
+use crate::metadata::{GuestView, Metadata};
 
 /// Why a device cannot be attached.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +96,7 @@ pub(super) struct Attach<'a> {
     pub host: Arc<dyn PciHost>,
     pub memory: &'a Memory,
     pub vcpus: u8,
+    pub metadata: &'a Metadata,
     pub devices: Devices,
 }
 
@@ -121,8 +124,12 @@ impl Attach<'_> {
             return Err(DeviceError::NoTap { id, tap }.into());
         }
         let tap = Tap::open(&tap).map_err(|source| DeviceError::Net { id, source })?;
-        let config = NetConfig { mac: net.mac, mtu: None, rx_limits: net.rx_limits, tx_limits: net.tx_limits };
-        let device = Net::new(tap, config).map_err(BuildError::Host)?;
+        let config = NetConfig { mac: net.mac, mtu: net.mtu, rx_limits: net.rx_limits, tx_limits: net.tx_limits };
+        let mut device = Net::new(tap, config).map_err(BuildError::Host)?;
+        if let Some(address) = net.metadata {
+            let view = Box::new(GuestView::new(self.metadata.clone()));
+            device.set_responder(Responder::new(address, view)).map_err(BuildError::Host)?;
+        }
         self.devices.nets.insert(net.id.clone(), device.control());
         self.count(format!("net_{}", net.id), &device, Counts::Net(Arc::clone(device.net_metrics())));
         self.virtio(device)

@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use bedplate_api::vmm::ExitReason;
 use bedplate_devices::bus::Bus;
 use bedplate_devices::platform::{
-    AcpiPm, I8042, I8042_LEN, PM_BLOCK_LEN, PowerRequest, PowerSink, RTC_LEN, Rtc, SERIAL_LEN, SerialPort,
+    AcpiPm, BOOT_TIMER_LEN, BootTimer, Booted, I8042, I8042_LEN, PM_BLOCK_LEN, PowerRequest, PowerSink, RTC_LEN, Rtc,
+    SERIAL_LEN, SerialPort,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -15,6 +16,7 @@ use super::lifecycle::Lifecycle;
 use super::ports;
 use crate::acpi;
 use crate::kvm::Interrupts;
+use crate::memory::layout;
 
 /// The serial port as the console uses it.
 pub struct SerialLine {
@@ -67,4 +69,9 @@ pub(super) fn attach_acpi(
     let pm = Arc::new(Mutex::new(AcpiPm::new(power_sink(life), interrupts.level(acpi::SCI))));
     ports.insert(acpi::PM_PORT.into(), PM_BLOCK_LEN, Arc::clone(&pm) as _)?;
     Ok(pm)
+}
+
+pub(super) fn attach_boot_timer(mmio: &Bus, booted: Booted) -> Result<(), BuildError> {
+    let timer = Arc::new(Mutex::new(BootTimer::new(booted)));
+    Ok(mmio.insert(layout::BOOT_TIMER, BOOT_TIMER_LEN, timer)?)
 }

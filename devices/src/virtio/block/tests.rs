@@ -1,5 +1,6 @@
 use std::io::{self, Read, Seek, Write};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use super::*;
 use crate::testing::{Driver, DriverQueue, Piece};
@@ -292,4 +293,32 @@ fn what_holds_no_sectors_is_no_disk() {
     }
     let null = std::fs::File::open("/dev/null").unwrap();
     assert!(RawFile::new(null).unwrap_err().to_string().contains("a character device"));
+}
+
+#[test]
+fn a_disk_is_replaced_while_it_works_and_its_driver_told() {
+    let (old, new) = (Notes::new(8 * 512), Notes::new(16 * 512));
+    let block = Block::new(old.clone(), BlockConfig::default()).unwrap();
+    let control = block.control();
+    let mut driver = Driver::attach(block);
+    let config_vector = Arc::clone(&driver.machine.host.vectors.lock().unwrap()[0]);
+    let mut queues = driver.up();
+    let write = [Piece::Read(HEADER, 16), Piece::Read(DATA, 512), Piece::Write(STATUS, 1)];
+    driver.put(HEADER, &[1, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]);
+    driver.run(&mut queues[0], &write);
+    assert_eq!((old.take_calls(), driver.get(STATUS, 1)), (vec!["write 1536 512".to_owned()], vec![0]));
+    let generation = driver.machine.read::<1>(driver.common(21));
+    config_vector.take();
+    control.replace(new.clone().into());
+    assert!(config_vector.wait(Instant::now() + Duration::from_secs(20)), "the driver is not told");
+    assert_eq!(old.take_calls(), ["flush"], "what was written to the old one is durable");
+    assert_ne!(driver.machine.read::<1>(driver.common(21)), generation);
+    assert_eq!(driver.machine.read::<8>(driver.device_config(0)), [16, 0, 0, 0, 0, 0, 0, 0]);
+    driver.put(HEADER, &[1, 0, 0, 0, 0, 0, 0, 0, 15, 0, 0, 0, 0, 0, 0, 0]);
+    driver.run(&mut queues[0], &write);
+    assert_eq!((new.take_calls(), driver.get(STATUS, 1)), (vec!["write 7680 512".to_owned()], vec![0]));
+    // At rest, too.
+    driver.set_status(0);
+    control.replace(Notes::new(512).into());
+    assert_eq!(driver.machine.read::<8>(driver.device_config(0)), [1, 0, 0, 0, 0, 0, 0, 0]);
 }

@@ -2,8 +2,10 @@
 //!
 //! The tap speaks virtio headers, so that checksums and segmentation pass through in both directions and nobody here
 //! looks at a frame. Both ways go without a copy in this process: `readv` into, and `writev` out of the guest's buffers.
-//! There is no control queue; the device forwards whatever comes, and the host's bridge and firewall decide.
+//! There is no control queue; the device forwards whatever comes, and the host's bridge and firewall decide. Only frames
+//! to the guest's metadata server, where there is one, go aside to it.
 
+mod aside;
 mod receive;
 mod tap;
 #[cfg(test)]
@@ -21,10 +23,12 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
+use self::aside::Aside;
 use self::receive::{Next, Receiver};
 pub use self::tap::{Link, Tap, TapError};
 use super::limiter::{Limiter, LimiterConfig, LimiterUpdate};
 use super::{Active, Answer, Chain, Handler, Inbox, Session, VirtioDevice, Virtqueue, Worker, read_image};
+use crate::metadata::Responder;
 use crate::metrics::{Counter, DeviceMetrics};
 
 /// Bytes of `struct virtio_net_hdr_v1`, which precedes every frame.
@@ -34,11 +38,12 @@ const MAX_FRAME_LEN: usize = HEADER_LEN + 65535 + 18;
 const QUEUE_SIZE: u16 = 256;
 const RX: usize = 0;
 const TX: usize = 1;
-/// The worker's descriptors: the link, orders from the control thread, the limiters' timers.
+/// The worker's descriptors: the link, orders from the control thread, the limiters' timers, the metadata server's timer.
 const LINK: u32 = 0;
 const ORDERS: u32 = 1;
 const RX_CREDIT: u32 = 2;
 const TX_CREDIT: u32 = 3;
+const TIMER: u32 = 4;
 
 /// What a network device is like.
 #[derive(Debug, Clone, Copy, Default)]
@@ -141,6 +146,7 @@ impl<L: Link + 'static> Net<L> {
             link,
             counts: Arc::clone(&net_metrics),
             inbox: Arc::clone(&control.inbox),
+            aside: None,
             rx: Limiter::open(config.rx_limits)?,
             tx: Limiter::open(config.tx_limits)?,
             receiver: None,
@@ -156,6 +162,17 @@ impl<L: Link + 'static> Net<L> {
     /// For changes from outside of the guest.
     pub fn control(&self) -> NetControl {
         self.control.clone()
+    }
+
+    /// The guest reaches `responder` over this interface. To be called before the device is used.
+    ///
+    /// # Errors
+    /// The host has no descriptors left.
+    pub fn set_responder(&mut self, responder: Responder) -> io::Result<()> {
+        if let Some(handler) = self.worker.handler() {
+            handler.aside = Some(Aside::open(responder)?);
+        }
+        Ok(())
     }
 
     /// The counters that only a network device has.
@@ -209,6 +226,8 @@ struct NetHandler<L> {
     link: L,
     counts: Arc<NetMetrics>,
     inbox: Arc<Inbox<Orders>>,
+    /// A server that the guest reaches over this interface.
+    aside: Option<Aside>,
     rx: Limiter,
     tx: Limiter,
     /// While the driver has a receive queue.
@@ -225,6 +244,9 @@ impl<L: Link + 'static> NetHandler<L> {
     fn receive(&mut self, session: &mut Session<'_, '_>) {
         let metrics = session.metrics;
         if let (Some(receiver), Some(queue)) = (&mut self.receiver, session.queue(RX)) {
+            if let Some(aside) = &mut self.aside {
+                receiver.inject(aside, queue, metrics, &self.counts);
+            }
             self.next = receiver.run(&self.link, queue, &mut self.rx, metrics, &self.counts);
         } else {
             self.next = Next::Nothing;
@@ -237,6 +259,9 @@ impl<L: Link + 'static> NetHandler<L> {
         if let Some(queue) = session.queue(TX) {
             queue.drain(|chain| self.send(chain, metrics));
         }
+        if self.aside.as_ref().is_some_and(|aside| aside.frame().is_some()) {
+            self.receive(session);
+        }
     }
 
     fn send(&mut self, chain: &Chain, metrics: &DeviceMetrics) -> Answer {
@@ -246,6 +271,10 @@ impl<L: Link + 'static> NetHandler<L> {
         }
         if frame.len() < HEADER_LEN || frame.len() > MAX_FRAME_LEN {
             metrics.guest_faults.increment();
+            return Answer::Used(0);
+        }
+        // The limits are the link's: what does not reach it is not under them.
+        if self.aside.as_mut().is_some_and(|aside| aside.take(frame)) {
             return Answer::Used(0);
         }
         if !self.tx.ready() {
@@ -305,6 +334,12 @@ impl<L: Link + 'static> Handler for NetHandler<L> {
         }
         let mergeable = session.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         self.receiver = session.queue(RX).map(|queue| Receiver::new(queue.memory(), mergeable));
+        if let Some(aside) = &mut self.aside {
+            aside.reset();
+            if let Err(error) = session.watch(aside.timer(), TIMER, EventSet::IN) {
+                session.metrics.host_fault(|| format!("cannot watch a timer: {error}"));
+            }
+        }
         if let Err(error) = self.link.set_offloads(session.features) {
             session.metrics.host_fault(|| format!("cannot set the offloads of a tap device: {error}"));
         }
@@ -321,6 +356,7 @@ impl<L: Link + 'static> Handler for NetHandler<L> {
     fn ready(&mut self, token: u32, events: EventSet, session: &mut Session<'_, '_>) {
         match token {
             LINK => return self.link_ready(events, session),
+            TIMER => return self.aside_ready(session),
             RX_CREDIT => self.rx.expired(),
             TX_CREDIT => self.tx.expired(),
             _ => {
@@ -346,6 +382,14 @@ impl<L: Link + 'static> Handler for NetHandler<L> {
 }
 
 impl<L: Link + 'static> NetHandler<L> {
+    fn aside_ready(&mut self, session: &mut Session<'_, '_>) {
+        if let Some(aside) = &mut self.aside {
+            aside.go_on();
+        }
+        self.receive(session);
+        self.watch(session);
+    }
+
     fn link_ready(&mut self, events: EventSet, session: &mut Session<'_, '_>) {
         if events.contains(EventSet::ERROR) {
             // Reported again and again whatever is watched for: the interface was removed.

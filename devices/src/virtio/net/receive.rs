@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
+use super::aside::Aside;
 use super::tap::Link;
 use super::{HEADER_LEN, MAX_FRAME_LEN, NetMetrics};
 use crate::Memory;
@@ -135,13 +136,59 @@ impl Receiver {
             counts.rx_dropped.increment();
             return Ok(0);
         }
+        Ok(self.complete(len, queue, counts))
+    }
+
+    /// Hands over the frames of `aside` while there are buffers.
+    pub(super) fn inject(
+        &mut self,
+        aside: &mut Aside,
+        queue: &mut Virtqueue,
+        metrics: &DeviceMetrics,
+        counts: &NetMetrics,
+    ) {
+        let mut budget = ROUND;
+        while let Some(frame) = aside.frame() {
+            self.refill(queue, metrics, &mut budget);
+            if budget == 0 {
+                queue.poke();
+                break;
+            }
+            budget -= 1;
+            let len = HEADER_LEN + frame.len();
+            if self.buffers.len() < len {
+                if self.mergeable || self.held.is_empty() {
+                    if queue.want_notifications() {
+                        queue.suppress_notifications();
+                        continue;
+                    }
+                    break;
+                }
+                // A frame is one chain here, and the next one is too short for it.
+                counts.rx_dropped.increment();
+                aside.drop_frame();
+                continue;
+            }
+            if let Some((header, rest)) = self.buffers.view().split_at(HEADER_LEN) {
+                header.copy_from(&[0; HEADER_LEN]);
+                rest.copy_from(frame);
+            }
+            self.complete(len, queue, counts);
+            aside.drop_frame();
+        }
+        queue.announce();
+    }
+
+    /// Returns as many chains as a frame of `len` bytes, which is in the buffers, has filled; how many bytes it had without
+    /// its header.
+    fn complete(&mut self, len: usize, queue: &mut Virtqueue, counts: &NetMetrics) -> usize {
         let mut left = len;
         let mut chains = 0;
         while left > 0 {
             left = left.saturating_sub(self.held[chains].len);
             chains += 1;
         }
-        if let Some((_, count)) = view.split_at(NUM_BUFFERS) {
+        if let Some((_, count)) = self.buffers.view().split_at(NUM_BUFFERS) {
             count.copy_from(&(chains as u16).to_le_bytes());
         }
         let mut left = len;
@@ -155,7 +202,7 @@ impl Receiver {
         self.buffers.drop_front(pieces);
         counts.rx_frames.increment();
         counts.rx_bytes.add((len - HEADER_LEN) as u64);
-        Ok(len - HEADER_LEN)
+        len - HEADER_LEN
     }
 
     /// Gives the buffers in hand back to the queue they came from.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::super::limiter::BucketConfig;
 use super::*;
-use crate::testing::{Driver, DriverQueue, Piece, Wire};
+use crate::testing::{Driver, DriverQueue, Echo, Piece, SERVER, Wire};
 
 const MERGEABLE: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 const DATA: u64 = Driver::BUFFERS;
@@ -105,6 +105,43 @@ fn without_room_frames_wait_or_are_dropped_whole() {
     // The second is too long for this one, and dropped; the third comes.
     assert_eq!(driver.run(queue, &[Piece::Write(DATA, 1512)]), 212);
     assert_eq!((counts.rx_frames.value(), counts.rx_dropped.value()), (2, 1));
+}
+
+#[test]
+fn frames_for_the_metadata_server_go_aside_and_its_answers_come_back() {
+    let (wire, peer, _) = Wire::new();
+    let mut net = Net::new(wire, CONFIG).unwrap();
+    net.set_responder(Responder::new(SERVER, Box::new(Echo))).unwrap();
+    let mut driver = Driver::attach(net);
+    // Who has the server's address? 10.0.0.2 asks. And a frame of the same kind for somebody else.
+    let mut ask = frame(42);
+    ask[12..26].copy_from_slice(&[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0, 0, 0, 0, 7, 8, 6]);
+    ask[26..44].copy_from_slice(&[0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, 0, 0, 7, 10, 0, 0, 2]);
+    ask[44..50].fill(0);
+    ask[50..].copy_from_slice(&SERVER.octets());
+    let mut other = ask.clone();
+    other[50] = 10;
+    driver.put(DATA, &ask);
+    driver.put(DATA + 0x1000, &other);
+    for without in [0, MERGEABLE] {
+        let mut queues = driver.prepare_all(without);
+        driver.start();
+        // The answer waits for a buffer, and then comes before anything else.
+        assert_eq!(driver.run(&mut queues[TX], &[Piece::Read(DATA, 54)]), 0);
+        assert_eq!(driver.run(&mut queues[TX], &[Piece::Read(DATA + 0x1000, 54)]), 0);
+        peer.send(&frame(100)).unwrap();
+        let answer = driver.run(&mut queues[RX], &[Piece::Write(DATA + 0x2000, 1526)]);
+        assert_eq!(answer, 54);
+        let answer = driver.get(DATA + 0x2000, 54);
+        assert_eq!(answer[..12], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
+        assert_eq!(answer[24..28], [8, 6, 0, 1]);
+        assert_eq!((answer[33], &answer[40..44]), (2, &SERVER.octets()[..]), "a reply of the server");
+        assert_eq!(driver.run(&mut queues[RX], &[Piece::Write(DATA + 0x2000, 1526)]), 112);
+        let mut arrived = [0; 100];
+        assert_eq!(peer.recv(&mut arrived).unwrap(), 54);
+        assert_eq!(arrived[..54], other, "only what is for others has reached the link");
+        driver.set_status(0);
+    }
 }
 
 #[test]

@@ -1,0 +1,111 @@
+//! Commands that change the machine that runs, and the guest's metadata, which changes before and after the start.
+
+use bedplate_api::vmm::{DrivePatch, LogLevel, NetworkInterfacePatch, RateLimiter};
+use hyper::StatusCode;
+use serde_json::{Map, Value};
+
+use super::configure::warning_of_length;
+use super::fault::Fault;
+use super::session::Session;
+use crate::block;
+use crate::config;
+use crate::metadata::StoreError;
+
+/// Why a file that is there may not be found.
+const ONLY_VISIBLE: &str =
+    " (a VM that runs sees the files below the directories that --visible names, and no block devices)";
+
+impl Session {
+    pub(super) fn described_metadata(&self) -> Value {
+        match self.metadata.lock().data() {
+            Value::Null => Value::Object(Map::new()),
+            data => data.clone(),
+        }
+    }
+
+    pub(super) fn put_metadata(&mut self, data: Value) -> Result<(), Fault> {
+        self.metadata.lock().put(data).map_err(refused)
+    }
+
+    pub(super) fn patch_metadata(&mut self, patch: Value) -> Result<(), Fault> {
+        self.metadata.lock().patch(patch).map_err(refused)
+    }
+
+    /// Another file for a disk, or the same one after it has grown; and other limits.
+    pub(super) fn patch_drive(&mut self, patch: &DrivePatch) -> Result<(), Fault> {
+        let id = &patch.drive_id;
+        let at = self.spec.drives.iter().position(|drive| drive.drive_id == *id);
+        let disk = self.vm.as_ref().and_then(|vm| vm.machine.devices().disk(id));
+        let (Some(at), Some(disk)) = (at, disk) else { return Err(unknown("drive", id)) };
+        let mut drives = self.spec.drives.clone();
+        if let Some(path) = &patch.path_on_host {
+            drives[at].path_on_host.clone_from(path);
+            let configs: Vec<_> =
+                drives.iter().map(config::drive).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
+            config::separate(&configs).map_err(Fault::bad_request)?;
+            let seen = if self.sandbox.is_some() { ONLY_VISIBLE } else { "" };
+            let (medium, warning) =
+                block::open(&configs[at]).map_err(|error| Fault::bad_request(format!("{error}{seen}")))?;
+            disk.replace(medium);
+            for warning in warning.into_iter().chain(warning_of_length(&configs[at])) {
+                self.log.write(LogLevel::Warning, &warning);
+            }
+        }
+        if let Some(limiter) = patch.rate_limiter {
+            disk.limit(config::limits_update(limiter));
+            drives[at].rate_limiter = changed(drives[at].rate_limiter, limiter);
+        }
+        self.spec.drives = drives;
+        Ok(())
+    }
+
+    /// Other limits for an interface.
+    pub(super) fn patch_network_interface(&mut self, patch: &NetworkInterfacePatch) -> Result<(), Fault> {
+        let id = &patch.iface_id;
+        let interface = self.spec.network_interfaces.iter_mut().find(|interface| interface.iface_id == *id);
+        let net = self.vm.as_ref().and_then(|vm| vm.machine.devices().net(id));
+        let (Some(interface), Some(net)) = (interface, net) else { return Err(unknown("network interface", id)) };
+        let update = |limiter: Option<RateLimiter>| config::limits_update(limiter.unwrap_or_default());
+        net.limit(update(patch.rx_rate_limiter), update(patch.tx_rate_limiter));
+        if let Some(limiter) = patch.rx_rate_limiter {
+            interface.rx_rate_limiter = changed(interface.rx_rate_limiter, limiter);
+        }
+        if let Some(limiter) = patch.tx_rate_limiter {
+            interface.tx_rate_limiter = changed(interface.tx_rate_limiter, limiter);
+        }
+        Ok(())
+    }
+
+    pub(super) fn unplug(&mut self, what: &str, id: &str) -> Result<(), Fault> {
+        Err(Fault::bad_request(format!(
+            "The {what} {id:?} cannot be taken from a VM that runs: hot-unplug is not offered."
+        )))
+    }
+
+    pub(super) fn no_snapshots(&mut self, verb: &str) -> Result<(), Fault> {
+        Err(Fault::bad_request(format!(
+            "{verb} snapshot error: snapshots are not offered by this version: the state of vCPUs and devices cannot be \
+             saved yet."
+        )))
+    }
+}
+
+/// What a limiter is after a change, which leaves the bucket as it is that it does not name.
+fn changed(limiter: Option<RateLimiter>, change: RateLimiter) -> Option<RateLimiter> {
+    let RateLimiter { bandwidth, ops } = limiter.unwrap_or_default();
+    Some(RateLimiter { bandwidth: change.bandwidth.or(bandwidth), ops: change.ops.or(ops) })
+}
+
+fn refused(error: StoreError) -> Fault {
+    match error {
+        StoreError::TooLarge => {
+            let message = format!("MMDS limit exceeded error: {error}");
+            Fault { status: StatusCode::PAYLOAD_TOO_LARGE, message }
+        }
+        _ => Fault::bad_request(format!("MMDS error: {error}")),
+    }
+}
+
+fn unknown(what: &str, id: &str) -> Fault {
+    Fault::bad_request(format!("There is no {what} {id:?}."))
+}
