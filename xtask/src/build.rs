@@ -34,10 +34,24 @@ pub fn programs() -> Result<()> {
     cargo(&["build", "--release", "--workspace", "--bins"])
 }
 
+/// Cargo in the repository, as a person would start it there.
+pub fn cargo_command(args: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(args).current_dir(root());
+    // `cargo run` tells us about xtask in these. Build scripts that look at them (ring's) would run again, and half of the
+    // workspace with them, whenever a person's cargo and ours take turns.
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy();
+        if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(&*name);
+        }
+    }
+    command
+}
+
 /// Runs cargo in the repository, its output shown.
 pub fn cargo(args: &[&str]) -> Result<()> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo).args(args).current_dir(root()).status().context("run cargo")?;
+    let status = cargo_command(args).status().context("run cargo")?;
     if !status.success() {
         bail!("cargo {} failed", args.join(" "));
     }

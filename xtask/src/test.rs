@@ -62,13 +62,16 @@ pub fn run(filter: Option<&str>) -> Result<()> {
 
 /// Builds every program and test of the workspace, and lists the tests.
 fn build_all() -> Result<Vec<Suite>> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut child = Command::new(cargo)
-        .args(["build", "--release", "--workspace", "--all-targets", "--message-format=json-render-diagnostics"])
-        .current_dir(build::root())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("run cargo")?;
+    let mut child = build::cargo_command(&[
+        "build",
+        "--release",
+        "--workspace",
+        "--all-targets",
+        "--message-format=json-render-diagnostics",
+    ])
+    .stdout(Stdio::piped())
+    .spawn()
+    .context("run cargo")?;
     let messages = BufReader::new(child.stdout.take().context("no pipe from cargo")?);
     let mut suites = Vec::new();
     for message in messages.lines() {
