@@ -11,6 +11,7 @@
 //! | `DELETE /v1/tiers/{name}` | → 204; its VMs are stopped |
 //! | `GET /v1/vms` | → `[VmView]` |
 //! | `GET /v1/vms/{name}/log` | → text, from the VM's node |
+//! | `GET /v1/vms/{name}/inspect` | → [`Inspection`](crate::vmm::Inspection), likewise |
 //! | `GET /v1/vms/{name}/console` | HTTP upgrade, passed on to the VM's node |
 //! | `GET /v1/events?after=N` | → `[Event]`, oldest first, with a number greater than N |
 //! | `GET /v1/plan` | → [`PlanView`]: what would be done now, and why; a dry run |

@@ -8,6 +8,7 @@
 //! | `GET /v1/desired` | → [`Desired`] |
 //! | `PUT /v1/desired` | [`Desired`] → [`NodeStatus`]; the same generation twice is a no-op, an older one is 409 |
 //! | `GET /v1/vms/{id}/log` | → text: the last 64 KiB of the serial console |
+//! | `GET /v1/vms/{id}/inspect` | → [`Inspection`](crate::vmm::Inspection); 503 where the VM does not run |
 //! | `GET /v1/vms/{id}/console` | HTTP upgrade to `bedplate-console`: raw bytes of the serial console both ways |
 //! | `POST /v1/chunks/fetch` | as in [`crate::image`]: a node serves what it has to its peers |
 //!

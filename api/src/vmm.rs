@@ -35,6 +35,7 @@
 //! | `PATCH /balloon/hinting/start`, `/stop` | [`HintingStart`], or no body |
 //! | `GET /balloon/hinting/status` | → [`HintingStatus`] |
 //! | `GET /bedplate/status` | → [`Status`] |
+//! | `GET /bedplate/inspect` | → [`Inspection`]; after the start only |
 //! | `PUT /bedplate/power-button` | no body; presses the ACPI power button |
 //! | `PUT /bedplate/stop` | no body; ends the VM at once, the process exits with code 0 |
 
@@ -42,6 +43,7 @@ mod balloon;
 mod cpu;
 mod devices;
 mod hotplug;
+mod inspect;
 mod limits;
 mod metadata;
 mod snapshot;
@@ -56,6 +58,7 @@ pub use cpu::{
 };
 pub use devices::{DeviceStatus, MetricsLine};
 pub use hotplug::{MemoryHotplug, MemoryHotplugStatus, MemoryHotplugUpdate};
+pub use inspect::{ExitKind, ExitRecord, Inspection, QueueInspection, Registers, VcpuInspection};
 pub use limits::{RateLimiter, TokenBucket};
 pub use metadata::{MmdsConfig, MmdsVersion};
 pub use snapshot::{

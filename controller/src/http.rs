@@ -116,6 +116,7 @@ fn looking() -> Router<Arc<Control>> {
         .route("/v1/pool", get(nodes::pool))
         .route("/v1/vms", get(vms::list))
         .route("/v1/vms/{name}/log", get(vms::log))
+        .route("/v1/vms/{name}/inspect", get(vms::inspect))
         .route("/v1/events", get(views::events))
         .route("/v1/plan", get(views::dry_run))
 }

@@ -16,6 +16,7 @@ use bedplate_api::control::{Event, TierSpec};
 use bedplate_api::error::ErrorKind;
 use bedplate_api::image::{BootData, ImageKind, Manifest, Part};
 use bedplate_api::node::{Capacity, Desired, DiskMode, Ipv4Net, NodeStatus, Register, Registered, VmPhase, VmStatus};
+use bedplate_api::vmm::{Inspection, RunState};
 use bedplate_api::{ApiError, Digest, NodeId};
 use bedplate_images::index::Index;
 use bedplate_images::{CHUNK_SIZE, Store};
@@ -192,6 +193,7 @@ impl SmallNode {
         let router = Router::new()
             .route("/v1/desired", put(put_desired))
             .route("/v1/vms/{id}/log", get(log))
+            .route("/v1/vms/{id}/inspect", get(inspect))
             .route("/v1/vms/{id}/console", get(console))
             .with_state(small);
         let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
@@ -269,6 +271,10 @@ async fn put_desired(State(small): State<Small>, headers: HeaderMap, Json(desire
     }
     heard.desired = desired;
     Json(status(small.id, &heard)).into_response()
+}
+
+async fn inspect() -> Json<Inspection> {
+    Json(Inspection { state: RunState::Paused, vcpus: Vec::new(), queues: BTreeMap::new() })
 }
 
 async fn log(Path(id): Path<String>) -> String {

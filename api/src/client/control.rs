@@ -6,6 +6,7 @@ use super::{Client, ClientError, segment};
 use crate::NodeId;
 use crate::control::{Event, NodeView, PlanView, PoolEntry, TierSpec, TierView, VmView};
 use crate::node::{NodeStatus, Register, Registered};
+use crate::vmm::Inspection;
 
 impl Client {
     /// Every physical machine that the control node knows.
@@ -78,6 +79,14 @@ impl Client {
     /// See [`ClientError`].
     pub async fn vm_log(&self, name: &str) -> Result<String, ClientError> {
         self.text(&format!("/v1/vms/{}/log", segment(name))).await
+    }
+
+    /// What a VM does at this moment, by the VM's name.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; "unavailable" where it does not run.
+    pub async fn vm_inspect(&self, name: &str) -> Result<Inspection, ClientError> {
+        self.fetch(&format!("/v1/vms/{}/inspect", segment(name))).await
     }
 
     /// A VM's console, by the VM's name: raw bytes both ways.

@@ -3,6 +3,7 @@
 use super::{Client, ClientError};
 use crate::VmId;
 use crate::node::{Desired, NodeStatus};
+use crate::vmm::Inspection;
 
 impl Client {
     /// The node's state.
@@ -35,6 +36,14 @@ impl Client {
     /// See [`ClientError`].
     pub async fn node_vm_log(&self, id: VmId) -> Result<String, ClientError> {
         self.text(&format!("/v1/vms/{id}/log")).await
+    }
+
+    /// What a VM does at this moment.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; "unavailable" where it does not run.
+    pub async fn node_vm_inspect(&self, id: VmId) -> Result<Inspection, ClientError> {
+        self.fetch(&format!("/v1/vms/{id}/inspect")).await
     }
 
     /// A VM's console: raw bytes both ways.

@@ -9,6 +9,7 @@ use crate::output::PrintError;
 
 pub mod apply;
 pub mod events;
+mod inspect;
 pub mod node;
 pub mod plan;
 pub mod pool;

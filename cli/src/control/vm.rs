@@ -5,7 +5,7 @@ use bedplate_api::node::VmPhase;
 use clap::Subcommand;
 use comfy_table::Cell;
 
-use super::{ControlArgs, Error, Session};
+use super::{ControlArgs, Error, Session, inspect};
 use crate::console::{self, End, Keys};
 use crate::output::{self, Format, Health, PrintError};
 use crate::terminal;
@@ -15,7 +15,7 @@ const KEYS: Keys = Keys { leave: "leaves; the VM goes on", power_button: false }
 /// `bedplate vm …`
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  bedplate vm ls\n  bedplate vm log web-1\n  bedplate vm console web-1   # Ctrl-A X leaves"
+    after_help = "Examples:\n  bedplate vm ls\n  bedplate vm log web-1\n  bedplate vm console web-1   # Ctrl-A X leaves\n  bedplate vm inspect web-1   # what its vCPUs and virtqueues do"
 )]
 pub struct Args {
     #[command(flatten)]
@@ -34,6 +34,11 @@ enum Action {
     },
     /// Print the last 64 KiB of a VM's console
     Log {
+        /// Its name
+        name: String,
+    },
+    /// Print what a VM does at this moment: registers, last exits, virtqueues
+    Inspect {
         /// Its name
         name: String,
     },
@@ -61,6 +66,13 @@ pub fn run(args: Args, format: Format) -> Result<(), Error> {
             match format {
                 Format::Json => output::json(&serde_json::json!({ "name": name, "log": log }))?,
                 Format::Table => output::line(log.trim_end_matches('\n'))?,
+            }
+        }
+        Action::Inspect { name } => {
+            let seen = session.wait(session.client.vm_inspect(&name))?;
+            match format {
+                Format::Json => output::json(&seen)?,
+                Format::Table => inspect::print(&name, &seen)?,
             }
         }
         Action::Console { name } => return attach(&session, name),

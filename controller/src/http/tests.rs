@@ -3,6 +3,7 @@
 use bedplate_api::client::{Client, Endpoint, encode_frame};
 use bedplate_api::error::ErrorKind;
 use bedplate_api::image::{ImageKind, MAX_CHUNK_LIST};
+use bedplate_api::vmm::RunState;
 use bedplate_api::{ApiError, Digest, NodeId};
 use bedplate_images::Store;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -205,6 +206,8 @@ async fn logs_and_consoles_come_from_the_node() {
     let vm = until("the VM", async || node.heard.lock().unwrap().desired.vms.first().cloned()).await;
     assert_eq!(bench.people.vm_log("web-1").await.unwrap(), format!("log of {}", vm.id));
     assert_eq!(bench.people.vm_log(&vm.id.to_string()).await.unwrap(), format!("log of {}", vm.id));
+
+    assert_eq!(bench.people.vm_inspect("web-1").await.unwrap().state, RunState::Paused);
 
     let mut console = bench.people.vm_console("web-1").await.unwrap();
     let mut greeting = [0; 6];

@@ -12,6 +12,7 @@ use bedplate_api::client::{Client, Endpoint};
 use bedplate_api::control::VmView;
 use bedplate_api::error::ErrorKind;
 use bedplate_api::node::CONSOLE_PROTOCOL;
+use bedplate_api::vmm::Inspection;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -31,6 +32,12 @@ pub async fn log(State(control): Shared, Path(name): Path<String>) -> Result<Res
     let (client, id) = find(&control, name).await?;
     let log = client.node_vm_log(id).await?;
     Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], log).into_response())
+}
+
+/// `GET /v1/vms/{name}/inspect`.
+pub async fn inspect(State(control): Shared, Path(name): Path<String>) -> Result<Json<Inspection>, Refusal> {
+    let (client, id) = find(&control, name).await?;
+    Ok(Json(client.node_vm_inspect(id).await?))
 }
 
 /// `GET /v1/vms/{name}/console`: once both sides have agreed, bytes are passed on until either closes.

@@ -34,7 +34,7 @@ mod worker;
 
 pub use buffers::{Buffers, OutsideRam, View};
 use inbox::Inbox;
-pub use queue::{Answer, Chain, ChainFault, Drained, QueueConfig, QueueError, Virtqueue};
+pub use queue::{Answer, Chain, ChainFault, Drained, QueueConfig, QueueError, QueuePosition, Virtqueue};
 pub use worker::{Handler, MAX_TOKEN, Session, Worker, on_worker_start};
 
 /// Feature bits that every device has, by the queues that all are built on.

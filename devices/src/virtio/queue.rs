@@ -47,7 +47,38 @@ pub enum QueueError {
     OutsideRam,
 }
 
+/// How far the two sides of a virtqueue are, as its rings say: Virtio 1.2, 2.7.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueuePosition {
+    /// Its number.
+    pub index: u16,
+    /// Entries.
+    pub size: u16,
+    /// Guest-physical address of the descriptor table.
+    pub descriptors: u64,
+    /// What the driver has made available, modulo 65536; none where the ring is not in RAM.
+    pub available: Option<u16>,
+    /// What the device has finished, likewise.
+    pub used: Option<u16>,
+}
+
 impl QueueConfig {
+    /// How far queue `index` is, if it is in use. Reads guest memory that both sides go on writing.
+    pub fn position(&self, index: u16, memory: &Memory) -> Option<QueuePosition> {
+        // Both rings begin with their flags.
+        let count = |ring: u64| {
+            let at = ring.checked_add(2)?;
+            memory.load::<u16>(GuestAddress(at), Ordering::Acquire).ok().map(u16::from_le)
+        };
+        self.enabled.then(|| QueuePosition {
+            index,
+            size: self.size,
+            descriptors: self.descriptors,
+            available: count(self.driver),
+            used: count(self.device),
+        })
+    }
+
     /// Registers after reset.
     pub fn new(max_size: u16) -> Self {
         Self { max_size, size: max_size, enabled: false, descriptors: 0, driver: 0, device: 0 }

@@ -19,12 +19,14 @@ use axum::routing::{get, post};
 use axum::{Json, middleware};
 use bedplate_api::VmId;
 use bedplate_api::node::{Desired, NodeStatus};
+use bedplate_api::vmm::Inspection;
 use bedplate_images::Store;
 use serde::de::DeserializeOwned;
 use tokio::sync::oneshot;
 use tower_http::timeout::RequestBodyTimeoutLayer;
 
 use crate::agent::{AgentHandle, Event};
+use crate::vm;
 use error::{Refusal, bad_request, unavailable};
 
 pub use auth::Token;
@@ -51,6 +53,7 @@ pub fn router(node: Node, token: Option<Token>) -> Router {
         .route("/v1/desired", get(desired).put(put_desired))
         .route("/v1/vms/{id}/log", get(vm_log))
         .route("/v1/vms/{id}/console", get(vm_console))
+        .route("/v1/vms/{id}/inspect", get(vm_inspect))
         .route("/v1/chunks/fetch", post(fetch_chunks))
         .fallback(error::not_found)
         .method_not_allowed_fallback(error::method_not_allowed)
@@ -83,6 +86,11 @@ async fn vm_log(State(node): State<Node>, Id(id): Id) -> Result<Response, Refusa
     log::tail(known(&node, id)?).await
 }
 
+async fn vm_inspect(State(node): State<Node>, Id(id): Id) -> Result<Json<Inspection>, Refusal> {
+    let vmm = known(&node, id)?.api();
+    vm::api::inspect(&vmm).await.map(Json).map_err(|e| unavailable(format!("VM {id} cannot be looked into: {e}")))
+}
+
 async fn vm_console(State(node): State<Node>, Id(id): Id, request: Request) -> Result<Response, Refusal> {
     console::upgrade(&known(&node, id)?, request).await
 }
@@ -95,7 +103,7 @@ async fn fetch_chunks(
 }
 
 /// The directory of a VM that is on this node.
-fn known(node: &Node, id: VmId) -> Result<crate::vm::dir::VmDir, Refusal> {
+fn known(node: &Node, id: VmId) -> Result<vm::dir::VmDir, Refusal> {
     if node.agent.status().vms.iter().any(|vm| vm.id == id) {
         return Ok(node.agent.vm_dir(id));
     }

@@ -3,12 +3,16 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bedplate_api::vmm::{Fault, RunState, Status};
+use bedplate_api::vmm::{Fault, Inspection, RunState, Status};
+use serde::de::DeserializeOwned;
 
 use crate::files;
 
 /// Longest wait for an answer: a VMM answers from a thread that does nothing else.
 const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Most bytes of an answer: a VMM that its guest has taken over may send anything, without end.
+const MAX_ANSWER: usize = 1 << 20;
 
 /// A VMM did not do as told.
 #[derive(Debug, thiserror::Error)]
@@ -16,6 +20,12 @@ pub enum VmmError {
     /// It does not answer.
     #[error("the VMM does not answer: {0}")]
     Silent(#[from] reqwest::Error),
+    /// It answers something else than it should.
+    #[error("the VMM's answer is not understood: {0}")]
+    Garbled(#[from] serde_json::Error),
+    /// Likewise.
+    #[error("the VMM's answer has more than {MAX_ANSWER} bytes")]
+    Endless,
     /// There is nothing to ask.
     #[error("the VMM has no socket at {0}")]
     NoSocket(PathBuf),
@@ -29,9 +39,16 @@ pub enum VmmError {
 /// # Errors
 /// See [`VmmError`].
 pub async fn is_running(socket: &Path) -> Result<bool, VmmError> {
-    let response = client(socket)?.get("http://localhost/bedplate/status").send().await?;
-    let status: Status = checked(response).await?.json().await?;
+    let status: Status = get(socket, "http://localhost/bedplate/status").await?;
     Ok(status.state == RunState::Running)
+}
+
+/// What the VM does at this moment.
+///
+/// # Errors
+/// See [`VmmError`].
+pub async fn inspect(socket: &Path) -> Result<Inspection, VmmError> {
+    get(socket, "http://localhost/bedplate/inspect").await
 }
 
 /// Presses the power button.
@@ -48,6 +65,11 @@ pub async fn power_button(socket: &Path) -> Result<(), VmmError> {
 /// See [`VmmError`].
 pub async fn stop(socket: &Path) -> Result<(), VmmError> {
     put(socket, "http://localhost/bedplate/stop").await
+}
+
+async fn get<T: DeserializeOwned>(socket: &Path, url: &str) -> Result<T, VmmError> {
+    let answer = checked(client(socket)?.get(url).send().await?).await?;
+    Ok(serde_json::from_slice(&body(answer).await?)?)
 }
 
 async fn put(socket: &Path, url: &str) -> Result<(), VmmError> {
@@ -67,6 +89,17 @@ async fn checked(response: reqwest::Response) -> Result<reqwest::Response, VmmEr
         return Ok(response);
     }
     let status = response.status();
-    let said = response.json::<Fault>().await.map(|fault| fault.fault_message);
+    let said = serde_json::from_slice::<Fault>(&body(response).await?).map(|fault| fault.fault_message);
     Err(VmmError::Refused(said.unwrap_or_else(|_| status.to_string())))
+}
+
+async fn body(mut response: reqwest::Response) -> Result<Vec<u8>, VmmError> {
+    let mut body = Vec::new();
+    while let Some(piece) = response.chunk().await? {
+        if body.len() + piece.len() > MAX_ANSWER {
+            return Err(VmmError::Endless);
+        }
+        body.extend_from_slice(&piece);
+    }
+    Ok(body)
 }

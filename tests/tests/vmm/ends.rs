@@ -1,8 +1,10 @@
 //! The ways in which a VM ends, and what its process says of them.
 
 use anyhow::{Result, ensure};
+use bedplate_api::vmm::{Inspection, RunState};
 use bedplate_tests::inside::guest::GuestSpec;
 use rustix::process::Signal;
+use serde_json::json;
 
 pub fn reboot() -> Result<()> {
     let mut guest = GuestSpec::new("reboot").boot()?;
@@ -25,10 +27,25 @@ pub fn sigterm() -> Result<()> {
     guest.ended_well("guest_power_off")
 }
 
-/// A VM that stands still types nothing; one that goes on has lost nothing.
+/// A VM that stands still types nothing; one that goes on has lost nothing. Both can be looked into.
 pub fn pause_and_resume() -> Result<()> {
-    let mut guest = GuestSpec::new("pauses").cpus(2).boot()?;
+    let mut guest = GuestSpec::new("pauses").cpus(2).section("entropy", json!({})).boot()?;
+    let inspect =
+        || anyhow::Ok(serde_json::from_str::<Inspection>(&guest.api("GET", "/bedplate/inspect", "", 200)?)?);
+    let running = inspect()?;
+    ensure!(running.state == RunState::Running && running.vcpus.len() == 2, "{running:?}");
+    for vcpu in &running.vcpus {
+        // Long mode with paging, and by then it has been at the serial port or has been kicked for this look.
+        let in_linux = vcpu.registers.as_ref().is_some_and(|r| r.cr0 >> 31 & 1 == 1 && r.efer >> 10 & 1 == 1);
+        ensure!(in_linux && !vcpu.last_exits.is_empty(), "{vcpu:?}");
+    }
+    ensure!(running.vcpus[0].exits.port_write > 0, "{running:?}");
+    let queue = running.queues.get("entropy").and_then(|queues| queues.first());
+    ensure!(queue.is_some_and(|q| q.available > Some(0) && q.size > 0), "{:?}", running.queues);
     guest.api("PATCH", "/vm", r#"{"state": "Paused"}"#, 204)?;
+    let (first, second) = (inspect()?, inspect()?);
+    ensure!(first == second && first.state == RunState::Paused, "not at rest: {first:?}, then {second:?}");
+    ensure!(first.vcpus.iter().all(|vcpu| vcpu.registers.is_some()), "{first:?}");
     guest.begin("echo went on")?;
     let state = guest.api("GET", "/", "", 200)?;
     ensure!(state.contains("Paused"), "the API says {state}");

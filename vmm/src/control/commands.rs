@@ -1,9 +1,10 @@
 //! Everything that can be asked of a VM process.
 
 use bedplate_api::vmm::{
-    ActionType, Balloon, BalloonStats, BootSource, CpuConfig, Drive, DrivePatch, Entropy, HintingStatus, InstanceInfo,
-    Logger, MachineConfig, MachineConfigPatch, MemoryHotplugStatus, Metrics, MmdsConfig, MmdsVersion, NetworkInterface,
-    NetworkInterfacePatch, SerialDevice, SnapshotCreate, SnapshotLoad, Status, TargetState, Version, VmConfig, Vsock,
+    ActionType, Balloon, BalloonStats, BootSource, CpuConfig, Drive, DrivePatch, Entropy, HintingStatus, Inspection,
+    InstanceInfo, Logger, MachineConfig, MachineConfigPatch, MemoryHotplugStatus, Metrics, MmdsConfig, MmdsVersion,
+    NetworkInterface, NetworkInterfacePatch, SerialDevice, SnapshotCreate, SnapshotLoad, Status, TargetState, Version,
+    VmConfig, Vsock,
 };
 use serde_json::Value;
 
@@ -23,6 +24,8 @@ pub(super) enum Command {
     DescribeMachine,
     /// Always.
     DescribeStatus,
+    /// After the start.
+    Inspect,
     /// Before the start, as all below up to `LoadSnapshot`.
     SetBootSource(BootSource),
     SetMachine(MachineConfig),
@@ -75,6 +78,7 @@ pub(super) enum Answer {
     Config(Box<VmConfig>),
     Machine(MachineConfig),
     Status(Status),
+    Inspection(Box<Inspection>),
     Metadata(Value),
     Balloon(Balloon),
     BalloonStats(Box<BalloonStats>),

@@ -178,6 +178,7 @@ async fn answer(
         Ok(Answer::Config(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Machine(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Status(body)) => json(StatusCode::OK, &body),
+        Ok(Answer::Inspection(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Metadata(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Balloon(body)) => json(StatusCode::OK, &body),
         Ok(Answer::BalloonStats(body)) => json(StatusCode::OK, &body),

@@ -32,6 +32,7 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
         ("GET", ["balloon", "hinting", "status"]) => Ok(Command::Balloon(BalloonCommand::DescribeHinting)),
         ("GET", ["hotplug", "memory"]) => Ok(Command::Hotplug(HotplugCommand::Describe)),
         ("GET", ["bedplate", "status"]) => Ok(Command::DescribeStatus),
+        ("GET", ["bedplate", "inspect"]) => Ok(Command::Inspect),
 
         ("PUT", ["bedplate", "power-button"]) => Ok(Command::PressPowerButton),
         ("PUT", ["bedplate", "stop"]) => Ok(Command::Stop),

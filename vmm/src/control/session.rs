@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::{
-    ActionType, Exit, ExitCounts, ExitReason, InstanceInfo, LogLevel, RunState, Status, TargetState, Version, VmConfig,
+    ActionType, Exit, ExitCounts, ExitReason, Inspection, InstanceInfo, LogLevel, RunState, Status, TargetState,
+    Version, VmConfig,
 };
 use bedplate_devices::platform::Booted;
 use bedplate_images::disk::Disk;
@@ -35,6 +36,9 @@ const BEFORE_START: &str = "The requested operation is not supported before star
 
 /// Between two lines of metrics: Firecracker's.
 const FLUSH_PERIOD: Duration = Duration::from_secs(60);
+
+/// How long a vCPU may take to show its registers. It leaves the guest at once; its thread may have to wait for a processor.
+const INSPECT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why the VM did not start.
 #[derive(Debug, thiserror::Error)]
@@ -247,6 +251,10 @@ impl Session {
             Command::DescribeConfig => Ok(Answer::Config(Box::new(self.spec.clone()))),
             Command::DescribeMachine => Ok(Answer::Machine(self.spec.machine_config.clone())),
             Command::DescribeStatus => Ok(Answer::Status(self.status())),
+            Command::Inspect => {
+                let state = self.state();
+                Ok(Answer::Inspection(Box::new(self.running()?.inspect(state))))
+            }
             Command::DescribeMetadata => Ok(Answer::Metadata(self.described_metadata())),
             Command::PutMetadata(data) => self.put_metadata(data).map(done),
             Command::PatchMetadata(patch) => self.patch_metadata(patch).map(done),
@@ -336,6 +344,11 @@ impl Session {
 }
 
 impl Running {
+    fn inspect(&self, state: RunState) -> Inspection {
+        let (vcpus, queues) = (self.machine.inspect(INSPECT_PATIENCE), self.machine.devices().queues());
+        Inspection { state, vcpus, queues }
+    }
+
     fn change_state(&mut self, target: TargetState) -> Result<(), Fault> {
         self.paused = match target {
             TargetState::Paused => self.machine.pause(),

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
+use bedplate_api::vmm::Registers;
 use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
@@ -109,6 +110,44 @@ impl Vcpu {
         let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
         let (cr3, idt_limit) = self.fd.get_sregs().map_or((0, 0), |sregs| (sregs.cr3, sregs.idt.limit));
         format!("vCPU {} at rip {rip:#x}, cr3 {cr3:#x}, idt limit {idt_limit:#x}", self.index)
+    }
+
+    /// The guest's registers. For the vCPU's own thread, between two runs.
+    ///
+    /// # Errors
+    /// KVM does not give them.
+    pub fn registers(&self) -> Result<Registers, KvmError> {
+        let regs = self.fd.get_regs().map_err(call("read the registers of a vCPU"))?;
+        let sregs = self.fd.get_sregs().map_err(call("read the special registers of a vCPU"))?;
+        Ok(Registers {
+            rip: regs.rip,
+            rflags: regs.rflags,
+            rax: regs.rax,
+            rbx: regs.rbx,
+            rcx: regs.rcx,
+            rdx: regs.rdx,
+            rsi: regs.rsi,
+            rdi: regs.rdi,
+            rsp: regs.rsp,
+            rbp: regs.rbp,
+            r8: regs.r8,
+            r9: regs.r9,
+            r10: regs.r10,
+            r11: regs.r11,
+            r12: regs.r12,
+            r13: regs.r13,
+            r14: regs.r14,
+            r15: regs.r15,
+            cr0: sregs.cr0,
+            cr2: sregs.cr2,
+            cr3: sregs.cr3,
+            cr4: sregs.cr4,
+            efer: sregs.efer,
+            cs: sregs.cs.selector,
+            ss: sregs.ss.selector,
+            fs_base: sregs.fs.base,
+            gs_base: sregs.gs.base,
+        })
     }
 
     /// Whether the guest threw away its interrupt table, which is how software resets a PC by a triple fault.

@@ -1,14 +1,16 @@
 //! The devices of a machine, as its control thread knows them: what can be changed while they work, and what they count.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
-use bedplate_api::vmm::DeviceStatus;
+use bedplate_api::vmm::{DeviceStatus, QueueInspection};
 use bedplate_devices::metrics::{Counter, DeviceMetrics};
+use bedplate_devices::virtio::QueuePosition;
 use bedplate_devices::virtio::balloon::{BalloonControl, BalloonMetrics};
 use bedplate_devices::virtio::block::{Backend, BlockControl, BlockMetrics};
 use bedplate_devices::virtio::mem::{MemControl, MemMetrics};
 use bedplate_devices::virtio::net::{NetControl, NetMetrics};
+use bedplate_devices::virtio::pci::VirtioPciDevice;
 
 /// What changes a disk while its VM runs.
 pub type DiskControl = BlockControl<Box<dyn Backend>>;
@@ -21,6 +23,7 @@ pub struct Devices {
     pub(super) balloon: Option<BalloonControl>,
     pub(super) mem: Option<MemControl>,
     pub(super) counts: BTreeMap<String, (Arc<DeviceMetrics>, Counts)>,
+    pub(super) transports: BTreeMap<String, Arc<Mutex<VirtioPciDevice>>>,
     /// What the host could not do as it was asked for, in words.
     pub(super) warnings: Vec<String>,
 }
@@ -59,6 +62,16 @@ impl Devices {
     /// What the host could not do as it was asked for and does otherwise.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
+    }
+
+    /// How far the queues of each device are.
+    pub fn queues(&self) -> BTreeMap<String, Vec<QueueInspection>> {
+        let queues =
+            |device: &Mutex<VirtioPciDevice>| device.lock().unwrap_or_else(|e| e.into_inner()).queue_positions();
+        self.transports
+            .iter()
+            .map(|(name, device)| (name.clone(), queues(device).iter().map(inspected).collect()))
+            .collect()
     }
 
     /// All counters, as they stand.
@@ -115,5 +128,16 @@ impl Counts {
             Self::Rng(bytes) => vec![("entropy_bytes", bytes)],
             Self::Vsock => Vec::new(),
         }
+    }
+}
+
+fn inspected(queue: &QueuePosition) -> QueueInspection {
+    QueueInspection {
+        index: queue.index,
+        size: queue.size,
+        descriptors: queue.descriptors,
+        available: queue.available,
+        used: queue.used,
+        outstanding: queue.available.zip(queue.used).map(|(available, used)| available.wrapping_sub(used)),
     }
 }

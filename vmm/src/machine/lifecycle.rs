@@ -3,11 +3,12 @@
 //! A vCPU thread looks here only when it was kicked, so that a guest exit costs nothing for it.
 
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
+use std::time::Duration;
 
-use bedplate_api::vmm::{Exit, ExitReason};
+use bedplate_api::vmm::{Exit, ExitReason, Registers};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::kvm::Kicker;
+use crate::kvm::{Kicker, Vcpu};
 
 /// What the vCPUs shall do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,6 +25,18 @@ struct State {
     alive: usize,
     /// Of these, those that stand still.
     parked: usize,
+    /// By vCPU: what control wants to see of it.
+    looks: Vec<Look>,
+}
+
+/// A look at the registers of a vCPU, which only its own thread can take.
+#[derive(Debug, Clone, Default)]
+enum Look {
+    #[default]
+    Unwanted,
+    Wanted,
+    /// Empty where KVM gives none.
+    Taken(Option<Box<Registers>>),
 }
 
 /// Shared by the vCPU threads, the devices that can end the machine, and control.
@@ -40,7 +53,7 @@ impl Lifecycle {
     /// Of a machine that runs as soon as it has vCPUs. `ended` is signalled when it has ended.
     pub fn new(ended: EventFd) -> Self {
         Self {
-            state: Mutex::new(State { target: Target::Run, alive: 0, parked: 0 }),
+            state: Mutex::new(State { target: Target::Run, alive: 0, parked: 0, looks: Vec::new() }),
             changed: Condvar::new(),
             kickers: OnceLock::new(),
             exit: OnceLock::new(),
@@ -54,7 +67,11 @@ impl Lifecycle {
 
     /// Names the vCPUs, once, before the first of them runs.
     pub fn set_vcpus(&self, kickers: Vec<Kicker>) {
-        self.lock().alive = kickers.len();
+        {
+            let mut state = self.lock();
+            state.alive = kickers.len();
+            state.looks.resize(kickers.len(), Look::Unwanted);
+        }
         // A second call would be our bug and changes nothing.
         let _ = self.kickers.set(kickers);
     }
@@ -96,24 +113,60 @@ impl Lifecycle {
             }
             state.target = target;
         }
+        self.kick_all();
+    }
+
+    fn kick_all(&self) {
         self.changed.notify_all();
         self.kickers.get().into_iter().flatten().for_each(Kicker::kick);
     }
 
-    /// For a vCPU thread that was kicked: stands still as long as it must; true when it shall run again. `paused` is
-    /// called first if it has to wait.
-    pub fn checkpoint(&self, kicker: &Kicker, paused: impl FnOnce()) -> bool {
-        // Before the look at the target: a target that is set after the look comes with a kick of its own.
+    /// The registers of each vCPU, also while they stand still; none of one that does not leave the guest within
+    /// `patience` or has ended.
+    pub fn look(&self, patience: Duration) -> Vec<Option<Registers>> {
+        self.lock().looks.fill(Look::Wanted);
+        self.kick_all();
+        let waiting = |state: &mut State| {
+            let taken = state.looks.iter().filter(|look| matches!(look, Look::Taken(_))).count();
+            taken < state.alive
+        };
+        let (mut state, _) =
+            self.changed.wait_timeout_while(self.lock(), patience, waiting).unwrap_or_else(|e| e.into_inner());
+        let taken = |look: &mut Look| match std::mem::take(look) {
+            Look::Taken(registers) => registers.map(|registers| *registers),
+            Look::Unwanted | Look::Wanted => None,
+        };
+        state.looks.iter_mut().map(taken).collect()
+    }
+
+    /// For the thread of a vCPU that was kicked: lets itself be looked at, and stands still as long as it must; true when
+    /// it shall run again.
+    pub fn checkpoint(&self, vcpu: &Vcpu, kicker: &Kicker) -> bool {
+        // Before the look at what is wanted: what is wanted after it comes with a kick of its own.
         kicker.clear();
         let mut state = self.lock();
-        if state.target == Target::Pause {
-            paused();
+        let mut told = false;
+        loop {
+            if let Some(look @ Look::Wanted) = state.looks.get_mut(usize::from(vcpu.index())) {
+                *look = Look::Taken(vcpu.registers().ok().map(Box::new));
+                self.changed.notify_all();
+            }
+            if state.target != Target::Pause {
+                return state.target == Target::Run;
+            }
+            if !told {
+                vcpu.note_pause();
+                told = true;
+            }
             state.parked += 1;
             self.changed.notify_all();
-            state = self.changed.wait_while(state, |s| s.target == Target::Pause).unwrap_or_else(|e| e.into_inner());
+            let idle = |state: &mut State| {
+                let wanted = matches!(state.looks.get(usize::from(vcpu.index())), Some(Look::Wanted));
+                state.target == Target::Pause && !wanted
+            };
+            state = self.changed.wait_while(state, idle).unwrap_or_else(|e| e.into_inner());
             state.parked -= 1;
         }
-        state.target == Target::Run
     }
 
     /// For a vCPU thread that ends.

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use bedplate_api::vmm::{Exit, ExitCounts, ExitReason};
+use bedplate_api::vmm::{Exit, ExitCounts, ExitReason, VcpuInspection};
 use bedplate_devices::bus::OverlapError;
 use bedplate_devices::pci::{PciError, PciRoot};
 use bedplate_devices::platform::AcpiPm;
@@ -150,6 +150,18 @@ impl Machine {
     /// Time since the first vCPU was started.
     pub fn uptime(&self) -> Duration {
         self.started.map_or(Duration::ZERO, |start| start.elapsed())
+    }
+
+    /// What each vCPU does: its registers, unless it does not leave the guest within `patience`, and its exits.
+    pub fn inspect(&self, patience: Duration) -> Vec<VcpuInspection> {
+        let registers = self.life.look(patience);
+        let vcpu = |(index, (registers, counters)): (usize, (_, &Arc<ExitCounters>))| VcpuInspection {
+            index: index as u8,
+            registers,
+            exits: counters.counts(),
+            last_exits: counters.last(),
+        };
+        registers.into_iter().zip(&self.counters).enumerate().map(vcpu).collect()
     }
 
     /// Exits of all vCPUs so far.

@@ -4,13 +4,13 @@ use std::ffi::CString;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use bedplate_api::socket;
 use bedplate_devices::Memory;
 use bedplate_devices::host::PciHost;
 use bedplate_devices::metadata::Responder;
-use bedplate_devices::pci::PciRoot;
+use bedplate_devices::pci::{PciFunction, PciRoot};
 use bedplate_devices::virtio::VirtioDevice;
 use bedplate_devices::virtio::balloon::{Balloon, BalloonConfig};
 use bedplate_devices::virtio::block::{Block, BlockConfig, OpenError};
@@ -112,9 +112,9 @@ impl Attach<'_> {
         };
         let device = Block::over(medium, config).map_err(BuildError::Host)?;
         self.devices.disks.insert(drive.id.clone(), device.control());
-        self.count(format!("block_{}", drive.id), &device, Counts::Block(Arc::clone(device.block_metrics())));
         self.devices.warnings.extend(warning);
-        self.virtio(device)
+        let counts = Counts::Block(Arc::clone(device.block_metrics()));
+        self.virtio(format!("block_{}", drive.id), device, counts)
     }
 
     pub fn net(&mut self, net: &config::NetConfig) -> Result<(), BuildError> {
@@ -131,8 +131,8 @@ impl Attach<'_> {
             device.set_responder(Responder::new(address, view)).map_err(BuildError::Host)?;
         }
         self.devices.nets.insert(net.id.clone(), device.control());
-        self.count(format!("net_{}", net.id), &device, Counts::Net(Arc::clone(device.net_metrics())));
-        self.virtio(device)
+        let counts = Counts::Net(Arc::clone(device.net_metrics()));
+        self.virtio(format!("net_{}", net.id), device, counts)
     }
 
     pub fn vsock(&mut self, vsock: &config::VsockConfig) -> Result<(), BuildError> {
@@ -140,39 +140,38 @@ impl Attach<'_> {
         socket::remove_dead(&path).map_err(|source| DeviceError::SocketInUse { path, source })?;
         let config = VsockConfig { guest_cid: vsock.cid, uds_path: vsock.path.clone() };
         let device = Vsock::new(config).map_err(DeviceError::Vsock)?;
-        self.count("vsock".into(), &device, Counts::Vsock);
-        self.virtio(device)
+        let counts = Counts::Vsock;
+        self.virtio("vsock".into(), device, counts)
     }
 
     pub fn rng(&mut self, entropy: &EntropyConfig) -> Result<(), BuildError> {
         let device = Rng::new(entropy.limits).map_err(BuildError::Host)?;
-        self.count("entropy".into(), &device, Counts::Rng(Arc::clone(device.bytes())));
-        self.virtio(device)
+        let counts = Counts::Rng(Arc::clone(device.bytes()));
+        self.virtio("entropy".into(), device, counts)
     }
 
     pub fn balloon(&mut self, balloon: BalloonConfig) -> Result<(), BuildError> {
         let device = Balloon::new(balloon).map_err(BuildError::Host)?;
         self.devices.balloon = Some(device.control());
-        self.count("balloon".into(), &device, Counts::Balloon(Arc::clone(device.balloon_metrics())));
-        self.virtio(device)
+        let counts = Counts::Balloon(Arc::clone(device.balloon_metrics()));
+        self.virtio("balloon".into(), device, counts)
     }
 
     pub fn mem(&mut self, hotplug: HotplugConfig, region: Range<u64>) -> Result<(), BuildError> {
         let (len, block) = (region.end - region.start, hotplug.block_mib << 20);
         let device = Mem::new(MemConfig { address: region.start, len, block }).map_err(BuildError::Host)?;
         self.devices.mem = Some(device.control());
-        self.count("memory_hotplug".into(), &device, Counts::Mem(Arc::clone(device.mem_metrics())));
-        self.virtio(device)
+        let counts = Counts::Mem(Arc::clone(device.mem_metrics()));
+        self.virtio("memory_hotplug".into(), device, counts)
     }
 
-    /// Notes what a device counts.
-    fn count(&mut self, name: String, device: &dyn VirtioDevice, counts: Counts) {
-        self.devices.counts.insert(name, (Arc::clone(device.metrics()), counts));
-    }
-
-    fn virtio(&self, device: impl VirtioDevice + 'static) -> Result<(), BuildError> {
+    /// Puts a device on the bus, and notes what it counts and where its queues are.
+    fn virtio(&mut self, name: String, device: impl VirtioDevice + 'static, counts: Counts) -> Result<(), BuildError> {
+        self.devices.counts.insert(name.clone(), (Arc::clone(device.metrics()), counts));
         let function = VirtioPciDevice::new(device, self.memory, &self.host).map_err(DeviceError::Transport)?;
-        self.pci.add(function)?;
+        let function = Arc::new(Mutex::new(function));
+        self.pci.add_shared(Arc::clone(&function) as Arc<Mutex<dyn PciFunction>>)?;
+        self.devices.transports.insert(name, function);
         Ok(())
     }
 }

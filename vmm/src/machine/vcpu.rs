@@ -40,7 +40,7 @@ pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCoun
     loop {
         match vcpu.run() {
             Ok(Exit::PortRead { port, width, data }) => {
-                counters.port_read.count();
+                counters.port_read(port, data.len());
                 for item in data.chunks_exact_mut(width.max(1)) {
                     if !buses.ports.read(port.into(), item) {
                         counters.unknown_port.count();
@@ -48,7 +48,7 @@ pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCoun
                 }
             }
             Ok(Exit::PortWrite { port, width, data }) => {
-                counters.port_write.count();
+                counters.port_write(port, data.len());
                 for item in data.chunks_exact(width.max(1)) {
                     if !buses.ports.write(port.into(), item) {
                         counters.unknown_port.count();
@@ -56,25 +56,25 @@ pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCoun
                 }
             }
             Ok(Exit::MmioRead { address, data }) => {
-                counters.mmio_read.count();
+                counters.mmio_read(address, data.len());
                 if !buses.mmio.read(address, data) {
                     counters.unknown_mmio.count();
                 }
             }
             Ok(Exit::MmioWrite { address, data }) => {
-                counters.mmio_write.count();
+                counters.mmio_write(address, data.len());
                 if !buses.mmio.write(address, data) {
                     counters.unknown_mmio.count();
                 }
             }
             Ok(Exit::Interrupted) => {
-                counters.interrupted.count();
-                if !life.checkpoint(&kicker, || vcpu.note_pause()) {
+                counters.interrupted();
+                if !life.checkpoint(vcpu, &kicker) {
                     break;
                 }
             }
             other => {
-                counters.other.count();
+                counters.other();
                 let end = classify(other);
                 if let Some(end) = end {
                     finish(vcpu, life, end);

@@ -41,7 +41,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::common::{COMMON_LEN, Common, Effect};
 use self::interrupt::Lines;
-use super::{Active, COMMON_FEATURES, Interrupt, VirtioDevice, Virtqueue};
+use super::{Active, COMMON_FEATURES, Interrupt, QueueConfig, QueuePosition, VirtioDevice, Virtqueue};
 use crate::Memory;
 use crate::host::PciHost;
 use crate::pci::{ConfigSpace, Identity, Msix, PciFunction};
@@ -141,6 +141,12 @@ impl VirtioPciDevice {
     /// The device behind the transport.
     pub fn device(&mut self) -> &mut dyn VirtioDevice {
         &mut *self.device
+    }
+
+    /// How far the queues are that the driver has enabled.
+    pub fn queue_positions(&self) -> Vec<QueuePosition> {
+        let position = |(index, queue): (usize, &QueueConfig)| queue.position(index as u16, &self.memory);
+        self.common.queues.iter().enumerate().filter_map(position).collect()
     }
 
     fn write_common(&mut self, offset: u64, data: &[u8]) {
