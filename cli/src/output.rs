@@ -74,9 +74,10 @@ pub fn note(text: &str) {
     eprintln!("{text}");
 }
 
-/// Whether to colour what goes to stdout: only on a terminal, and not where NO_COLOR says otherwise.
+/// Whether to colour what goes to stdout: only on a terminal that knows colours, and not where NO_COLOR says otherwise.
 pub fn colours() -> bool {
-    io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
+    let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+    io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty()) && !dumb
 }
 
 /// A table without lines, upper-case headings; a terminal's width is the limit, and without a terminal there is none, so
