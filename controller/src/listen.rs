@@ -11,6 +11,7 @@ use axum::Extension;
 use axum::Router;
 use axum::extract::ConnectInfo;
 use axum::serve::Listener;
+use bedplate_api::client::HEAD_TIMEOUT;
 use bedplate_api::socket;
 use hyper::server::conn::http1::Builder;
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -22,8 +23,6 @@ use tokio_util::sync::CancellationToken;
 
 /// Connections of one listener at a time; more wait to be accepted.
 const CONNECTIONS: u32 = 256;
-/// A request's head that takes longer is not coming. Connections on which nothing is asked end after this long, too.
-const HEAD: Duration = Duration::from_secs(10);
 
 /// Why nobody can be listened to.
 #[derive(Debug, thiserror::Error)]
@@ -108,7 +107,7 @@ impl Peer for tokio::net::unix::SocketAddr {
 
 /// Serves `router` until `stop`, then lets requests under way end.
 pub async fn serve<L: Listener<Addr: Peer>>(listener: L, router: Router, stop: CancellationToken) {
-    serve_within(listener, router, stop, (CONNECTIONS, HEAD)).await;
+    serve_within(listener, router, stop, (CONNECTIONS, HEAD_TIMEOUT)).await;
 }
 
 async fn serve_within<L: Listener<Addr: Peer>>(

@@ -26,6 +26,8 @@ use crate::{ApiError, Digest};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest silence while an answer is being read. Not a limit on a whole transfer, which may take long.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long our servers wait for the head of a request; a connection on which no other one begins is closed then.
+pub const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Where a server listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -142,7 +144,9 @@ impl Client {
         let mut builder = plain_http()
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(CONNECT_TIMEOUT)
-            .read_timeout(READ_TIMEOUT);
+            .read_timeout(READ_TIMEOUT)
+            // A caller that works for long between two calls would meet a connection that the server has closed.
+            .pool_idle_timeout(HEAD_TIMEOUT / 2);
         if let Endpoint::Unix(path) = &endpoint {
             builder = builder.unix_socket(path.clone());
         }

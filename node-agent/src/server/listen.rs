@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use bedplate_api::client::HEAD_TIMEOUT;
 use bedplate_api::node::Ipv4Net;
 use bedplate_api::socket;
 use hyper::server::conn::http1;
@@ -21,8 +22,6 @@ use crate::net::addresses;
 
 /// Connections of one listener at a time; more wait until one ends. An upgraded one is not counted any more.
 const MAX_CONNECTIONS: usize = 256;
-/// How long a connection may take until it has said what it wants.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// The wait after a connection could not be accepted.
 const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 /// What a guest is told.
@@ -107,7 +106,7 @@ where
 {
     tokio::spawn(async move {
         let mut http = http1::Builder::new();
-        http.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+        http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
         let service = TowerToHyperService::new(router);
         if let Err(e) = http.serve_connection(TokioIo::new(stream), service).with_upgrades().await {
             tracing::debug!("a connection broke off: {e}");
