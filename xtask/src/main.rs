@@ -3,6 +3,7 @@
 mod build;
 mod check;
 mod demo;
+mod fuzz;
 mod images;
 mod setup;
 mod test;
@@ -16,6 +17,8 @@ usage: cargo xtask COMMAND
            two blank emulated machines become nodes, VMs boot on them and serve web pages
   test [SUITE]
            every test, from units to clusters of emulated machines; or of one program, such as tests/vmm
+  fuzz [TARGET] [--seconds N]
+           each fuzz target, or those whose names contain TARGET, for a minute or N seconds
   images   the VMM image, the sample image `web`, the tiny test image, into target/guest-images
   check    formatting, lints, and the rules of ARCHITECTURE.md
   setup    installs the Debian packages that the others need
@@ -27,6 +30,10 @@ fn main() -> ExitCode {
     let done = match words[..] {
         ["demo", ref rest @ ..] => match demo::Options::parse(rest) {
             Some(options) => demo::run(&options),
+            None => return usage(),
+        },
+        ["fuzz", ref rest @ ..] => match fuzz_options(rest) {
+            Some((filter, seconds)) => fuzz::run(filter, seconds),
             None => return usage(),
         },
         ["images"] => setup::run().and_then(|()| images::run()),
@@ -42,6 +49,19 @@ fn main() -> ExitCode {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Which targets, and for how many seconds each.
+fn fuzz_options<'a>(words: &[&'a str]) -> Option<(Option<&'a str>, u32)> {
+    let (filter, words) = match *words {
+        [filter, ref rest @ ..] if !filter.starts_with('-') => (Some(filter), rest),
+        _ => (None, words),
+    };
+    match *words {
+        [] => Some((filter, fuzz::A_MINUTE)),
+        ["--seconds", seconds] => seconds.parse().ok().map(|seconds| (filter, seconds)),
+        _ => None,
     }
 }
 

@@ -5,12 +5,13 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 /// Beside those that the image recipes name.
-const PACKAGES: [(&str, &str); 9] = [
+const PACKAGES: [(&str, &str); 10] = [
     ("qemu-system-x86", "emulated machines"),
     ("ipxe", "first stage of network boot"),
     ("ovmf", "UEFI firmware of emulated machines"),
     ("iproute2", "network namespaces"),
     ("gcc", "crates that compile C"),
+    ("g++", "libFuzzer"),
     ("libc6-dev", "static programs"),
     ("docker-registry", "somebody else's registry to push images to"),
     ("xz-utils", "packed disk images"),

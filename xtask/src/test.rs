@@ -1,19 +1,21 @@
 //! `cargo xtask test`: every test, from units to clusters of emulated machines.
 //!
 //! Everything is built by one command, so that no crate is compiled twice with other features. Then each test program is
-//! run by itself: those of the package `bedplate-tests`, which start machines, one test at a time.
+//! run by itself: those of the package `bedplate-tests`, which start machines, one test at a time. Beside them the fuzz
+//! targets run, a minute each.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use bedplate_tests::Artifacts;
 use serde_json::Value;
 
-use crate::{build, images, setup};
+use crate::{build, fuzz, images, setup};
 
 /// A test program.
 struct Suite {
@@ -37,12 +39,31 @@ pub fn run(filter: Option<&str>) -> Result<()> {
     let start = Instant::now();
     setup::run()?;
     let suites = build_all()?;
+    let targets = if filter.is_none() { fuzz::build()? } else { Vec::new() };
     let built = start.elapsed();
     let artifacts = images::make(&|line| println!("{line}"))?;
     let imaged = start.elapsed();
     let mut totals = Totals::default();
+    // Beside the others, at the lowest priority: most of them leave a processor idle most of the time.
+    let fuzzing = thread::spawn(move || targets.iter().map(|target| target.run(fuzz::A_MINUTE)).collect::<Vec<_>>());
     for suite in suites.iter().filter(|suite| filter.is_none_or(|wanted| suite.name.contains(wanted))) {
         run_suite(suite, &artifacts, &mut totals)?;
+    }
+    let fuzzed = fuzzing.join().map_err(|_| anyhow!("the thread that runs the fuzz targets panicked"))?;
+    if !fuzzed.is_empty() {
+        println!("\n     fuzz targets, {} s each", fuzz::A_MINUTE);
+    }
+    for result in fuzzed {
+        match result {
+            Ok(line) => {
+                println!("{line}");
+                totals.passed += 1;
+            }
+            Err(error) => {
+                totals.failures.push(format!("failed: fuzz {error:#}"));
+                totals.failed += 1;
+            }
+        }
     }
     for line in totals.skipped.iter().chain(&totals.failures) {
         println!("{line}");

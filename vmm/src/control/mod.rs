@@ -28,6 +28,11 @@ pub use session::{Session, Settings, StartError};
 pub use signals::{Signal, Signals};
 pub use startup::StartTimes;
 
+/// Whether the API understands a request. For fuzzing, which has no VM to do it with.
+pub fn understands(method: &str, path: &str, body: &[u8]) -> bool {
+    method.parse().is_ok_and(|method| routes::parse(&method, path, body).is_ok())
+}
+
 /// Serves until the VM has ended; says how. Without a VM, until one was started and has ended, or a signal ends it all.
 ///
 /// # Errors
