@@ -501,8 +501,9 @@ pub struct Status {
     pub devices: BTreeMap<String, DeviceStatus>,
 }
 
-/// How often vCPUs left the guest.
+/// How often vCPUs left the guest. A VMM that is older than its reader counts less.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ExitCounts {
     /// To read a port.
     pub port_read: u64,
@@ -512,6 +513,10 @@ pub struct ExitCounts {
     pub mmio_read: u64,
     /// To write memory-mapped registers.
     pub mmio_write: u64,
+    /// To read a model-specific register that KVM does not have.
+    pub msr_read: u64,
+    /// To write one.
+    pub msr_write: u64,
     /// Because of a signal: a pause, a stop.
     pub interrupted: u64,
     /// For any other reason.
@@ -520,6 +525,8 @@ pub struct ExitCounts {
     pub unknown_port: u64,
     /// Memory-mapped accesses, counted above, that no device answered.
     pub unknown_mmio: u64,
+    /// Accesses to model-specific registers, counted above, that the guest got a fault for.
+    pub unknown_msr: u64,
 }
 
 /// How a VM ended: the content of an exit file.

@@ -94,6 +94,26 @@ fn what_nobody_answers_reads_as_ones_and_is_counted() {
     assert_eq!((counts.unknown_port, counts.port_read, counts.port_write), (2, 1, 2));
 }
 
+#[test]
+fn model_specific_registers_that_kvm_lacks_are_harmless_or_fault() {
+    #[rustfmt::skip]
+    let code = [
+        0x66, 0xb9, 0x9c, 0x01, 0x00, 0x00,       // mov ecx, 0x19c: a thermometer
+        0x66, 0xb8, 0xff, 0xff, 0xff, 0xff,       // mov eax, -1
+        0x0f, 0x32, 0x0f, 0x30,                   // rdmsr; wrmsr
+        0x66, 0x83, 0xf8, 0x00, 0x0f, 0x94, 0xc3, // cmp eax, 0; sete bl
+        0xc7, 0x06, 0x34, 0x00, 0x2d, 0x10,       // mov word [0x34], 0x102d: the handler of #GP
+        0xc7, 0x06, 0x36, 0x00, 0x00, 0x00,       // mov word [0x36], 0
+        0x66, 0xb9, 0x00, 0xff, 0xff, 0x7f,       // mov ecx, 0x7fffff00: nothing
+        0x0f, 0x32, 0xb3, 0x00,                   // rdmsr; mov bl, 0
+        0x88, 0xd8, 0xe6, 0xe0,                   // 0x102d: mov al, bl; out 0xe0, al
+    ];
+    let Some(machine) = machine(&code) else { return };
+    let (exit, counts) = machine.run();
+    assert_eq!(exit.detail, "[1]");
+    assert_eq!((counts.msr_read, counts.msr_write, counts.unknown_msr), (2, 1, 1));
+}
+
 /// The device lies right behind the 2 MiB of RAM.
 #[test]
 fn memory_mapped_accesses_and_notifies() {

@@ -87,6 +87,9 @@ pub enum ExitKind {
     PortWrite,
     MmioRead,
     MmioWrite,
+    /// Of a model-specific register that KVM does not have; the address is its number.
+    MsrRead,
+    MsrWrite,
     /// Kicked, to be paused or looked at, or by a signal.
     Interrupted,
     Other,

@@ -212,6 +212,11 @@ impl Session {
         if let Err(error) = self.flush_metrics() {
             self.log.write(LogLevel::Warning, &error.message);
         }
+        let refused = self.vm.as_ref().map_or(0, |vm| vm.machine.exits().unknown_msr);
+        if refused > 0 {
+            let message = format!("the guest touched model-specific registers that KVM does not have {refused} times");
+            self.log.write(LogLevel::Warning, &message);
+        }
         self.vm = None;
         self.log.write(LogLevel::Info, &format!("the VM has ended: {}", exit.detail));
         Some(exit)

@@ -36,6 +36,15 @@ pub enum Exit<'a> {
         /// What it writes; 1 to 8 bytes.
         data: &'a [u8],
     },
+    /// The guest reads or writes a model-specific register that KVM does not have. It is answered already.
+    Msr {
+        /// Number of the register.
+        register: u32,
+        /// Whether it is a write.
+        write: bool,
+        /// Whether the guest gets a fault.
+        faults: bool,
+    },
     /// A signal or a [`super::Kicker`] interrupted the run.
     Interrupted,
     /// The guest executed `HLT` on a VM without interrupt controller.

@@ -6,6 +6,7 @@
 mod cpuid;
 mod exit;
 mod irq;
+mod msrs;
 mod registers;
 mod run_page;
 mod vcpu;

@@ -9,7 +9,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::run_page::RunPage;
-use super::{Exit, KvmError, call};
+use super::{Exit, KvmError, call, msrs};
 use crate::boot::Entry;
 
 /// A vCPU. Run by one thread, from the first run to the last.
@@ -171,6 +171,16 @@ impl Vcpu {
             VcpuExit::IoOut(port, data) => Exit::PortWrite { port, width: self.page.port_width(), data },
             VcpuExit::MmioRead(address, data) => Exit::MmioRead { address, data },
             VcpuExit::MmioWrite(address, data) => Exit::MmioWrite { address, data },
+            VcpuExit::X86Rdmsr(read) => {
+                let faults = !msrs::is_harmless(read.index);
+                (*read.data, *read.error) = (0, faults.into());
+                Exit::Msr { register: read.index, write: false, faults }
+            }
+            VcpuExit::X86Wrmsr(write) => {
+                let faults = !msrs::is_harmless(write.index);
+                *write.error = faults.into();
+                Exit::Msr { register: write.index, write: true, faults }
+            }
             VcpuExit::Intr => Exit::Interrupted,
             VcpuExit::Hlt => Exit::Halted,
             VcpuExit::Shutdown => Exit::Shutdown,

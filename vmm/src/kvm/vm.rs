@@ -12,7 +12,7 @@ use kvm_bindings::{
 use kvm_ioctls::VmFd;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{Interrupts, KvmError, Topology, Vcpu, call, cpuid, open};
+use super::{Interrupts, KvmError, Topology, Vcpu, call, cpuid, msrs, open};
 use crate::memory::layout;
 
 /// What a VM is like for KVM.
@@ -52,6 +52,7 @@ impl Vm {
         // Port 0x61 stays in the kernel, too: Linux calibrates with it.
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(call("create a timer"))?;
+        msrs::ask_for_exits(&fd);
         let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("list processor features"))?;
         let supported = cpuid::templated(&supported, &config.cpu.cpuid_modifiers)?;
         let fd = Arc::new(fd);

@@ -34,12 +34,15 @@ pub struct ExitCounters {
     port_write: Tally,
     mmio_read: Tally,
     mmio_write: Tally,
+    msr_read: Tally,
+    msr_write: Tally,
     interrupted: Tally,
     other: Tally,
     /// Accesses to ports that nothing answers at; the vCPU loop counts them beside the exit.
     pub unknown_port: Tally,
     /// Likewise, to memory.
     pub unknown_mmio: Tally,
+    unknown_msr: Tally,
     /// All exits; the next one is kept at this, modulo [`KEPT`].
     all: Tally,
     kept: [AtomicU64; KEPT],
@@ -52,10 +55,13 @@ impl Default for ExitCounters {
             port_write: Tally::default(),
             mmio_read: Tally::default(),
             mmio_write: Tally::default(),
+            msr_read: Tally::default(),
+            msr_write: Tally::default(),
             interrupted: Tally::default(),
             other: Tally::default(),
             unknown_port: Tally::default(),
             unknown_mmio: Tally::default(),
+            unknown_msr: Tally::default(),
             all: Tally::default(),
             kept: array::from_fn(|_| AtomicU64::new(0)),
         }
@@ -89,6 +95,16 @@ impl ExitCounters {
     pub fn mmio_write(&self, address: u64, len: usize) {
         self.mmio_write.count();
         self.keep(4, address, len);
+    }
+
+    /// A read or write of a model-specific register that KVM does not have.
+    pub fn msr(&self, register: u32, write: bool, faults: bool) {
+        let (tally, kind) = if write { (&self.msr_write, 8) } else { (&self.msr_read, 7) };
+        tally.count();
+        if faults {
+            self.unknown_msr.count();
+        }
+        self.keep(kind, register.into(), 8);
     }
 
     /// A kick, or a signal.
@@ -130,10 +146,13 @@ impl ExitCounters {
         sum.port_write += self.port_write.value();
         sum.mmio_read += self.mmio_read.value();
         sum.mmio_write += self.mmio_write.value();
+        sum.msr_read += self.msr_read.value();
+        sum.msr_write += self.msr_write.value();
         sum.interrupted += self.interrupted.value();
         sum.other += self.other.value();
         sum.unknown_port += self.unknown_port.value();
         sum.unknown_mmio += self.unknown_mmio.value();
+        sum.unknown_msr += self.unknown_msr.value();
     }
 }
 
@@ -148,6 +167,8 @@ fn record(word: u64) -> Option<ExitRecord> {
         4 => ExitKind::MmioWrite,
         5 => ExitKind::Interrupted,
         6 => ExitKind::Other,
+        7 => ExitKind::MsrRead,
+        8 => ExitKind::MsrWrite,
         _ => return None,
     };
     let access = !matches!(kind, ExitKind::Interrupted | ExitKind::Other);

@@ -67,6 +67,7 @@ pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCoun
                     counters.unknown_mmio.count();
                 }
             }
+            Ok(Exit::Msr { register, write, faults }) => counters.msr(register, write, faults),
             Ok(Exit::Interrupted) => {
                 counters.interrupted();
                 if !life.checkpoint(vcpu, &kicker) {
