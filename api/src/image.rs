@@ -11,6 +11,7 @@
 //! | `PUT /v1/blobs/{digest}` | bytes → 204; refused when the digest does not match | people |
 //! | `POST /v1/chunks/fetch` | `ChunkList` → frames (see [`FRAME_HEADER_LEN`]) in the order asked | nodes |
 //! | `POST /v1/chunks/missing` | `ChunkList` → `ChunkList` of those that are not there | people |
+//! | `POST /v1/gc` | `Sweep` → `Swept`; removes what no name, no tier and no VM needs | people |
 //! | `POST /v1/chunks` | frames → 204; every chunk is verified before it is kept | people |
 
 use std::collections::BTreeMap;
@@ -133,6 +134,23 @@ pub struct Tag {
     /// minisign signature of that manifest, to be kept with it; without it, what is kept stays.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signature: Option<String>,
+}
+
+/// Asks for garbage collection.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Sweep {
+    /// What is younger stays, in seconds: it may belong to an upload under way.
+    pub grace_seconds: u64,
+}
+
+/// What a garbage collection took out.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Swept {
+    /// Manifests, indexes and chunks.
+    pub removed: u64,
+    /// What they and the drafts of processes that died took.
+    pub bytes: u64,
 }
 
 /// Digests of chunks, [`MAX_CHUNK_LIST`] at most.

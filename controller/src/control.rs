@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use bedplate_api::Digest;
+use bedplate_api::image::Swept;
 use bedplate_api::node::Ipv4Net;
 use tokio::sync::Notify;
 
@@ -39,6 +41,17 @@ pub struct Options {
     pub boot_deadline: u64,
     /// Seconds that a node may be silent.
     pub lost_after: u64,
+}
+
+/// Why no garbage was collected.
+#[derive(Debug, thiserror::Error)]
+pub enum GarbageError {
+    /// The images cannot be gone through, or are being used.
+    #[error(transparent)]
+    Images(#[from] bedplate_images::StoreError),
+    /// Nobody can say what is needed.
+    #[error(transparent)]
+    Records(#[from] StoreError),
 }
 
 /// The control node. Shared by the HTTP handlers, the executor, the pushes and the boot service.
@@ -107,6 +120,15 @@ impl Control {
     ) -> Result<T, E> {
         let control = Arc::clone(self);
         blocking(move || control.store.change(act)).await
+    }
+
+    /// Removes images, and parts of images, that no name, no tier and no VM needs and that are older than `grace`.
+    ///
+    /// # Errors
+    /// An image is being taken into use, or something that is needed cannot be read: then nothing was removed.
+    pub async fn collect_garbage(self: &Arc<Self>, grace: Duration) -> Result<Swept, GarbageError> {
+        let control = Arc::clone(self);
+        blocking(move || control.images.gc_with(grace, || Ok(control.store.read(images_in_use)?))).await
     }
 
     /// Appends to the log of decisions. A log that cannot be written must not stop what it tells of.
@@ -206,4 +228,11 @@ pub(crate) fn random_token() -> String {
         panic!("the kernel gives no random bytes: {error}");
     }
     bedplate_api::Digest::from_bytes(bytes).hex()
+}
+
+/// What tiers will boot, and what nodes boot now or may still ask for.
+fn images_in_use(read: &Snapshot) -> Result<Vec<Digest>, StoreError> {
+    let tiers = read.all(&TIERS)?.into_iter().map(|tier| tier.digest);
+    let vms = read.all(&VMS)?.into_iter().map(|assignment| assignment.vm.image);
+    Ok(tiers.chain(vms).collect())
 }

@@ -51,6 +51,7 @@ pub fn people(control: Arc<Control>) -> Router {
         .route("/v1/signatures/{digest}", get(images::signature))
         .route("/v1/blobs/{digest}", get(images::blob).put(images::put_blob))
         .route("/v1/chunks", post(images::put_chunks))
+        .route("/v1/gc", post(images::gc))
         .route("/v1/chunks/fetch", post(images::fetch_chunks))
         .route("/v1/chunks/missing", post(images::missing_chunks))
         .merge(pulling())

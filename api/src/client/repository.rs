@@ -7,7 +7,7 @@ use reqwest::Method;
 use super::{Client, ClientError, Frames, blob_path, segment};
 use crate::Digest;
 use crate::error::ErrorKind;
-use crate::image::{ChunkList, ImageSummary, MAX_BLOB_LEN, MAX_SIGNATURE_LEN, Tag};
+use crate::image::{ChunkList, ImageSummary, MAX_BLOB_LEN, MAX_SIGNATURE_LEN, Sweep, Swept, Tag};
 
 impl Client {
     /// Every tag of the repository.
@@ -74,6 +74,14 @@ impl Client {
     /// See [`ClientError`].
     pub async fn untag_image(&self, name: &str) -> Result<(), ClientError> {
         self.delete(&format!("/v1/images/{}", segment(name))).await
+    }
+
+    /// Removes what no name, no tier and no VM needs, and is older than `grace_seconds`.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; "unavailable" while an image is being taken into use: ask again.
+    pub async fn collect_garbage(&self, grace_seconds: u64) -> Result<Swept, ClientError> {
+        self.post("/v1/gc", &Sweep { grace_seconds }).await
     }
 
     /// A manifest or an index. Not verified here: the caller's store does that when it keeps the bytes.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bedplate_api::Digest;
-use bedplate_api::image::{Firmware, ImageKind, ImageSummary};
+use bedplate_api::image::{Firmware, ImageKind, ImageSummary, Swept};
 use bedplate_images::{Store, StoreError, export};
 use comfy_table::Cell;
 use serde::Serialize;
@@ -108,9 +108,14 @@ pub(super) fn inspect(store: &Store, name: &str, format: Format) -> Result<(), E
 }
 
 pub(super) fn gc(store: &Store, grace: Duration, format: Format) -> Result<(), Error> {
-    let swept = store.gc(&rundir::images_in_use(store), grace)?;
+    let swept = store.gc_with(grace, || Ok::<_, StoreError>(rundir::images_in_use(store)))?;
+    print_swept(&swept, format)
+}
+
+/// What a garbage collection took out, here or elsewhere.
+pub(super) fn print_swept(swept: &Swept, format: Format) -> Result<(), Error> {
     match format {
-        Format::Json => output::json(&json!({ "removed": swept.removed, "bytes": swept.bytes }))?,
+        Format::Json => output::json(swept)?,
         Format::Table => note(&format!("{} objects removed, {} freed", swept.removed, output::bytes(swept.bytes))),
     }
     Ok(())

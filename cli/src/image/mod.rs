@@ -155,11 +155,13 @@ enum Action {
         #[command(flatten)]
         peer: Peer,
     },
-    /// Remove what no name and no disk of a VM needs
+    /// Remove what no name and no disk of a VM needs; at a control node, what no name, no tier and no VM of the cluster needs
     Gc {
         /// Keep what is younger than this many seconds
         #[arg(long, default_value_t = 3600, value_name = "SECONDS")]
         grace: u64,
+        #[command(flatten)]
+        remote: Remote,
     },
     /// Read every byte of images and compare it with its digest
     Verify {
@@ -302,7 +304,12 @@ pub fn run(args: Args, format: Format) -> Result<(), Error> {
         }
         Action::Push { name, to, peer, .. } => push::run(&Store::open(dir)?, &name, to, &peer.control, format)?,
         Action::Pull { name, to, peer, .. } => pull::run(&Store::create(dir)?, &name, to, &peer.control, format)?,
-        Action::Gc { grace } => local::gc(&Store::open(dir)?, Duration::from_secs(grace), format)?,
+        Action::Gc { grace, remote: Remote { control: Some(endpoint) } } => {
+            let session = session(endpoint)?;
+            let swept = session.wait(session.client.collect_garbage(grace))?;
+            local::print_swept(&swept, format)?;
+        }
+        Action::Gc { grace, .. } => local::gc(&Store::open(dir)?, Duration::from_secs(grace), format)?,
         Action::Verify { name, key } => {
             let store = Store::open(dir)?;
             if let (Some(name), Some(key)) = (&name, &key) {

@@ -2,6 +2,7 @@
 //! image of any size takes a bounded amount of memory here.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::body::Body as Stream;
@@ -10,7 +11,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bedplate_api::client::{FrameError, Frames, encode_frame};
 use bedplate_api::error::ErrorKind;
-use bedplate_api::image::{ChunkList, ImageKind, ImageSummary, MAX_BLOB_LEN, MAX_CHUNK_LIST, Tag};
+use bedplate_api::image::{ChunkList, ImageKind, ImageSummary, MAX_BLOB_LEN, MAX_CHUNK_LIST, Sweep, Swept, Tag};
 use bedplate_api::{ApiError, Digest};
 use bedplate_images::trust::TrustError;
 use bedplate_images::{Store, StoreError};
@@ -20,7 +21,7 @@ use tokio::sync::{Semaphore, mpsc};
 
 use super::Shared;
 use super::answer::{Body, Path, Refusal, whole};
-use crate::control::{Control, blocking};
+use crate::control::{Control, GarbageError, blocking};
 
 /// An index is held in memory until its digest is known. One at a time, because one may have [`MAX_BLOB_LEN`] bytes.
 static LARGE_BODY: Semaphore = Semaphore::const_new(1);
@@ -57,6 +58,15 @@ impl From<TrustError> for Refusal {
     }
 }
 
+impl From<GarbageError> for Refusal {
+    fn from(error: GarbageError) -> Self {
+        match error {
+            GarbageError::Images(error) => error.into(),
+            GarbageError::Records(error) => error.into(),
+        }
+    }
+}
+
 async fn ask<T: Send + 'static>(
     control: &Arc<Control>,
     act: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
@@ -65,7 +75,8 @@ async fn ask<T: Send + 'static>(
     Ok(blocking(move || act(&images)).await?)
 }
 
-/// The digest of an image that a tier can boot, or why `name` is none.
+/// The digest of an image that a tier can boot, or why `name` is none. The caller holds a lease of the images until the
+/// tier is kept: the name may go meanwhile, and with it what kept the image.
 pub async fn bootable_disk(control: &Arc<Control>, name: &str) -> Result<Digest, Refusal> {
     let asked = name.to_owned();
     let summary = ask(control, move |images| images.summary(&asked)).await.map_err(|refusal| match refusal.0.kind {
@@ -152,6 +163,16 @@ pub async fn untag(State(control): Shared, Path(name): Path<String>) -> Result<S
     ask(&control, move |images| images.remove_tag(&asked)).await?;
     control.event(&name, format!("image name {name} removed; its content stays")).await;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// `POST /v1/gc`.
+pub async fn gc(State(control): Shared, Body(sweep): Body<Sweep>) -> Result<Json<Swept>, Refusal> {
+    let swept = control.collect_garbage(Duration::from_secs(sweep.grace_seconds)).await?;
+    if swept.removed > 0 {
+        let message = format!("{} objects that nothing needs were removed, {} bytes", swept.removed, swept.bytes);
+        control.event("images", message).await;
+    }
+    Ok(Json(swept))
 }
 
 fn digest(text: &str) -> Result<Digest, Refusal> {

@@ -197,6 +197,28 @@ async fn a_name_is_taken_once_and_a_replacement_is_atomic() {
 }
 
 #[tokio::test]
+async fn garbage_is_what_no_name_and_no_tier_needs() {
+    let bench = Bench::start().await;
+    bench.push("web", ImageKind::Disk).await;
+    bench.people.create_tier(&tier("web", "web", 1)).await.unwrap();
+    bench.people.untag_image("web").await.unwrap();
+    assert_eq!(bench.people.collect_garbage(0).await.unwrap().removed, 0, "the tier boots it");
+    let store = Store::open(bench.dir.path().join("state/images")).unwrap();
+    let digest = bench.people.tier("web").await.unwrap().digest;
+    assert!(store.manifest(&digest).is_ok());
+    bench.people.delete_tier("web").await.unwrap();
+    assert_eq!(bench.people.collect_garbage(3600).await.unwrap().removed, 0, "it is young");
+    let lease = store.lease().unwrap();
+    let busy = bench.people.collect_garbage(0).await.unwrap_err();
+    assert_eq!(busy.kind(), Some(ErrorKind::Unavailable), "{busy}");
+    drop(lease);
+    assert!(bench.people.collect_garbage(0).await.unwrap().removed >= 3, "manifest, index, a chunk");
+    assert!(store.manifest(&digest).is_err());
+    assert!(bench.nodes.collect_garbage(0).await.is_err(), "no business of a node");
+    bench.serving.stop().await;
+}
+
+#[tokio::test]
 async fn logs_and_consoles_come_from_the_node() {
     let bench = Bench::start().await;
     bench.push("web", ImageKind::Disk).await;

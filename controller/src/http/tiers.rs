@@ -12,7 +12,7 @@ use super::Shared;
 use super::answer::{Body, Path, Refusal};
 use super::images::bootable_disk;
 use super::views::View;
-use crate::control::{Control, now};
+use crate::control::{Control, blocking, now};
 use crate::records::TierRecord;
 use crate::store::{Change, FAILURES, Read, StoreError, TIERS};
 
@@ -75,6 +75,8 @@ pub async fn delete(State(control): Shared, Path(name): Path<String>) -> Result<
 
 async fn keep(control: &Arc<Control>, spec: TierSpec, replace: bool) -> Result<TierView, Refusal> {
     check(&spec)?;
+    let images = control.images.clone();
+    let lease = blocking(move || images.lease()).await?;
     let digest = bootable_disk(control, &spec.image).await?;
     let name = spec.name.clone();
     control
@@ -95,6 +97,7 @@ async fn keep(control: &Arc<Control>, spec: TierSpec, replace: bool) -> Result<T
             Ok(())
         })
         .await?;
+    drop(lease);
     control.wake_planner();
     view(control, &name).await
 }

@@ -7,21 +7,13 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use bedplate_api::Digest;
+use bedplate_api::image::Swept;
 use rustix::fs::FlockOperation;
 
 use super::{Store, StoreError};
 
 /// Drafts of a crashed process are older than this; a living one writes and renames within seconds.
 const DRAFT_AGE: Duration = Duration::from_secs(60 * 60);
-
-/// What [`Store::gc`] took out.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Swept {
-    /// Manifests, indexes and chunks.
-    pub removed: u64,
-    /// What they and old drafts took.
-    pub bytes: u64,
-}
 
 impl Store {
     /// Removes everything that neither a tag nor one of the images `live` needs. `live` are manifests that something other
@@ -31,9 +23,24 @@ impl Store {
     /// Refuses to run while anybody holds a lease, and when a root cannot be read, because then nobody can say what it
     /// needs.
     pub fn gc(&self, live: &[Digest], grace: Duration) -> Result<Swept, StoreError> {
+        self.gc_with(grace, || Ok(live.to_vec()))
+    }
+
+    /// The same; `live` is asked once no lease can be taken any more. So whoever takes a lease before resolving a name, and
+    /// holds it until `live` knows of the image, loses nothing.
+    pub fn gc_with<E: From<StoreError>>(
+        &self,
+        grace: Duration,
+        live: impl FnOnce() -> Result<Vec<Digest>, E>,
+    ) -> Result<Swept, E> {
         let Some(_lock) = self.lock(FlockOperation::NonBlockingLockExclusive)? else {
-            return Err(StoreError::Busy { dir: self.dir().to_owned() });
+            return Err(StoreError::Busy { dir: self.dir().to_owned() }.into());
         };
+        let live = live()?;
+        Ok(self.sweep_all(&live, grace)?)
+    }
+
+    fn sweep_all(&self, live: &[Digest], grace: Duration) -> Result<Swept, StoreError> {
         let needed = self.mark(live)?;
         let now = SystemTime::now();
         let mut swept = Swept::default();

@@ -37,7 +37,6 @@ use rustix::fs::FlockOperation;
 
 pub use error::StoreError;
 pub(crate) use files::{Draft, Locked, free_space, make_dir, need_space, sync_dir};
-pub use gc::Swept;
 pub use parts::{Missing, PartReader};
 pub use tags::{FoundTag, is_tag_name};
 
