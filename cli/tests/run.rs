@@ -38,8 +38,16 @@ fn act_as_vmm() {
     let listener = UnixListener::bind(serial.strip_prefix("socket:").unwrap()).unwrap();
     let (mut stream, _) = listener.accept().unwrap();
     let boot = config.boot_source.unwrap();
-    let kernel = fs::read(boot.kernel_image_path).unwrap();
-    write!(stream, "{} bytes of kernel, {}\r\n", kernel.len(), boot.boot_args.unwrap()).unwrap();
+    match (boot.kernel_image_path, boot.firmware_path) {
+        (Some(kernel), None) => {
+            let kernel = fs::read(kernel).unwrap();
+            write!(stream, "{} bytes of kernel, {}\r\n", kernel.len(), boot.boot_args.unwrap()).unwrap();
+        }
+        (None, Some(firmware)) => {
+            write!(stream, "{} bytes of firmware\r\n", fs::read(firmware).unwrap().len()).unwrap();
+        }
+        both => panic!("{both:?}"),
+    }
     if let Some(interface) = config.network_interfaces.first() {
         let look = format!("ip -o -4 addr show dev {}; nft list tables; nft list ruleset", interface.host_dev_name);
         stream.write_all(&Command::new("sh").args(["-c", &look]).output().unwrap().stdout).unwrap();

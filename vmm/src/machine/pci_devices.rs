@@ -10,7 +10,7 @@ use bedplate_api::socket;
 use bedplate_devices::Memory;
 use bedplate_devices::host::PciHost;
 use bedplate_devices::metadata::Responder;
-use bedplate_devices::pci::PciRoot;
+use bedplate_devices::pci::{PciRoot, Slot};
 use bedplate_devices::virtio::VirtioDevice;
 use bedplate_devices::virtio::balloon::{Balloon, BalloonConfig};
 use bedplate_devices::virtio::block::{Block, BlockConfig, OpenError};
@@ -98,6 +98,8 @@ pub(super) struct Attach<'a> {
     pub vcpus: u8,
     pub metadata: &'a Metadata,
     pub devices: Devices,
+    /// Of the drives, in their order.
+    pub disks: Vec<Slot>,
 }
 
 impl Attach<'_> {
@@ -114,7 +116,9 @@ impl Attach<'_> {
         self.devices.disks.insert(drive.id.clone(), device.control());
         self.count(format!("block_{}", drive.id), &device, Counts::Block(Arc::clone(device.block_metrics())));
         self.devices.warnings.extend(warning);
-        self.virtio(device)
+        let slot = self.slot(device)?;
+        self.disks.push(slot);
+        Ok(())
     }
 
     pub fn net(&mut self, net: &config::NetConfig) -> Result<(), BuildError> {
@@ -171,9 +175,12 @@ impl Attach<'_> {
     }
 
     fn virtio(&self, device: impl VirtioDevice + 'static) -> Result<(), BuildError> {
+        self.slot(device).map(|_| ())
+    }
+
+    fn slot(&self, device: impl VirtioDevice + 'static) -> Result<Slot, BuildError> {
         let function = VirtioPciDevice::new(device, self.memory, &self.host).map_err(DeviceError::Transport)?;
-        self.pci.add(function)?;
-        Ok(())
+        Ok(self.pci.add(function)?)
     }
 }
 
