@@ -202,12 +202,10 @@ impl BusDevice for FwCfg {
         let signature = offset.checked_sub(DMA).and_then(|from| usize::try_from(from).ok());
         match (offset, data) {
             (1, [byte]) => *byte = self.next_byte(),
-            (_, data) => {
-                match signature.and_then(|from| DMA_SIGNATURE.get(from..from.checked_add(data.len())?)) {
-                    Some(bytes) => data.copy_from_slice(bytes),
-                    None => data.fill(0xff),
-                }
-            }
+            (_, data) => match signature.and_then(|from| DMA_SIGNATURE.get(from..from.checked_add(data.len())?)) {
+                Some(bytes) => data.copy_from_slice(bytes),
+                None => data.fill(0xff),
+            },
         }
     }
 

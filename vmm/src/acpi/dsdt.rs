@@ -72,8 +72,10 @@ struct RootBridge<'a> {
 
 impl Aml for RootBridge<'_> {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-        let (buses, ports) =
-            (AddressSpace::new_bus_number(0u16, 0u16), IO::new(CONFIG_PORT as u16, CONFIG_PORT as u16, 1, CONFIG_PORTS as u8));
+        let (buses, ports) = (
+            AddressSpace::new_bus_number(0u16, 0u16),
+            IO::new(CONFIG_PORT as u16, CONFIG_PORT as u16, 1, CONFIG_PORTS as u8),
+        );
         let memory = AddressSpaceCacheable::NotCacheable;
         // Both ends of each 32-bit window are constants below 4 GiB.
         let window = |range: &std::ops::Range<u64>| {
@@ -94,10 +96,7 @@ impl Aml for RootBridge<'_> {
                 &Name::new(Path::new("_UID"), &0u8),
                 // Coherent for DMA.
                 &Name::new(Path::new("_CCA"), &1u8),
-                &Name::new(
-                    Path::new("_CRS"),
-                    &ResourceTemplate::new(resources),
-                ),
+                &Name::new(Path::new("_CRS"), &ResourceTemplate::new(resources)),
             ],
         )
         .to_aml_bytes(sink);

@@ -126,7 +126,9 @@ fn memory_map(ram: &Ram) -> Vec<u8> {
     let ranges = ram.ranges().map(|(start, end)| (start, end - start, E820_RAM));
     let ecam = (layout::ECAM, ECAM_LEN, E820_RESERVED);
     let intel = (layout::IDENTITY_MAP, 4 << 12, E820_RESERVED);
-    let entry = |(start, len, kind): (u64, u64, u32)| [&start.to_le_bytes()[..], &len.to_le_bytes(), &kind.to_le_bytes()].concat();
+    let entry = |(start, len, kind): (u64, u64, u32)| {
+        [&start.to_le_bytes()[..], &len.to_le_bytes(), &kind.to_le_bytes()].concat()
+    };
     ranges.chain([ecam, intel]).flat_map(entry).collect()
 }
 

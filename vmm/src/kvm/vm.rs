@@ -97,10 +97,8 @@ impl Vm {
     /// The host has no memory, or KVM refuses: something is there already.
     pub fn add_rom(&mut self, bytes: &[u8], address: u64) -> Result<(), KvmError> {
         const WHAT: &str = "map firmware";
-        let host = |e: &dyn std::fmt::Display| KvmError::Call {
-            what: WHAT,
-            source: std::io::Error::other(e.to_string()),
-        };
+        let host =
+            |e: &dyn std::fmt::Display| KvmError::Call { what: WHAT, source: std::io::Error::other(e.to_string()) };
         let mapping = MmapRegion::new(bytes.len()).map_err(|e| host(&e))?;
         mapping.get_slice(0, bytes.len()).map_err(|e| host(&e))?.copy_from(bytes);
         let slot = kvm_userspace_memory_region {

@@ -8,8 +8,8 @@ use bedplate_devices::bus::Bus;
 use bedplate_devices::pci::ConfigPorts;
 use bedplate_devices::platform::{
     AcpiPm, BOOT_TIMER_LEN, BootTimer, Booted, CONTROL_PORT, CONTROL_PORT_LEN, ControlPort, DEBUG_PORT, DEBUG_PORT_LEN,
-    DebugLine, DebugPort, FW_CFG_LEN, FW_CFG_PORT, FwCfg, I8042, I8042_LEN, PM_BLOCK_LEN, PowerRequest,
-    PowerSink, RTC_LEN, Rtc, SERIAL_LEN, SerialPort,
+    DebugLine, DebugPort, FW_CFG_LEN, FW_CFG_PORT, FwCfg, I8042, I8042_LEN, PM_BLOCK_LEN, PowerRequest, PowerSink,
+    RTC_LEN, Rtc, SERIAL_LEN, SerialPort,
 };
 use vmm_sys_util::eventfd::EventFd;
 
