@@ -45,7 +45,9 @@ pub enum BootError {
         source: std::io::Error,
     },
     /// There is no command line to add words to.
-    #[error("{image} starts by its own boot loader, which has its own command line: leave --cmdline out, or name a --kernel")]
+    #[error(
+        "{image} starts by its own boot loader, which has its own command line: leave --cmdline out, or name a --kernel"
+    )]
     NoCmdline {
         /// The image.
         image: String,
