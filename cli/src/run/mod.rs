@@ -35,7 +35,7 @@ const KEYS: Keys = Keys { leave: "stops the VM at once", power_button: true };
   bedplate run debian-12.qcow2 --cpus 2 --memory 2G --net
   bedplate run web --persistent --name my-web
   bedplate run rootfs.ext4 --kernel bzImage --cmdline 'quiet'
-  bedplate run freebsd.raw                # no Linux kernel in it: by its own boot loader, with Debian's SeaBIOS
+  bedplate run debian-12.raw --firmware /usr/share/seabios/bios-256k.bin   # by the disk's own boot loader
   bedplate run debian-12.qcow2 --lab      # where KVM cannot run guests
 
 Keys: Ctrl-A X stops the VM at once, Ctrl-A P presses its power button, Ctrl-A A sends Ctrl-A, Ctrl-A ? helps.
