@@ -90,11 +90,15 @@ impl Place {
         self.spawn(Command::new(env!("CARGO_BIN_EXE_bedplate")), more)
     }
 
-    fn spawn(&self, mut command: Command, more: &[&str]) -> Child {
+    fn spawn(&self, command: Command, more: &[&str]) -> Child {
+        self.run(command, &[&["./disk.raw", "--kernel", "kernel"], more].concat())
+    }
+
+    fn run(&self, mut command: Command, words: &[&str]) -> Child {
         command
-            .args(["run", "./disk.raw", "--kernel", "kernel", "--vmm"])
+            .args(["run", "--vmm"])
             .arg(&self.vmm)
-            .args(more)
+            .args(words)
             .current_dir(self.dir.path())
             .env("BEDPLATE_STORE", self.path("store"))
             .stdin(Stdio::piped())
@@ -137,6 +141,14 @@ fn a_vm_boots_its_console_is_here_and_nothing_is_left() {
     assert!(said.ends_with("hello\u{1}"), "{said:?}");
     assert_eq!(place.names("runs"), [""; 0]);
     assert_eq!(place.names("disks"), [""; 0]);
+}
+
+#[test]
+fn a_disk_can_be_started_by_firmware() {
+    let Some(place) = Place::new() else { return };
+    let bedplate = Command::new(env!("CARGO_BIN_EXE_bedplate"));
+    let (code, said, errors) = drive(place.run(bedplate, &["./disk.raw", "--firmware", "kernel"]), b"q");
+    assert_eq!((code, said.as_str()), (Some(0), "77 bytes of firmware\r\n"), "{errors}");
 }
 
 #[test]
@@ -228,4 +240,5 @@ fn what_cannot_be_run_is_refused_with_a_reason() {
     refused(&["./no-such.raw"], &["no-such.raw"]);
     refused(&["./disk.raw"], &["no kernel", "--kernel"]);
     refused(&["./disk.raw", "--kernel", "absent"], &["absent"]);
+    refused(&["./disk.raw", "--firmware", "absent"], &["absent"]);
 }

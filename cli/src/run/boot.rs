@@ -99,7 +99,8 @@ pub(super) fn files(args: &Args, store: &Store, source: &Source, dir: &Path) -> 
         return Ok(Start::Kernel(Kernel { kernel: readable(kernel)?, initrd, cmdline }));
     }
     let Some(boot) = boot else {
-        return firmware(args, source.manifest.firmware, SEABIOS).map(Start::Firmware);
+        let (image, has_words) = (args.image.clone(), args.cmdline.is_some());
+        return firmware(image, has_words, source.manifest.firmware, SEABIOS).map(Start::Firmware);
     };
     let extract = |part: &String| {
         let path = dir.join(part);
@@ -110,12 +111,16 @@ pub(super) fn files(args: &Args, store: &Store, source: &Source, dir: &Path) -> 
 }
 
 /// The firmware for an image without a kernel, if it is marked for one that is at `path`.
-fn firmware(args: &Args, mark: Option<Firmware>, path: &'static str) -> Result<PathBuf, BootError> {
-    let image = args.image.clone();
+fn firmware(
+    image: String,
+    has_words: bool,
+    mark: Option<Firmware>,
+    path: &'static str,
+) -> Result<PathBuf, BootError> {
     match mark {
         None => Err(BootError::NoKernel { image }),
         Some(Firmware::Uefi) => Err(BootError::NeedsUefi { image }),
-        Some(Firmware::Bios | Firmware::Either) if args.cmdline.is_some() => Err(BootError::NoCmdline { image }),
+        Some(Firmware::Bios | Firmware::Either) if has_words => Err(BootError::NoCmdline { image }),
         Some(Firmware::Bios | Firmware::Either) => match regular(Path::new(path)) {
             Ok(path) => Ok(path),
             Err(source) => Err(BootError::NoFirmware { image, path, source }),
@@ -225,6 +230,19 @@ mod tests {
         assert!(readable(&fifo).unwrap_err().to_string().ends_with("no regular file"));
         assert!(readable(dir.path()).unwrap_err().to_string().ends_with("no regular file"));
         assert!(readable(&dir.path().join("none")).unwrap_err().to_string().contains("No such file"));
+    }
+
+    #[test]
+    fn an_image_without_a_kernel_gets_the_firmware_that_it_is_marked_for() {
+        let of = |words, mark, path| firmware("x".into(), words, mark, path);
+        for mark in [Firmware::Bios, Firmware::Either] {
+            assert_eq!(of(false, Some(mark), "/etc/passwd").unwrap(), Path::new("/etc/passwd"));
+            let missing = of(false, Some(mark), "/nowhere/bios").unwrap_err().to_string();
+            assert!(missing.contains("/nowhere/bios") && missing.contains("package seabios"), "{missing}");
+            assert!(matches!(of(true, Some(mark), "/etc/passwd"), Err(BootError::NoCmdline { .. })));
+        }
+        assert!(matches!(of(false, Some(Firmware::Uefi), "/etc/passwd"), Err(BootError::NeedsUefi { .. })));
+        assert!(matches!(of(false, None, "/etc/passwd"), Err(BootError::NoKernel { .. })));
     }
 
     #[test]
