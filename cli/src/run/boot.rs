@@ -111,12 +111,7 @@ pub(super) fn files(args: &Args, store: &Store, source: &Source, dir: &Path) -> 
 }
 
 /// The firmware for an image without a kernel, if it is marked for one that is at `path`.
-fn firmware(
-    image: String,
-    has_words: bool,
-    mark: Option<Firmware>,
-    path: &'static str,
-) -> Result<PathBuf, BootError> {
+fn firmware(image: String, has_words: bool, mark: Option<Firmware>, path: &'static str) -> Result<PathBuf, BootError> {
     match mark {
         None => Err(BootError::NoKernel { image }),
         Some(Firmware::Uefi) => Err(BootError::NeedsUefi { image }),
