@@ -77,7 +77,7 @@ pub struct Fault {
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case")]
 pub struct VmConfig {
-    /// Kernel, initial RAM disk and command line.
+    /// Kernel, initial RAM disk and command line; or firmware.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot_source: Option<BootSource>,
     /// Disks, in the order in which the guest sees them (the root device comes first).
@@ -118,12 +118,16 @@ pub struct VmConfig {
     pub metrics: Option<Metrics>,
 }
 
-/// What the VM boots.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// What the VM boots: a kernel, or firmware. One of the two is named.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BootSource {
     /// A bzImage, or an uncompressed ELF kernel, on the host.
-    pub kernel_image_path: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kernel_image_path: Option<String>,
+    /// A BIOS for PCs on the host, such as SeaBIOS, which starts the boot loader of the first disk that has one. Ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firmware_path: Option<String>,
     /// An initial RAM disk on the host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initrd_path: Option<String>,

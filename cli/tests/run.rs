@@ -38,8 +38,16 @@ fn act_as_vmm() {
     let listener = UnixListener::bind(serial.strip_prefix("socket:").unwrap()).unwrap();
     let (mut stream, _) = listener.accept().unwrap();
     let boot = config.boot_source.unwrap();
-    let kernel = fs::read(boot.kernel_image_path).unwrap();
-    write!(stream, "{} bytes of kernel, {}\r\n", kernel.len(), boot.boot_args.unwrap()).unwrap();
+    match (boot.kernel_image_path, boot.firmware_path) {
+        (Some(kernel), None) => {
+            let kernel = fs::read(kernel).unwrap();
+            write!(stream, "{} bytes of kernel, {}\r\n", kernel.len(), boot.boot_args.unwrap()).unwrap();
+        }
+        (None, Some(firmware)) => {
+            write!(stream, "{} bytes of firmware\r\n", fs::read(firmware).unwrap().len()).unwrap();
+        }
+        both => panic!("{both:?}"),
+    }
     if let Some(interface) = config.network_interfaces.first() {
         let look = format!("ip -o -4 addr show dev {}; nft list tables; nft list ruleset", interface.host_dev_name);
         stream.write_all(&Command::new("sh").args(["-c", &look]).output().unwrap().stdout).unwrap();
@@ -82,11 +90,15 @@ impl Place {
         self.spawn(Command::new(env!("CARGO_BIN_EXE_bedplate")), more)
     }
 
-    fn spawn(&self, mut command: Command, more: &[&str]) -> Child {
+    fn spawn(&self, command: Command, more: &[&str]) -> Child {
+        self.run(command, &[&["./disk.raw", "--kernel", "kernel"], more].concat())
+    }
+
+    fn run(&self, mut command: Command, words: &[&str]) -> Child {
         command
-            .args(["run", "./disk.raw", "--kernel", "kernel", "--vmm"])
+            .args(["run", "--vmm"])
             .arg(&self.vmm)
-            .args(more)
+            .args(words)
             .current_dir(self.dir.path())
             .env("BEDPLATE_STORE", self.path("store"))
             .stdin(Stdio::piped())
@@ -129,6 +141,14 @@ fn a_vm_boots_its_console_is_here_and_nothing_is_left() {
     assert!(said.ends_with("hello\u{1}"), "{said:?}");
     assert_eq!(place.names("runs"), [""; 0]);
     assert_eq!(place.names("disks"), [""; 0]);
+}
+
+#[test]
+fn a_disk_can_be_started_by_firmware() {
+    let Some(place) = Place::new() else { return };
+    let bedplate = Command::new(env!("CARGO_BIN_EXE_bedplate"));
+    let (code, said, errors) = drive(place.run(bedplate, &["./disk.raw", "--firmware", "kernel"]), b"q");
+    assert_eq!((code, said.as_str()), (Some(0), "77 bytes of firmware\r\n"), "{errors}");
 }
 
 #[test]
@@ -220,4 +240,5 @@ fn what_cannot_be_run_is_refused_with_a_reason() {
     refused(&["./no-such.raw"], &["no-such.raw"]);
     refused(&["./disk.raw"], &["no kernel", "--kernel"]);
     refused(&["./disk.raw", "--kernel", "absent"], &["absent"]);
+    refused(&["./disk.raw", "--firmware", "absent"], &["absent"]);
 }

@@ -4,7 +4,8 @@
 //! - [`Workshop::vmm`]: the VMM image: that kernel and an initramfs with nothing but `bedplate-node` as init,
 //!   `bedplate-vmm` and the modules they need;
 //! - [`Workshop::web`]: a Debian system with systemd and a web server, whose page names its VM;
-//! - [`Workshop::tiny`]: a kernel and busybox, for tests: up in about a second.
+//! - [`Workshop::tiny`]: a kernel and busybox, for tests: up in about a second;
+//! - [`Workshop::grub`]: the same behind a boot loader, and firmware to start that.
 //!
 //! Everything made is kept in a cache directory under a name with a key of all that went in; what is there is used as it
 //! is. `packages.txt` pins the versions.
@@ -12,6 +13,7 @@
 mod cache;
 mod disk;
 pub mod error;
+mod grub;
 mod kernel;
 mod packages;
 mod tiny;
@@ -21,6 +23,7 @@ mod web;
 use std::path::{Path, PathBuf};
 
 pub use error::{Error, Result};
+pub use grub::GrubImage;
 pub use kernel::Kernel;
 pub use tiny::TinyImage;
 pub use vmm::VmmImage;

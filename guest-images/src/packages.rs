@@ -124,7 +124,7 @@ mod tests {
 
     #[test]
     fn the_committed_list_is_readable() {
-        for name in ["kernel", "tiny", "web", "web-dependencies"] {
+        for name in ["kernel", "tiny", "grub", "web", "web-dependencies"] {
             assert!(!section(PINS, name).unwrap().is_empty(), "{name}");
         }
     }

@@ -27,6 +27,10 @@ pub struct Artifacts {
     pub busybox: PathBuf,
     /// Disk of the tiny image.
     pub tiny_disk: PathBuf,
+    /// Disk of the tiny image with GRUB on it.
+    pub grub_disk: PathBuf,
+    /// A BIOS that starts it.
+    pub firmware: PathBuf,
     /// Where serial logs go; they stay where a test failed.
     pub logs: PathBuf,
 }
@@ -45,6 +49,8 @@ impl Artifacts {
             tiny_initrd: path("TINY_INITRD")?,
             busybox: path("BUSYBOX")?,
             tiny_disk: path("TINY_DISK")?,
+            grub_disk: path("GRUB_DISK")?,
+            firmware: path("FIRMWARE")?,
             logs: path("LOGS")?,
         })
     }
@@ -72,6 +78,8 @@ impl Artifacts {
         set("TINY_INITRD", &self.tiny_initrd);
         set("BUSYBOX", &self.busybox);
         set("TINY_DISK", &self.tiny_disk);
+        set("GRUB_DISK", &self.grub_disk);
+        set("FIRMWARE", &self.firmware);
         set("LOGS", &self.logs);
     }
 

@@ -117,6 +117,8 @@ fn boot(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenario]
         (inside::ELF, &artifacts.tiny_kernel_elf),
         (inside::INITRD, &artifacts.tiny_initrd),
         (inside::DISK, &artifacts.tiny_disk),
+        (inside::GRUB_DISK, &artifacts.grub_disk),
+        (inside::FIRMWARE, &artifacts.firmware),
         ("/bin/busybox", &artifacts.busybox),
     ] {
         archive.copy(to, 0o755, from)?;

@@ -1,6 +1,7 @@
 //! What was asked for → what will be built: every check that needs no host, with words for people. Only [`separate`]
 //! looks at files, and [`validate`] at one with a template of processors.
 
+mod boot;
 mod hotplug;
 
 use std::collections::HashSet;
@@ -18,8 +19,9 @@ use bedplate_devices::virtio::balloon::BalloonConfig;
 use bedplate_devices::virtio::block::Cache;
 use bedplate_devices::virtio::limiter::{BucketConfig, LimiterConfig, LimiterUpdate};
 
+pub use self::boot::{BootSourceError, boot_source};
 pub use self::hotplug::{HotplugConfig, HotplugError, memory_hotplug};
-use crate::boot::{BootConfig, CmdlineError, RootDevice, compose_cmdline};
+use crate::boot::{Boot, RootDevice};
 use crate::files;
 use crate::json;
 use crate::kvm::{self, Topology};
@@ -53,8 +55,8 @@ pub struct Config {
     pub memory_mib: u64,
     /// What it is made of.
     pub pages: Pages,
-    /// Kernel, initial RAM disk, command line.
-    pub boot: BootConfig,
+    /// Kernel, initial RAM disk, command line; or firmware.
+    pub boot: Boot,
     /// Root device first.
     pub drives: Vec<DriveConfig>,
     /// Network interfaces.
@@ -117,7 +119,7 @@ pub enum ConfigError {
     #[error("there is no boot source: set boot-source with kernel_image_path")]
     NoBootSource,
     #[error(transparent)]
-    Cmdline(#[from] CmdlineError),
+    BootSource(#[from] BootSourceError),
     #[error("vcpu_count {0} is not offered: give 1 to {MAX_VCPUS}")]
     Vcpus(u8),
     #[error("mem_size_mib {0} is not offered: give {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}")]
@@ -191,12 +193,7 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
     distinct("host_dev_name", spec.network_interfaces.iter().map(|n| n.host_dev_name.as_str()))?;
     distinct("guest_mac", spec.network_interfaces.iter().filter_map(|n| n.guest_mac.as_deref()))?;
     let root = root_device(&spec.drives)?;
-    let cmdline = compose_cmdline(source.boot_args.as_deref(), root.as_ref())?;
-    let boot = BootConfig {
-        kernel: path("boot-source: kernel_image_path", &source.kernel_image_path)?,
-        initrd: source.initrd_path.as_deref().map(|p| path("boot-source: initrd_path", p)).transpose()?,
-        cmdline,
-    };
+    let boot = boot_source(source, root.as_ref())?;
     let mut drives: Vec<_> = spec.drives.iter().collect();
     drives.sort_by_key(|drive| !drive.is_root_device);
     let memory_mib = spec.machine_config.mem_size_mib;
@@ -481,7 +478,8 @@ mod tests {
         ))
         .unwrap();
         assert_eq!(config.drives.iter().map(|d| d.id.as_str()).collect::<Vec<_>>(), ["root", "data"]);
-        assert!(config.boot.cmdline.ends_with("root=/dev/vda ro"), "{}", config.boot.cmdline);
+        let Boot::Kernel(kernel) = config.boot else { panic!("{:?}", config.boot) };
+        assert!(kernel.cmdline.ends_with("root=/dev/vda ro"), "{}", kernel.cmdline);
     }
 
     #[test]

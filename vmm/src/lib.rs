@@ -16,6 +16,7 @@ pub mod console;
 pub mod control;
 pub mod exit_file;
 mod files;
+pub mod firmware;
 pub mod json;
 pub mod kvm;
 pub mod machine;

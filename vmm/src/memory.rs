@@ -6,10 +6,13 @@
 //! 3 GiB + 1M   window for 32-bit BARs, 511 MiB
 //! 3.5 GiB      ECAM, 1 MiB per bus
 //! 4 GiB - 20M  I/O APIC, local APICs, Intel's identity map and task segment
+//! up to 4 GiB  firmware, where there is any
 //! 4 GiB        RAM beyond 3 GiB
 //! above        region for memory that is added later, if there is one
 //! above        window for 64-bit BARs
 //! ```
+//! Firmware chooses places for BARs itself, by rules that change with its version. With it BARs may be wherever nothing else
+//! is: see [`layout::MMIO32_FIRMWARE`] and [`Ram::mmio64_firmware`].
 
 use std::fs::File;
 use std::sync::Arc;
@@ -32,14 +35,18 @@ pub mod layout {
     pub const MMIO32: std::ops::Range<u64> = LOW_RAM_END + (1 << 20)..ECAM;
     /// PCI configuration space.
     pub const ECAM: u64 = 0xe000_0000;
+    /// Where 32-bit BARs may be with firmware: what lies between ECAM and I/O APIC, too.
+    pub const MMIO32_FIRMWARE: [std::ops::Range<u64>; 2] = [MMIO32, ECAM + (1 << 20)..IO_APIC as u64];
     /// I/O APIC.
     pub const IO_APIC: u32 = 0xfec0_0000;
     /// Local APICs.
     pub const LOCAL_APIC: u32 = 0xfee0_0000;
     /// One page for Intel's real-mode emulation.
-    pub const IDENTITY_MAP: u64 = 0xfffb_c000;
+    pub const IDENTITY_MAP: u64 = 0xfeff_c000;
     /// Three pages for the same.
-    pub const TSS: u64 = 0xfffb_d000;
+    pub const TSS: u64 = 0xfeff_d000;
+    /// Where firmware ends: its last 16 bytes are where a processor begins.
+    pub const FIRMWARE_END: u64 = HIGH_RAM;
     /// Where RAM goes on.
     pub const HIGH_RAM: u64 = 1 << 32;
     /// Alignment of the region for memory that is added: Linux adds no less than 128 MiB at once, and 2 GiB on large
@@ -212,13 +219,31 @@ impl Ram {
     /// # Errors
     /// It does not fit into `bits` address bits.
     pub fn mmio64(&self, bits: u8) -> Result<std::ops::Range<u64>, MemoryError> {
-        let ram_end = self.hotplug.as_ref().map_or_else(|| self.end(), |region| region.end);
-        let start = ram_end.next_multiple_of(layout::MMIO64_LEN);
+        let start = self.last_end().next_multiple_of(layout::MMIO64_LEN);
         let end = start + layout::MMIO64_LEN;
         if bits < 64 && end > 1 << bits {
             return Err(MemoryError::Unaddressable { asked_mib: self.len >> 20, bits });
         }
         Ok(start..end)
+    }
+
+    /// The same where firmware places BARs: from the next GiB to the last address.
+    ///
+    /// # Errors
+    /// It does not fit into `bits` address bits.
+    pub fn mmio64_firmware(&self, bits: u8) -> Result<std::ops::Range<u64>, MemoryError> {
+        // Processors have 52 address bits at most.
+        let end = 1 << bits.min(52);
+        let start = self.last_end().next_multiple_of(1 << 30);
+        if start + layout::MMIO64_LEN > end {
+            return Err(MemoryError::Unaddressable { asked_mib: self.len >> 20, bits });
+        }
+        Ok(start..end)
+    }
+
+    /// Where all RAM ends, also what may be added.
+    fn last_end(&self) -> u64 {
+        self.hotplug.as_ref().map_or_else(|| self.end(), |region| region.end)
     }
 }
 
@@ -280,6 +305,8 @@ mod tests {
         assert!(!ram.memory.address_in_range(GuestAddress(16 << 20)));
         assert!(matches!(ram.mmio64(34), Err(MemoryError::Unaddressable { .. })));
         assert_eq!(ram.mmio64(40).unwrap().start, 1 << 34);
+        assert_eq!(ram.mmio64_firmware(40).unwrap(), 1 << 32..1 << 40);
+        assert!(ram.mmio64_firmware(34).is_err());
 
         let more = ram.with_hotplug(128).unwrap();
         let region = more.hotplug().unwrap();

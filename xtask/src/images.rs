@@ -13,6 +13,7 @@ pub fn make(say: &dyn Fn(&str)) -> Result<Artifacts> {
     let workshop = Workshop::new(&build::image_cache(), say);
     let vmm = workshop.vmm(&build::program("bedplate-node"), &build::program("bedplate-vmm"))?;
     let tiny = workshop.tiny(&build::program("tiny-probe"))?;
+    let grub = workshop.grub(&tiny)?;
     Ok(Artifacts {
         programs: build::program(""),
         modules: workshop.kernel()?.modules,
@@ -23,6 +24,8 @@ pub fn make(say: &dyn Fn(&str)) -> Result<Artifacts> {
         tiny_initrd: tiny.initrd,
         busybox: tiny.busybox,
         tiny_disk: tiny.disk,
+        grub_disk: grub.disk,
+        firmware: grub.firmware,
         logs: build::target().join("lab-logs"),
     })
 }
@@ -36,6 +39,7 @@ pub fn run() -> Result<()> {
     println!("vmm   {kernel} {initrd}");
     println!("web   {}", images.web_disk.display());
     println!("tiny  {} {}", images.tiny_initrd.display(), images.tiny_disk.display());
+    println!("grub  {} {}", images.grub_disk.display(), images.firmware.display());
     println!("`bedplate run --lab` and control nodes take the VMM image from an image store; this puts it into yours:");
     println!(
         "  {} image import-vmm --kernel {kernel} --initrd {initrd} --name vmm",

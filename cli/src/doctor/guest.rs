@@ -53,9 +53,9 @@ pub fn run(program: &Path, dir: &Path, walls: Walls) -> Result<Trial, VmmError> 
     fs::write(&kernel, elf()).map_err(|source| VmmError::File { what: "write", path: kernel.clone(), source })?;
     let config = VmConfig {
         boot_source: Some(BootSource {
-            kernel_image_path: kernel.to_string_lossy().into_owned(),
-            initrd_path: None,
+            kernel_image_path: Some(kernel.to_string_lossy().into_owned()),
             boot_args: Some(String::new()),
+            ..BootSource::default()
         }),
         machine_config: MachineConfig { vcpu_count: 1, mem_size_mib: 64, ..MachineConfig::default() },
         ..VmConfig::default()

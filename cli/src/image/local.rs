@@ -91,12 +91,13 @@ pub(super) fn inspect(store: &Store, name: &str, format: Format) -> Result<(), E
             text += &format!("\nboot      part {}{initrd}\ncmdline   {}", boot.kernel, boot.cmdline);
         }
         None => {
-            text += "\nboot      no kernel was found inside: `bedplate run --kernel` starts it";
+            text += "\nboot      no kernel was found inside; `bedplate run --kernel` starts one beside it";
             if let Some(firmware) = &manifest.firmware {
-                let word = output::word(firmware);
-                text += &format!(
-                    "\nfirmware  {word}: it has a boot loader of its own, which bedplate-vmm cannot start yet"
-                );
+                let hint = match firmware {
+                    Firmware::Uefi => "which bedplate-vmm cannot start yet",
+                    Firmware::Bios | Firmware::Either => "which `bedplate run` starts with SeaBIOS",
+                };
+                text += &format!("\nfirmware  {}: it has a boot loader of its own, {hint}", output::word(firmware));
             }
         }
     }

@@ -15,23 +15,42 @@ use crate::net::Net;
 pub enum BootError {
     /// No kernel in the image, and none given.
     #[error(
-        "no kernel was found in {image}, and bedplate-vmm boots kernels directly; name one with --kernel (and --initrd)"
+        "no kernel was found in {image}, and no boot loader; name a kernel with --kernel (and --initrd), or with \
+         --firmware a BIOS that shall look for itself"
     )]
     NoKernel {
         /// The image.
         image: String,
     },
-    /// It has a boot loader, which needs firmware.
+    /// Its boot loader is for firmware that cannot be had.
     #[error(
-        "{image} starts by its own boot loader under {} firmware, and bedplate-vmm boots kernels directly (no kernel was \
-         found in the image): take its kernel out and name it with --kernel (and --initrd)",
-        firmware_name(*firmware)
+        "{image} starts by its own boot loader under UEFI firmware, which bedplate-vmm cannot run yet (no kernel was found \
+         in the image): take its kernel out and name it with --kernel (and --initrd)"
     )]
-    NeedsFirmware {
+    NeedsUefi {
         /// The image.
         image: String,
-        /// Which.
-        firmware: Firmware,
+    },
+    /// The firmware for it is not on this machine.
+    #[error(
+        "{image} starts by its own boot loader, and its firmware is not there: {path} cannot be read ({source}); install \
+         Debian's package seabios, or name a BIOS with --firmware"
+    )]
+    NoFirmware {
+        /// The image.
+        image: String,
+        /// Where it was looked for.
+        path: &'static str,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// There is no command line to add words to.
+    #[error(
+        "{image} starts by its own boot loader, which has its own command line: leave --cmdline out, or name a --kernel"
+    )]
+    NoCmdline {
+        /// The image.
+        image: String,
     },
     /// A file that is not there.
     #[error("cannot read {}: {source}", path.display())]
@@ -46,12 +65,16 @@ pub enum BootError {
     Store(#[from] StoreError),
 }
 
-fn firmware_name(firmware: Firmware) -> &'static str {
-    match firmware {
-        Firmware::Bios => "BIOS",
-        Firmware::Uefi => "UEFI",
-        Firmware::Either => "BIOS or UEFI",
-    }
+/// Where Debian's package `seabios` has it.
+const SEABIOS: &str = "/usr/share/seabios/bios-256k.bin";
+
+/// What a VM begins with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Start {
+    /// A kernel.
+    Kernel(Kernel),
+    /// A BIOS, which starts the disk's own boot loader.
+    Firmware(PathBuf),
 }
 
 /// What to load.
@@ -63,42 +86,59 @@ pub(super) struct Kernel {
     pub cmdline: String,
 }
 
-/// The kernel that was named, else the one in the image, which is written to `dir`.
-pub(super) fn files(args: &Args, store: &Store, source: &Source, dir: &Path) -> Result<Kernel, BootError> {
+/// The kernel or firmware that was named, else the kernel in the image, which is written to `dir`, else firmware for the
+/// image's boot loader.
+pub(super) fn files(args: &Args, store: &Store, source: &Source, dir: &Path) -> Result<Start, BootError> {
+    if let Some(firmware) = &args.firmware {
+        return Ok(Start::Firmware(readable(firmware)?));
+    }
     let boot = source.manifest.boot.as_ref();
     let cmdline = boot.map(|boot| boot.cmdline.clone()).unwrap_or_default();
     if let Some(kernel) = &args.kernel {
         let initrd = args.initrd.as_deref().map(readable).transpose()?;
-        return Ok(Kernel { kernel: readable(kernel)?, initrd, cmdline });
+        return Ok(Start::Kernel(Kernel { kernel: readable(kernel)?, initrd, cmdline }));
     }
-    let image = || args.image.clone();
-    let boot = boot.ok_or_else(|| match source.manifest.firmware {
-        Some(firmware) => BootError::NeedsFirmware { image: image(), firmware },
-        None => BootError::NoKernel { image: image() },
-    })?;
+    let Some(boot) = boot else {
+        let (image, has_words) = (args.image.clone(), args.cmdline.is_some());
+        return firmware(image, has_words, source.manifest.firmware, SEABIOS).map(Start::Firmware);
+    };
     let extract = |part: &String| {
         let path = dir.join(part);
         store.materialise(&source.digest, part, &path).map(|()| path)
     };
     let initrd = boot.initrd.as_ref().map(extract).transpose()?;
-    Ok(Kernel { kernel: extract(&boot.kernel)?, initrd, cmdline })
+    Ok(Start::Kernel(Kernel { kernel: extract(&boot.kernel)?, initrd, cmdline }))
+}
+
+/// The firmware for an image without a kernel, if it is marked for one that is at `path`.
+fn firmware(image: String, has_words: bool, mark: Option<Firmware>, path: &'static str) -> Result<PathBuf, BootError> {
+    match mark {
+        None => Err(BootError::NoKernel { image }),
+        Some(Firmware::Uefi) => Err(BootError::NeedsUefi { image }),
+        Some(Firmware::Bios | Firmware::Either) if has_words => Err(BootError::NoCmdline { image }),
+        Some(Firmware::Bios | Firmware::Either) => match regular(Path::new(path)) {
+            Ok(path) => Ok(path),
+            Err(source) => Err(BootError::NoFirmware { image, path, source }),
+        },
+    }
 }
 
 /// The absolute path of a file that can be read.
 fn readable(path: &Path) -> Result<PathBuf, BootError> {
-    let open = || {
-        // Asked first: to open a FIFO waits for whoever writes to it.
-        if !std::fs::metadata(path)?.is_file() {
-            return Err(std::io::Error::other("this is no regular file"));
-        }
-        std::fs::File::open(path)?;
-        std::path::absolute(path)
-    };
-    open().map_err(|source| BootError::File { path: path.to_owned(), source })
+    regular(path).map_err(|source| BootError::File { path: path.to_owned(), source })
+}
+
+fn regular(path: &Path) -> std::io::Result<PathBuf> {
+    // Asked first: to open a FIFO waits for whoever writes to it.
+    if !std::fs::metadata(path)?.is_file() {
+        return Err(std::io::Error::other("this is no regular file"));
+    }
+    std::fs::File::open(path)?;
+    std::path::absolute(path)
 }
 
 /// The VMM's configuration for the VM that `args` ask for.
-pub(super) fn config(args: &Args, kernel: Kernel, disk: PathBuf, net: Option<&Net>) -> VmConfig {
+pub(super) fn config(args: &Args, start: Start, disk: PathBuf, net: Option<&Net>) -> VmConfig {
     let text = |path: PathBuf| path.to_string_lossy().into_owned();
     let interface = net.map(|net| NetworkInterface {
         iface_id: "eth0".to_owned(),
@@ -108,12 +148,17 @@ pub(super) fn config(args: &Args, kernel: Kernel, disk: PathBuf, net: Option<&Ne
         rx_rate_limiter: None,
         tx_rate_limiter: None,
     });
-    VmConfig {
-        boot_source: Some(BootSource {
+    let boot_source = match start {
+        Start::Kernel(kernel) => BootSource {
             boot_args: Some(cmdline(&kernel.cmdline, args.name.as_deref(), args.cmdline.as_deref())),
-            kernel_image_path: text(kernel.kernel),
+            kernel_image_path: Some(text(kernel.kernel)),
             initrd_path: kernel.initrd.map(text),
-        }),
+            ..BootSource::default()
+        },
+        Start::Firmware(path) => BootSource { firmware_path: Some(text(path)), ..BootSource::default() },
+    };
+    VmConfig {
+        boot_source: Some(boot_source),
         drives: vec![Drive {
             drive_id: "disk".to_owned(),
             path_on_host: text(disk),
@@ -180,6 +225,19 @@ mod tests {
         assert!(readable(&fifo).unwrap_err().to_string().ends_with("no regular file"));
         assert!(readable(dir.path()).unwrap_err().to_string().ends_with("no regular file"));
         assert!(readable(&dir.path().join("none")).unwrap_err().to_string().contains("No such file"));
+    }
+
+    #[test]
+    fn an_image_without_a_kernel_gets_the_firmware_that_it_is_marked_for() {
+        let of = |words, mark, path| firmware("x".into(), words, mark, path);
+        for mark in [Firmware::Bios, Firmware::Either] {
+            assert_eq!(of(false, Some(mark), "/etc/passwd").unwrap(), Path::new("/etc/passwd"));
+            let missing = of(false, Some(mark), "/nowhere/bios").unwrap_err().to_string();
+            assert!(missing.contains("/nowhere/bios") && missing.contains("package seabios"), "{missing}");
+            assert!(matches!(of(true, Some(mark), "/etc/passwd"), Err(BootError::NoCmdline { .. })));
+        }
+        assert!(matches!(of(false, Some(Firmware::Uefi), "/etc/passwd"), Err(BootError::NeedsUefi { .. })));
+        assert!(matches!(of(false, None, "/etc/passwd"), Err(BootError::NoKernel { .. })));
     }
 
     #[test]

@@ -1,20 +1,20 @@
 //! `bedplate run --lab`: the same VM under real KVM, in an emulated machine with hardware virtualization.
 //!
-//! The machine boots the VMM image, with a small archive behind its initramfs: the VM's kernel, its initial RAM disk, and
-//! `/bedplate/run.json`, which tells init to run one VM on the console and to power the machine off when it has ended. The
-//! VM's disk is the machine's first disk.
+//! The machine boots the VMM image, with a small archive behind its initramfs: the VM's kernel and initial RAM disk, or its
+//! firmware, and `/bedplate/run.json`, which tells init to run one VM on the console and to power the machine off when it
+//! has ended. The VM's disk is the machine's first disk.
 
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 
-use bedplate_api::vmm::{BootSource, VmConfig};
+use bedplate_api::vmm::BootSource;
 use bedplate_images::trust::TrustError;
 use bedplate_images::{Store, StoreError};
 use bedplate_lab::{Accel, Archive, MachineSpec};
 
-use super::boot::{self, Kernel};
+use super::boot::{self, Start};
 use super::source::Source;
 use super::{Args, Error, exit_code};
 use crate::console::{End, Signals};
@@ -30,6 +30,7 @@ const DISK: &str = "/dev/vda";
 const CONFIG: &str = "/bedplate/run.json";
 const KERNEL: &str = "/bedplate/kernel";
 const INITRD: &str = "/bedplate/initrd";
+const FIRMWARE: &str = "/bedplate/firmware";
 
 /// An emulated machine that cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -76,8 +77,8 @@ pub enum LabError {
 pub(super) fn run(args: &Args, store: &Store, source: &Source, name: &str, run_dir: &RunDir) -> Result<u8, Error> {
     let dir = run_dir.path();
     let (node_kernel, node_initrd) = node_files(args, store, dir)?;
-    let kernel = boot::files(args, store, source, dir)?;
-    append_segment(&node_initrd, args, kernel)?;
+    let start = boot::files(args, store, source, dir)?;
+    append_segment(&node_initrd, args, start)?;
     let spec = MachineSpec::new(name, dir)
         .cpus(args.cpus)
         .memory_mib(args.memory.saturating_add(NODE_MEMORY_MIB))
@@ -108,15 +109,12 @@ fn node_files(args: &Args, store: &Store, dir: &Path) -> Result<(PathBuf, PathBu
 }
 
 /// Adds the VM to the node's initramfs.
-fn append_segment(initrd: &Path, args: &Args, kernel: Kernel) -> Result<(), LabError> {
+fn append_segment(initrd: &Path, args: &Args, start: Start) -> Result<(), LabError> {
     let mut archive = Archive::new();
-    archive.copy(KERNEL, 0o644, &kernel.kernel)?;
-    if let Some(path) = &kernel.initrd {
-        archive.copy(INITRD, 0o644, path)?;
+    let mut config = boot::config(args, start, DISK.into(), None);
+    if let Some(source) = &mut config.boot_source {
+        into_node(&mut archive, source)?;
     }
-    let has_initrd = kernel.initrd.is_some();
-    let mut config = boot::config(args, kernel, DISK.into(), None);
-    in_node(&mut config, has_initrd);
     let text = serde_json::to_vec(&config).map_err(|e| LabError::Watch(e.into()))?;
     archive.file(CONFIG, 0o644, text);
     let failed = |source| LabError::File { path: initrd.to_owned(), source };
@@ -127,12 +125,16 @@ fn append_segment(initrd: &Path, args: &Args, kernel: Kernel) -> Result<(), LabE
     file.write_all(&[0; 3][..padding as usize]).and_then(|()| file.write_all(&archive.bytes())).map_err(failed)
 }
 
-/// The paths of a configuration as they are in the node.
-fn in_node(config: &mut VmConfig, has_initrd: bool) {
-    if let Some(BootSource { kernel_image_path, initrd_path, .. }) = &mut config.boot_source {
-        *kernel_image_path = KERNEL.to_owned();
-        *initrd_path = has_initrd.then(|| INITRD.to_owned());
+/// Puts the files that `source` names into the archive, and their paths in the node into `source`.
+fn into_node(archive: &mut Archive, source: &mut BootSource) -> Result<(), LabError> {
+    let BootSource { kernel_image_path, firmware_path, initrd_path, boot_args: _ } = source;
+    for (path, there) in [(kernel_image_path, KERNEL), (firmware_path, FIRMWARE), (initrd_path, INITRD)] {
+        if let Some(path) = path {
+            archive.copy(there, 0o644, Path::new(path))?;
+            *path = there.to_owned();
+        }
     }
+    Ok(())
 }
 
 /// The VM's disk: the file itself under a layer that QEMU throws away, or a copy of the image.

@@ -35,6 +35,7 @@ const KEYS: Keys = Keys { leave: "stops the VM at once", power_button: true };
   bedplate run debian-12.qcow2 --cpus 2 --memory 2G --net
   bedplate run web --persistent --name my-web
   bedplate run rootfs.ext4 --kernel bzImage --cmdline 'quiet'
+  bedplate run debian-12.raw --firmware /usr/share/seabios/bios-256k.bin   # by the disk's own boot loader
   bedplate run debian-12.qcow2 --lab      # where KVM cannot run guests
 
 Keys: Ctrl-A X stops the VM at once, Ctrl-A P presses its power button, Ctrl-A A sends Ctrl-A, Ctrl-A ? helps.
@@ -55,6 +56,10 @@ pub struct Args {
     /// Initial RAM disk for --kernel
     #[arg(long, value_name = "FILE", requires = "kernel")]
     initrd: Option<PathBuf>,
+    /// Start the disk's own boot loader with this BIOS, instead of a kernel found in the image; where none is found,
+    /// Debian's SeaBIOS does that without being asked
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "cmdline"])]
+    firmware: Option<PathBuf>,
     /// Words to add to the kernel's command line; the last word of a kind wins
     #[arg(long, value_name = "WORDS")]
     cmdline: Option<String>,
@@ -172,13 +177,13 @@ fn on_kvm(
     run_dir: &RunDir,
     disk: PathBuf,
 ) -> Result<u8, Error> {
-    let kernel = boot::files(args, store, source, run_dir.path())?;
+    let start = boot::files(args, store, source, run_dir.path())?;
     let net = if args.net { Some(Net::start(name, run_dir.path())?) } else { None };
     if let Some(net) = &net {
         let reach = if net.way_out { "" } else { "; without nft it reaches this machine only" };
         note(&format!("The guest's address is {}{reach}.", net.guest));
     }
-    let config = boot::config(args, kernel, disk, net.as_ref());
+    let config = boot::config(args, start, disk, net.as_ref());
     let walls = if args.no_sandbox { Walls::None } else { Walls::Sandbox };
     let vmm = Vmm::start(program, run_dir.path(), name, &config, &format!("socket:{SERIAL}"), walls)?;
     let (vmm, serial) = vmm.connect(SERIAL)?;

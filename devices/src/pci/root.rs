@@ -85,7 +85,7 @@ impl PciRoot {
 
     /// What answers at the ports [`super::CONFIG_PORT`] and the [`super::CONFIG_PORTS`] - 1 after it.
     pub fn config_ports(&self) -> Arc<Mutex<ConfigPorts>> {
-        Arc::new(Mutex::new(ConfigPorts { functions: Arc::clone(&self.functions), address: 0 }))
+        Arc::new(Mutex::new(ConfigPorts { functions: Arc::clone(&self.functions), address: 0, reset: None }))
     }
 
     /// Stops all functions: when this returns no device thread touches guest memory. Idempotent.

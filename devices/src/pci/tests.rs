@@ -67,6 +67,23 @@ fn the_header_is_what_guests_look_for() {
 }
 
 #[test]
+fn the_reset_register_lies_among_the_ports_where_it_is_wanted() {
+    use crate::bus::BusDevice;
+    let machine = Machine::new();
+    let ports = machine.root.config_ports();
+    let mut ports = ports.lock().unwrap();
+    ports.write(1, &[6]);
+    let (sender, seen) = std::sync::mpsc::channel();
+    ports.set_reset(Box::new(move |request| sender.send(request).unwrap()));
+    ports.write(1, &[2]);
+    ports.write(0, &0x8000_0600u32.to_le_bytes());
+    ports.write(1, &[6, 6]);
+    assert!(seen.try_recv().is_err());
+    ports.write(1, &[6]);
+    assert_eq!(seen.try_recv(), Ok(crate::platform::PowerRequest::Reset));
+}
+
+#[test]
 fn ports_reach_the_same_registers() {
     let machine = Machine::new();
     let slot = machine.add(Probe::new());

@@ -27,6 +27,16 @@ const REGISTER_A: u8 = 0x0a;
 const REGISTER_B: u8 = 0x0b;
 const REGISTER_C: u8 = 0x0c;
 const REGISTER_D: u8 = 0x0d;
+/// In KiB.
+const BASE_MEMORY: usize = 0x15;
+/// In KiB, from 1 MiB on, at most 63 MiB; twice.
+const EXTENDED_MEMORY: usize = 0x17;
+const EXTENDED_MEMORY_SEEN: usize = 0x30;
+/// In units of 64 KiB.
+const MEMORY_ABOVE_16_MIB: usize = 0x34;
+/// In units of 64 KiB, 3 bytes.
+const MEMORY_ABOVE_4_GIB: usize = 0x5b;
+const MIB: u64 = 1 << 20;
 /// Where the FADT says that the century is.
 const CENTURY: u8 = 0x32;
 
@@ -73,6 +83,24 @@ impl Rtc {
     /// A clock that shows the host's time in UTC.
     pub fn new() -> Self {
         Self { now: host_seconds, index: 0, ram: [0; 128], ahead: 0, setting: None }
+    }
+
+    /// The same, with the sizes of RAM where firmware of a PC looks for them, if it is not told otherwise: `low` bytes from
+    /// address 0, `high` bytes from 4 GiB.
+    pub fn with_memory(low: u64, high: u64) -> Self {
+        let mut clock = Self::new();
+        let kib = (low.saturating_sub(MIB) >> 10).min(0xfc00);
+        let above_16_mib = low.saturating_sub(16 * MIB) >> 16;
+        for (index, value, len) in [
+            (BASE_MEMORY, 640, 2),
+            (EXTENDED_MEMORY, kib, 2),
+            (EXTENDED_MEMORY_SEEN, kib, 2),
+            (MEMORY_ABOVE_16_MIB, above_16_mib.min(0xffff), 2),
+            (MEMORY_ABOVE_4_GIB, (high >> 16).min(0xff_ffff), 3),
+        ] {
+            clock.ram[index..index + len].copy_from_slice(&value.to_le_bytes()[..len]);
+        }
+        clock
     }
 
     fn moment(&self) -> Moment {
@@ -194,6 +222,16 @@ mod tests {
         set(&mut rtc, REGISTER_B, B_24_HOURS);
         rtc.now = || 1_795_219_200 + 45_297;
         assert_eq!([YEAR, MONTH, DAY, HOURS, SECONDS].map(|r| get(&mut rtc, r)), [0x31, 0x03, 0x01, 0, 0]);
+    }
+
+    #[test]
+    fn firmware_finds_the_sizes_of_ram() {
+        let sizes = |low: u64, high: u64| {
+            let mut rtc = Rtc::with_memory(low, high);
+            [0x15, 0x16, 0x17, 0x18, 0x30, 0x31, 0x34, 0x35, 0x5b, 0x5c, 0x5d].map(|index| get(&mut rtc, index))
+        };
+        assert_eq!(sizes(8 * MIB, 0), [0x80, 0x02, 0, 0x1c, 0, 0x1c, 0, 0, 0, 0, 0]);
+        assert_eq!(sizes(3 << 30, 5 << 30), [0x80, 0x02, 0, 0xfc, 0, 0xfc, 0x00, 0xbf, 0x00, 0x40, 0x01]);
     }
 
     #[test]

@@ -16,9 +16,10 @@ pub fn vm_config(spec: &VmSpec, boot: &Bootable, disk: &Path, nic: Option<&Nic>)
     let names_root = cmdline.split_ascii_whitespace().any(|word| word.starts_with("root="));
     VmConfig {
         boot_source: Some(BootSource {
-            kernel_image_path: text(&boot.kernel),
+            kernel_image_path: Some(text(&boot.kernel)),
             initrd_path: boot.initrd.as_deref().map(text),
             boot_args: Some(cmdline),
+            ..BootSource::default()
         }),
         drives: vec![Drive {
             drive_id: "disk".to_owned(),

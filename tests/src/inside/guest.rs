@@ -42,6 +42,12 @@ impl GuestSpec {
         self
     }
 
+    /// Boots through this firmware, from the first disk.
+    pub fn firmware(mut self, path: &str) -> Self {
+        self.config["boot-source"] = json!({"firmware_path": path});
+        self
+    }
+
     /// Adds words to the kernel's command line.
     pub fn cmdline(mut self, words: &str) -> Self {
         let all = format!("{} {words}", self.config["boot-source"]["boot_args"].as_str().unwrap_or_default());

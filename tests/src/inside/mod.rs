@@ -23,6 +23,10 @@ pub const ELF: &str = "/images/vmlinux";
 pub const INITRD: &str = "/images/initrd";
 /// The tiny image's disk.
 pub const DISK: &str = "/images/disk.raw";
+/// The tiny image's disk behind GRUB.
+pub const GRUB_DISK: &str = "/images/grub.raw";
+/// A BIOS that starts it.
+pub const FIRMWARE: &str = "/images/bios.bin";
 
 /// Said when the node is up.
 pub(crate) const UP: &str = "INSIDE up";

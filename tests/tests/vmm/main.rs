@@ -6,6 +6,7 @@ mod balloon;
 mod block;
 mod boot;
 mod ends;
+mod firmware;
 mod hotplug;
 mod machine;
 mod metadata;
@@ -29,6 +30,8 @@ fn main() -> ExitCode {
         Scenario { name: "runs_2_vcpus", run: || boot::vcpus(2) },
         Scenario { name: "runs_8_vcpus", run: || boot::vcpus(8) },
         Scenario { name: "gives_entropy", run: boot::entropy },
+        Scenario { name: "firmware_starts_a_disks_own_boot_loader", run: firmware::boots },
+        Scenario { name: "firmware_without_a_boot_loader_says_so", run: firmware::nothing_to_boot },
         Scenario { name: "a_reboot_ends_it", run: ends::reboot },
         Scenario { name: "the_power_button_ends_it", run: ends::power_button },
         Scenario { name: "sigterm_is_the_power_button", run: ends::sigterm },

@@ -66,14 +66,26 @@ impl Aml for Processors {
 }
 
 struct RootBridge<'a> {
-    mmio32: &'a std::ops::Range<u64>,
+    mmio32: &'a [std::ops::Range<u64>],
     mmio64: &'a std::ops::Range<u64>,
 }
 
 impl Aml for RootBridge<'_> {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-        // Both ends of the 32-bit window are constants below 4 GiB.
-        let (low, high) = (self.mmio32.start as u32, (self.mmio32.end - 1) as u32);
+        let (buses, ports) = (
+            AddressSpace::new_bus_number(0u16, 0u16),
+            IO::new(CONFIG_PORT as u16, CONFIG_PORT as u16, 1, CONFIG_PORTS as u8),
+        );
+        let memory = AddressSpaceCacheable::NotCacheable;
+        // Both ends of each 32-bit window are constants below 4 GiB.
+        let window = |range: &std::ops::Range<u64>| {
+            AddressSpace::new_memory(memory, true, range.start as u32, (range.end - 1) as u32, None)
+        };
+        let low: Vec<_> = self.mmio32.iter().map(window).collect();
+        let high = AddressSpace::new_memory(memory, true, self.mmio64.start, self.mmio64.end - 1, None);
+        let mut resources: Vec<&dyn Aml> = vec![&buses, &ports];
+        resources.extend(low.iter().map(|window| window as &dyn Aml));
+        resources.push(&high);
         Device::new(
             Path::new("PCI0"),
             vec![
@@ -84,21 +96,7 @@ impl Aml for RootBridge<'_> {
                 &Name::new(Path::new("_UID"), &0u8),
                 // Coherent for DMA.
                 &Name::new(Path::new("_CCA"), &1u8),
-                &Name::new(
-                    Path::new("_CRS"),
-                    &ResourceTemplate::new(vec![
-                        &AddressSpace::new_bus_number(0u16, 0u16),
-                        &IO::new(CONFIG_PORT as u16, CONFIG_PORT as u16, 1, CONFIG_PORTS as u8),
-                        &AddressSpace::new_memory(AddressSpaceCacheable::NotCacheable, true, low, high, None),
-                        &AddressSpace::new_memory(
-                            AddressSpaceCacheable::NotCacheable,
-                            true,
-                            self.mmio64.start,
-                            self.mmio64.end - 1,
-                            None,
-                        ),
-                    ]),
-                ),
+                &Name::new(Path::new("_CRS"), &ResourceTemplate::new(resources)),
             ],
         )
         .to_aml_bytes(sink);

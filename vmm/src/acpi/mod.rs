@@ -17,16 +17,16 @@ pub const PM_PORT: u16 = 0x600;
 /// The system control interrupt, a level.
 pub const SCI: u32 = 9;
 
-/// The tables begin here, 16 bytes aligned as the root must be.
+/// Where they lie for a kernel that is booted directly: 16 bytes aligned, as the root must be.
 const AREA: Range<u64> = 0xe_0000..0x10_0000;
 
 /// What the tables tell.
 pub struct Description {
     /// Number of vCPUs.
     pub vcpus: u8,
-    /// Windows for BARs, for `_CRS`.
-    pub mmio32: Range<u64>,
-    /// As above.
+    /// Windows for BARs below 4 GiB, for `_CRS`.
+    pub mmio32: Vec<Range<u64>>,
+    /// The one above.
     pub mmio64: Range<u64>,
 }
 
@@ -40,36 +40,69 @@ pub struct AcpiError(String);
 /// # Errors
 /// They do not fit.
 pub fn write(memory: &Memory, description: &Description) -> Result<u64, AcpiError> {
-    // The root pointer comes first and is written last: it points at what follows.
-    let mut area = Area { memory, next: AREA.start + acpi_tables::rsdp::Rsdp::len() as u64 };
-    let dsdt = area.put(&dsdt::dsdt(description))?;
-    let facs = area.put(&acpi_tables::facs::FACS::new())?;
-    let fadt = area.put(&tables::fadt(dsdt, facs))?;
-    let madt = area.put(&tables::madt(description.vcpus))?;
-    let mcfg = area.put(&tables::mcfg())?;
-    let xsdt = area.put(&tables::xsdt(&[fadt, madt, mcfg]))?;
-    area.next = AREA.start;
-    area.put(&tables::rsdp(xsdt))
+    let base = AREA.start + ALIGNMENT;
+    let tables = Tables::new(description, base);
+    let end = base + tables.bytes.len() as u64;
+    if end > AREA.end {
+        return Err(AcpiError(format!("{} bytes too many", end - AREA.end)));
+    }
+    for (bytes, address) in [(&tables.bytes, base), (&tables.root, AREA.start)] {
+        memory.write_slice(bytes, GuestAddress(address)).map_err(|e| AcpiError(e.to_string()))?;
+    }
+    Ok(AREA.start)
 }
 
-struct Area<'a> {
-    memory: &'a Memory,
-    next: u64,
+/// What the FACS needs, and more than the root pointer has bytes.
+pub const ALIGNMENT: u64 = 64;
+
+/// All tables, linked and summed for one address; and where the links and sums are, for firmware that moves them.
+pub struct Tables {
+    /// The root pointer (RSDP), which names the XSDT at `ROOT_LINK`.
+    pub root: Vec<u8>,
+    /// The others, one after the other.
+    pub bytes: Vec<u8>,
+    /// Where in `bytes` those lie that have a sum over all of them.
+    pub summed: Vec<Range<usize>>,
+    /// Where in `bytes` an address stands, and how many bytes it has.
+    pub links: Vec<(usize, u8)>,
 }
 
-impl Area<'_> {
-    fn put(&mut self, table: &dyn Aml) -> Result<u64, AcpiError> {
-        let mut bytes = Vec::new();
-        table.to_aml_bytes(&mut bytes);
-        // 64 bytes is the alignment that the FACS needs.
-        let address = if self.next == AREA.start { AREA.start } else { self.next.next_multiple_of(64) };
-        let end = address + bytes.len() as u64;
-        if end > AREA.end {
-            return Err(AcpiError(format!("{} bytes too many", end - AREA.end)));
-        }
-        self.memory.write_slice(&bytes, GuestAddress(address)).map_err(|e| AcpiError(e.to_string()))?;
-        self.next = end;
-        Ok(address)
+/// Of the sum over a table.
+pub const SUM_OFFSET: usize = 9;
+/// Of the XSDT's address in the root pointer, which has 8 bytes.
+pub const ROOT_LINK: usize = 24;
+/// Of the sum over all of the root pointer; another one is over its first 20 bytes, which name no address.
+pub const ROOT_SUM: usize = 32;
+/// Of the addresses in the FADT: DSDT in 4 bytes and in 8, FACS.
+const FADT_LINKS: [(usize, u8); 3] = [(40, 4), (132, 8), (140, 8)];
+/// Of the first address in the XSDT.
+const XSDT_LINKS: usize = 36;
+
+impl Tables {
+    /// For the address `base`, a multiple of [`ALIGNMENT`].
+    pub fn new(description: &Description, base: u64) -> Self {
+        let mut tables = Self { root: Vec::new(), bytes: Vec::new(), summed: Vec::new(), links: Vec::new() };
+        let dsdt = tables.put(&dsdt::dsdt(description));
+        // It has no sum.
+        let facs = tables.put(&acpi_tables::facs::FACS::new());
+        tables.summed.pop();
+        let at = |table: usize| base + table as u64;
+        let fadt = tables.put(&tables::fadt(at(dsdt), at(facs)));
+        tables.links.extend(FADT_LINKS.map(|(offset, len)| (fadt + offset, len)));
+        let named = [fadt, tables.put(&tables::madt(description.vcpus)), tables.put(&tables::mcfg())];
+        let xsdt = tables.put(&tables::xsdt(&named.map(at)));
+        tables.links.extend((0..named.len()).map(|index| (xsdt + XSDT_LINKS + 8 * index, 8)));
+        tables::rsdp(at(xsdt)).to_aml_bytes(&mut tables.root);
+        tables
+    }
+
+    /// Appends a table; says where it begins.
+    fn put(&mut self, table: &dyn Aml) -> usize {
+        let start = self.bytes.len().next_multiple_of(ALIGNMENT as usize);
+        self.bytes.resize(start, 0);
+        table.to_aml_bytes(&mut self.bytes);
+        self.summed.push(start..self.bytes.len());
+        start
     }
 }
 
@@ -104,7 +137,7 @@ mod tests {
     #[test]
     fn every_table_is_reached_from_the_root_and_sums_to_zero() {
         let ram = Ram::new(8, Pages::Normal).unwrap();
-        let description = Description { vcpus: 8, mmio32: 0xc000_0000..0xe000_0000, mmio64: 1 << 34..1 << 35 };
+        let description = Description { vcpus: 8, mmio32: vec![0xc000_0000..0xe000_0000], mmio64: 1 << 34..1 << 35 };
         let rsdp = write(&ram.memory, &description).unwrap();
         let mut root = [0; 36];
         ram.memory.read_slice(&mut root, GuestAddress(rsdp)).unwrap();

@@ -43,6 +43,8 @@ pub(super) fn fadt(dsdt: u64, facs: u64) -> FADT {
         .flag(Flags::FixRtc)
         .flag(Flags::TmrValExt)
         .flag(Flags::ResetRegSup);
+    // Firmware looks at nothing but the old field; ours are below 4 GiB always, and systems prefer the new one.
+    fadt.dsdt = (dsdt as u32).into();
     fadt.sci_int = (SCI as u16).into();
     fadt.pm1a_evt_blk = u32::from(port(PM1_EVENT_OFFSET)).into();
     fadt.pm1a_cnt_blk = u32::from(port(PM1_CONTROL_OFFSET)).into();

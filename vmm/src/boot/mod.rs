@@ -44,9 +44,20 @@ pub enum Entry {
         /// First instruction.
         address: u16,
     },
+    /// As every processor begins: real mode, 16 bytes below 4 GiB. For firmware.
+    Reset,
 }
 
-/// What to boot; the files are looked at when it starts.
+/// What a VM begins with.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Boot {
+    /// A kernel, by [`load`].
+    Kernel(BootConfig),
+    /// Firmware, which finds a boot loader on the disks: [`crate::firmware`].
+    Firmware(PathBuf),
+}
+
+/// A kernel to boot; the files are looked at when it starts.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BootConfig {
     /// bzImage or ELF.

@@ -22,7 +22,10 @@ impl Session {
     pub(super) fn configure(&mut self, command: Command) -> Result<(), Fault> {
         let spec = &mut self.spec;
         match command {
-            Command::SetBootSource(source) => spec.boot_source = Some(source),
+            Command::SetBootSource(source) => {
+                config::boot_source(&source, None).map_err(Fault::bad_request)?;
+                spec.boot_source = Some(source);
+            }
             Command::SetMachine(machine) => return self.set_machine(machine),
             Command::PatchMachine(patch) => {
                 let machine = patched(&spec.machine_config, &patch);

@@ -55,13 +55,17 @@ impl Log {
         Ok(())
     }
 
+    /// Whether messages of this level are asked for at all.
+    pub fn wants(&self, level: LogLevel) -> bool {
+        level <= self.state.lock().unwrap_or_else(|e| e.into_inner()).level()
+    }
+
     #[track_caller]
     pub fn write(&self, level: LogLevel, message: &str) {
         let mut state = self.state.lock().unwrap_or_else(|e| e.into_inner());
-        let usual = if state.file.is_some() { LogLevel::Info } else { LogLevel::Warning };
         let origin = Location::caller();
         let wanted = state.module.as_ref().is_none_or(|module| module_of(origin.file()).starts_with(module));
-        if level > state.level.unwrap_or(usual) || !wanted {
+        if level > state.level() || !wanted {
             return;
         }
         let line = state.line(level, origin, message);
@@ -74,6 +78,11 @@ impl Log {
 }
 
 impl State {
+    fn level(&self) -> LogLevel {
+        let usual = if self.file.is_some() { LogLevel::Info } else { LogLevel::Warning };
+        self.level.unwrap_or(usual)
+    }
+
     fn line(&self, level: LogLevel, origin: &Location<'_>, message: &str) -> String {
         let thread = thread::current();
         let mut line = format!("{} [{}:{}", time(), self.id, thread.name().unwrap_or("-"));

@@ -10,7 +10,7 @@ use bedplate_api::vmm::{
     ActionType, Exit, ExitCounts, ExitReason, Inspection, InstanceInfo, LogLevel, RunState, Status, TargetState,
     Version, VmConfig,
 };
-use bedplate_devices::platform::Booted;
+use bedplate_devices::platform::{Booted, DebugLine};
 use bedplate_images::disk::Disk;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -162,6 +162,7 @@ impl Session {
             serial: Box::new(console.sink()),
             ended: &self.ended,
             booted,
+            firmware_words: self.log.wants(LogLevel::Debug).then(|| firmware_words(self.log.clone())),
             metadata: self.metadata.clone(),
             sandbox: self.sandbox.clone().map(|sandbox| around(sandbox, &config)),
         };
@@ -385,6 +386,11 @@ fn around(mut sandbox: Sandbox, config: &Config) -> Sandbox {
 
 fn done((): ()) -> Answer {
     Answer::Done
+}
+
+/// Writes what firmware says.
+fn firmware_words(log: Log) -> DebugLine {
+    Box::new(move |line| log.write(LogLevel::Debug, &format!("firmware: {line}")))
 }
 
 /// Says how long the guest took to boot, in wall time and in processor time of this process.

@@ -85,6 +85,8 @@ pub(super) fn apply(fd: &VcpuFd, entry: Entry) -> Result<(), KvmError> {
             (sregs.cs.base, sregs.cs.selector) = (0, 0);
             regs.rip = address.into();
         }
+        // That is how KVM makes it.
+        Entry::Reset => return Ok(()),
     }
     fd.set_sregs(&sregs).map_err(call("set system registers"))?;
     fd.set_regs(&regs).map_err(call("set registers"))

@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use bedplate_api::vmm::{CpuConfig, MsrModifier};
 use bedplate_devices::Memory;
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::VmFd;
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, VolatileMemory};
 
 use super::{Interrupts, KvmError, Topology, Vcpu, call, cpuid, msrs, open};
 use crate::memory::layout;
@@ -35,6 +36,8 @@ pub struct Vm {
     next_slot: AtomicU32,
     /// Kept because KVM knows the addresses of its mappings.
     memory: Memory,
+    /// As `memory`.
+    roms: Vec<MmapRegion>,
 }
 
 impl Vm {
@@ -65,6 +68,7 @@ impl Vm {
             fd,
             supported,
             memory,
+            roms: Vec::new(),
         };
         vm.add_memory(config.log_dirty_pages)?;
         Ok(vm)
@@ -84,6 +88,30 @@ impl Vm {
             // machine holds this VM.
             unsafe { self.fd.set_user_memory_region(slot) }.map_err(call("map guest memory"))?;
         }
+        Ok(())
+    }
+
+    /// Puts `bytes`, whole pages, at `address`, where the guest can read and execute them. Its writes there are exits to
+    /// nobody, and no device reaches them.
+    ///
+    /// # Errors
+    /// The host has no memory, or KVM refuses: something is there already.
+    pub fn add_rom(&mut self, bytes: &[u8], address: u64) -> Result<(), KvmError> {
+        const WHAT: &str = "map firmware";
+        let host =
+            |e: &dyn std::fmt::Display| KvmError::Call { what: WHAT, source: std::io::Error::other(e.to_string()) };
+        let mapping = MmapRegion::new(bytes.len()).map_err(|e| host(&e))?;
+        mapping.get_slice(0, bytes.len()).map_err(|e| host(&e))?.copy_from(bytes);
+        let slot = kvm_userspace_memory_region {
+            slot: self.next_slot.fetch_add(1, Ordering::Relaxed),
+            flags: KVM_MEM_READONLY,
+            guest_phys_addr: address,
+            memory_size: mapping.size() as u64,
+            userspace_addr: mapping.as_ptr() as u64,
+        };
+        // SAFETY: as in `add_memory`, with `self.roms` in the place of `self.memory`.
+        unsafe { self.fd.set_user_memory_region(slot) }.map_err(call(WHAT))?;
+        self.roms.push(mapping);
         Ok(())
     }
 

@@ -1,10 +1,11 @@
 //! How a configuration becomes a running VM, from top to bottom.
 
 use std::io::Write;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bedplate_devices::pci::{self, PciRoot};
-use bedplate_devices::platform::Booted;
+use bedplate_devices::platform::{Booted, DebugLine, FwCfg, Rtc};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::lifecycle::Lifecycle;
@@ -12,10 +13,11 @@ use super::pci_devices::Attach;
 use super::vcpu::Buses;
 use super::{BuildError, Devices, Machine, platform};
 use crate::acpi;
-use crate::boot;
+use crate::boot::{self, Boot, Entry};
 use crate::config::Config;
+use crate::firmware::{self, FirmwareError};
 use crate::kvm::{Vm, install_kick_signal};
-use crate::memory::{Ram, layout};
+use crate::memory::{MemoryError, Ram, layout};
 use crate::metadata::Metadata;
 use crate::sandbox::Sandbox;
 
@@ -27,10 +29,46 @@ pub struct Outlets<'a> {
     pub ended: &'a EventFd,
     /// There is a boot timer, and this is told its time. Called once, on a vCPU's thread.
     pub booted: Option<Booted>,
+    /// Told what firmware says while it works, line by line, if somebody wants to know: it takes time. Called on a vCPU's
+    /// thread.
+    pub firmware_words: Option<DebugLine>,
     /// What the guest can ask for.
     pub metadata: Metadata,
     /// What the process goes into before the guest runs, if it shall.
     pub sandbox: Option<Sandbox>,
+}
+
+/// Where BARs may be.
+struct Windows {
+    mmio32: Vec<Range<u64>>,
+    mmio64: Range<u64>,
+}
+
+impl Windows {
+    /// Of a VM that begins with `boot`: firmware moves BARs to where it wants them.
+    fn of(boot: &Boot, ram: &Ram, address_bits: u8) -> Result<Self, MemoryError> {
+        Ok(match boot {
+            Boot::Kernel(_) => Self { mmio32: vec![layout::MMIO32], mmio64: ram.mmio64(address_bits)? },
+            Boot::Firmware(_) => {
+                Self { mmio32: layout::MMIO32_FIRMWARE.to_vec(), mmio64: ram.mmio64_firmware(address_bits)? }
+            }
+        })
+    }
+
+    fn all(&self) -> Vec<Range<u64>> {
+        std::iter::once(&self.mmio64).chain(&self.mmio32).cloned().collect()
+    }
+}
+
+/// The clock; in its RAM is what firmware looks for there.
+fn clock(boot: &Boot, ram: &Ram) -> Rtc {
+    match boot {
+        Boot::Kernel(_) => Rtc::new(),
+        Boot::Firmware(_) => {
+            let high = ram.ranges().find(|(start, _)| *start == layout::HIGH_RAM).map_or(0, |(start, end)| end - start);
+            Rtc::with_memory(ram.low_end(), high)
+        }
+    }
 }
 
 /// Builds and starts the VM that `config` describes.
@@ -43,9 +81,9 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     if let Some(hotplug) = config.hotplug {
         ram = ram.with_hotplug(hotplug.total_mib)?;
     }
-    let vm = Vm::new(Arc::clone(&ram.memory), &config.kvm)?;
+    let mut vm = Vm::new(Arc::clone(&ram.memory), &config.kvm)?;
     let interrupts = vm.interrupts();
-    let mmio64 = ram.mmio64(vm.address_bits())?;
+    let windows = Windows::of(&config.boot, &ram, vm.address_bits())?;
 
     // What can end it.
     install_kick_signal()?;
@@ -54,7 +92,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     // The platform: devices at fixed places.
     let buses = Buses::new();
     let serial = platform::attach_serial(&buses.ports, &interrupts, outlets.serial)?;
-    platform::attach_rtc(&buses.ports)?;
+    platform::attach_rtc(&buses.ports, clock(&config.boot, &ram))?;
     platform::attach_i8042(&buses.ports, &life)?;
     let power = platform::attach_acpi(&buses.ports, &interrupts, &life)?;
     if let Some(booted) = outlets.booted {
@@ -62,12 +100,13 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     }
 
     // PCI, and on it the devices, in the order in which the guest shall see them.
-    let pci = PciRoot::new(&buses.mmio, vec![mmio64.clone(), layout::MMIO32]);
+    let pci = PciRoot::new(&buses.mmio, windows.all());
     buses.mmio.insert(layout::ECAM, pci::ECAM_LEN, pci.ecam())?;
-    buses.ports.insert(pci::CONFIG_PORT, pci::CONFIG_PORTS, pci.config_ports())?;
+    let config_ports = pci.config_ports();
+    buses.ports.insert(pci::CONFIG_PORT, pci::CONFIG_PORTS, Arc::clone(&config_ports) as _)?;
     let (host, devices) = (Arc::new(interrupts.clone()), Devices::default());
     let (vcpus, metadata) = (config.topology.vcpus, &outlets.metadata);
-    let mut attach = Attach { pci: &pci, host, memory: &ram.memory, vcpus, metadata, devices };
+    let mut attach = Attach { pci: &pci, host, memory: &ram.memory, vcpus, metadata, devices, disks: Vec::new() };
     for drive in &config.drives {
         attach.drive(drive)?;
     }
@@ -86,12 +125,26 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     if let (Some(hotplug), Some(region)) = (config.hotplug, ram.hotplug()) {
         attach.mem(hotplug, region)?;
     }
-    let devices = attach.devices;
+    let (devices, disks) = (attach.devices, attach.disks);
 
     // What the guest is told, and what it boots.
-    let description = acpi::Description { vcpus: config.topology.vcpus, mmio32: layout::MMIO32, mmio64 };
-    let rsdp = acpi::write(&ram.memory, &description)?;
-    let entry = boot::load(&ram, &config.boot, rsdp)?;
+    let Windows { mmio32, mmio64 } = windows;
+    let description = acpi::Description { vcpus: config.topology.vcpus, mmio32, mmio64 };
+    let entry = match &config.boot {
+        Boot::Kernel(kernel) => {
+            let rsdp = acpi::write(&ram.memory, &description)?;
+            boot::load(&ram, kernel, rsdp)?
+        }
+        Boot::Firmware(path) => {
+            let rom = firmware::read(path)?;
+            vm.add_rom(&rom, firmware::address(&rom))?;
+            firmware::shadow(&ram, &rom)?;
+            let items = firmware::items(&ram, &description, &disks).map_err(FirmwareError::Items)?;
+            let items = FwCfg::new(items, &ram.memory);
+            platform::attach_for_firmware(&buses.ports, &config_ports, &life, items, outlets.firmware_words)?;
+            Entry::Reset
+        }
+    };
 
     // Processors, the first of them at the kernel's entry, the others waiting for it.
     let vcpus = vm.create_vcpus(config.topology)?;

@@ -25,6 +25,7 @@ use bedplate_devices::platform::AcpiPm;
 
 use crate::acpi::AcpiError;
 use crate::boot::BootError;
+use crate::firmware::FirmwareError;
 use crate::kvm::{KvmError, Vcpu, Vm};
 use crate::memory::{MemoryError, Ram};
 use crate::sandbox::{self, SandboxError};
@@ -46,6 +47,8 @@ pub enum BuildError {
     Kvm(#[from] KvmError),
     #[error(transparent)]
     Boot(#[from] BootError),
+    #[error(transparent)]
+    Firmware(#[from] FirmwareError),
     #[error(transparent)]
     Device(#[from] DeviceError),
     #[error(transparent)]

@@ -10,7 +10,7 @@ use bedplate_api::socket;
 use bedplate_devices::Memory;
 use bedplate_devices::host::PciHost;
 use bedplate_devices::metadata::Responder;
-use bedplate_devices::pci::{PciFunction, PciRoot};
+use bedplate_devices::pci::{PciFunction, PciRoot, Slot};
 use bedplate_devices::virtio::VirtioDevice;
 use bedplate_devices::virtio::balloon::{Balloon, BalloonConfig};
 use bedplate_devices::virtio::block::{Block, BlockConfig, OpenError};
@@ -98,6 +98,8 @@ pub(super) struct Attach<'a> {
     pub vcpus: u8,
     pub metadata: &'a Metadata,
     pub devices: Devices,
+    /// Of the drives, in their order.
+    pub disks: Vec<Slot>,
 }
 
 impl Attach<'_> {
@@ -114,7 +116,9 @@ impl Attach<'_> {
         self.devices.disks.insert(drive.id.clone(), device.control());
         self.devices.warnings.extend(warning);
         let counts = Counts::Block(Arc::clone(device.block_metrics()));
-        self.virtio(format!("block_{}", drive.id), device, counts)
+        let slot = self.virtio(format!("block_{}", drive.id), device, counts)?;
+        self.disks.push(slot);
+        Ok(())
     }
 
     pub fn net(&mut self, net: &config::NetConfig) -> Result<(), BuildError> {
@@ -132,7 +136,7 @@ impl Attach<'_> {
         }
         self.devices.nets.insert(net.id.clone(), device.control());
         let counts = Counts::Net(Arc::clone(device.net_metrics()));
-        self.virtio(format!("net_{}", net.id), device, counts)
+        self.virtio(format!("net_{}", net.id), device, counts).map(drop)
     }
 
     pub fn vsock(&mut self, vsock: &config::VsockConfig) -> Result<(), BuildError> {
@@ -141,20 +145,20 @@ impl Attach<'_> {
         let config = VsockConfig { guest_cid: vsock.cid, uds_path: vsock.path.clone() };
         let device = Vsock::new(config).map_err(DeviceError::Vsock)?;
         let counts = Counts::Vsock;
-        self.virtio("vsock".into(), device, counts)
+        self.virtio("vsock".into(), device, counts).map(drop)
     }
 
     pub fn rng(&mut self, entropy: &EntropyConfig) -> Result<(), BuildError> {
         let device = Rng::new(entropy.limits).map_err(BuildError::Host)?;
         let counts = Counts::Rng(Arc::clone(device.bytes()));
-        self.virtio("entropy".into(), device, counts)
+        self.virtio("entropy".into(), device, counts).map(drop)
     }
 
     pub fn balloon(&mut self, balloon: BalloonConfig) -> Result<(), BuildError> {
         let device = Balloon::new(balloon).map_err(BuildError::Host)?;
         self.devices.balloon = Some(device.control());
         let counts = Counts::Balloon(Arc::clone(device.balloon_metrics()));
-        self.virtio("balloon".into(), device, counts)
+        self.virtio("balloon".into(), device, counts).map(drop)
     }
 
     pub fn mem(&mut self, hotplug: HotplugConfig, region: Range<u64>) -> Result<(), BuildError> {
@@ -162,17 +166,22 @@ impl Attach<'_> {
         let device = Mem::new(MemConfig { address: region.start, len, block }).map_err(BuildError::Host)?;
         self.devices.mem = Some(device.control());
         let counts = Counts::Mem(Arc::clone(device.mem_metrics()));
-        self.virtio("memory_hotplug".into(), device, counts)
+        self.virtio("memory_hotplug".into(), device, counts).map(drop)
     }
 
     /// Puts a device on the bus, and notes what it counts and where its queues are.
-    fn virtio(&mut self, name: String, device: impl VirtioDevice + 'static, counts: Counts) -> Result<(), BuildError> {
+    fn virtio(
+        &mut self,
+        name: String,
+        device: impl VirtioDevice + 'static,
+        counts: Counts,
+    ) -> Result<Slot, BuildError> {
         self.devices.counts.insert(name.clone(), (Arc::clone(device.metrics()), counts));
         let function = VirtioPciDevice::new(device, self.memory, &self.host).map_err(DeviceError::Transport)?;
         let function = Arc::new(Mutex::new(function));
-        self.pci.add_shared(Arc::clone(&function) as Arc<Mutex<dyn PciFunction>>)?;
+        let slot = self.pci.add_shared(Arc::clone(&function) as Arc<Mutex<dyn PciFunction>>)?;
         self.devices.transports.insert(name, function);
-        Ok(())
+        Ok(slot)
     }
 }
 

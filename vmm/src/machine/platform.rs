@@ -5,9 +5,11 @@ use std::sync::{Arc, Mutex};
 
 use bedplate_api::vmm::ExitReason;
 use bedplate_devices::bus::Bus;
+use bedplate_devices::pci::ConfigPorts;
 use bedplate_devices::platform::{
-    AcpiPm, BOOT_TIMER_LEN, BootTimer, Booted, I8042, I8042_LEN, PM_BLOCK_LEN, PowerRequest, PowerSink, RTC_LEN, Rtc,
-    SERIAL_LEN, SerialPort,
+    AcpiPm, BOOT_TIMER_LEN, BootTimer, Booted, CONTROL_PORT, CONTROL_PORT_LEN, ControlPort, DEBUG_PORT, DEBUG_PORT_LEN,
+    DebugLine, DebugPort, FW_CFG_LEN, FW_CFG_PORT, FwCfg, I8042, I8042_LEN, PM_BLOCK_LEN, PowerRequest, PowerSink,
+    RTC_LEN, Rtc, SERIAL_LEN, SerialPort,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -52,8 +54,8 @@ pub(super) fn attach_serial(
     Ok(SerialLine { port, drained })
 }
 
-pub(super) fn attach_rtc(ports: &Bus) -> Result<(), BuildError> {
-    Ok(ports.insert(ports::RTC.into(), RTC_LEN, Arc::new(Mutex::new(Rtc::new())))?)
+pub(super) fn attach_rtc(ports: &Bus, clock: Rtc) -> Result<(), BuildError> {
+    Ok(ports.insert(ports::RTC.into(), RTC_LEN, Arc::new(Mutex::new(clock)))?)
 }
 
 pub(super) fn attach_i8042(ports: &Bus, life: &Arc<Lifecycle>) -> Result<(), BuildError> {
@@ -74,4 +76,23 @@ pub(super) fn attach_acpi(
 pub(super) fn attach_boot_timer(mmio: &Bus, booted: Booted) -> Result<(), BuildError> {
     let timer = Arc::new(Mutex::new(BootTimer::new(booted)));
     Ok(mmio.insert(layout::BOOT_TIMER, BOOT_TIMER_LEN, timer)?)
+}
+
+/// What only firmware and the boot loader after it need: its configuration, two more ways to reset, and a port for its
+/// words, if somebody wants to read them.
+pub(super) fn attach_for_firmware(
+    ports: &Bus,
+    config_ports: &Mutex<ConfigPorts>,
+    life: &Arc<Lifecycle>,
+    items: FwCfg,
+    words: Option<DebugLine>,
+) -> Result<(), BuildError> {
+    config_ports.lock().unwrap_or_else(|e| e.into_inner()).set_reset(power_sink(life));
+    let control = ControlPort::new(power_sink(life));
+    ports.insert(CONTROL_PORT, CONTROL_PORT_LEN, Arc::new(Mutex::new(control)))?;
+    ports.insert(FW_CFG_PORT, FW_CFG_LEN, Arc::new(Mutex::new(items)))?;
+    if let Some(words) = words {
+        ports.insert(DEBUG_PORT, DEBUG_PORT_LEN, Arc::new(Mutex::new(DebugPort::new(words))))?;
+    }
+    Ok(())
 }
