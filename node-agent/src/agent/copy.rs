@@ -9,6 +9,8 @@ use tokio::time::{Duration, sleep};
 use super::Event;
 use crate::image::{ImageError, Images, Sweep};
 
+/// The first wait between two attempts, and the least.
+const FIRST_WAIT: Duration = Duration::from_secs(1);
 /// The longest wait between two attempts.
 const MAX_WAIT: Duration = Duration::from_secs(30);
 
@@ -40,7 +42,7 @@ impl Attempts {
 
     async fn attempts(&self) -> Result<(), ImageError> {
         let manifest = self.begin().await?;
-        let mut wait = Duration::from_secs(1);
+        let mut wait = FIRST_WAIT;
         // VMs run from it now and guests may wait: nothing is given up any more. An image that was removed from the
         // repository may come back, and space may be freed.
         while let Err(e) = self.images.finish(self.digest, &manifest, &self.progress).await {
@@ -55,7 +57,7 @@ impl Attempts {
 
     /// Until VMs can be started, or cannot be.
     async fn begin(&self) -> Result<Manifest, ImageError> {
-        let mut wait = Duration::from_secs(1);
+        let mut wait = FIRST_WAIT;
         loop {
             match self.images.begin(self.digest, &self.progress).await {
                 Ok((bootable, manifest)) => {
@@ -74,7 +76,11 @@ impl Attempts {
         let said = format!("{error}; the next try is in {} s", wait.as_secs());
         tracing::warn!("image {}: {said}", self.digest.short());
         self.trouble.send_replace(Some(said));
-        sleep(*wait).await;
+        sleep(FIRST_WAIT).await;
+        tokio::select! {
+            () = sleep(wait.saturating_sub(FIRST_WAIT)) => {}
+            () = self.images.source_answers() => {}
+        }
         *wait = (*wait * 2).min(MAX_WAIT);
     }
 

@@ -53,6 +53,8 @@ pub(super) struct Fetcher {
     flights: Mutex<HashMap<Digest, watch::Receiver<()>>>,
     /// Requests under way for which a guest waits.
     urgent: watch::Sender<usize>,
+    /// Counts requests for guests that were answered: then the source is there.
+    answered: watch::Sender<u64>,
     /// When the next batch of a copy may begin, by the rate.
     next: Mutex<Instant>,
 }
@@ -60,7 +62,8 @@ pub(super) struct Fetcher {
 impl Fetcher {
     pub(super) fn new(store: Store, source: Client, limits: CopyLimits) -> Self {
         let (flights, next) = (Mutex::default(), Mutex::new(Instant::now()));
-        Self { store, source, limits, flights, urgent: watch::Sender::new(0), next }
+        let (urgent, answered) = (watch::Sender::new(0), watch::Sender::new(0));
+        Self { store, source, limits, flights, urgent, answered, next }
     }
 
     pub(super) const fn source(&self) -> &Client {
@@ -69,6 +72,12 @@ impl Fetcher {
 
     pub(super) const fn limits(&self) -> CopyLimits {
         self.limits
+    }
+
+    /// Returns when something comes for a guest: who waits for a source that failed may try again.
+    pub(super) async fn answers(&self) {
+        // The sender lives as long as this.
+        let _changed = self.answered.subscribe().changed().await;
     }
 
     /// Returns when all of `wanted`, which is a batch at most, is in the store, or some of it cannot be had now. What has
@@ -118,7 +127,12 @@ impl Fetcher {
             claim.landed(&digest);
         }
         match claim.mine.len() {
-            0 => Ok(()),
+            0 => {
+                if urgency == Urgency::Guest {
+                    self.answered.send_modify(|count| *count = count.wrapping_add(1));
+                }
+                Ok(())
+            }
             missing => Err(ImageError::NotSent { missing, asked }),
         }
     }

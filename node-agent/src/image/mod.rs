@@ -207,6 +207,14 @@ impl Images {
         copy::finish(self, digest, manifest, progress).await
     }
 
+    /// Returns when a guest got something that lacked here, so that the source is there; never without a source.
+    pub async fn source_answers(&self) {
+        match &self.fetcher {
+            Some(fetcher) => fetcher.answers().await,
+            None => std::future::pending().await,
+        }
+    }
+
     /// Where this node's store has keys, an image starts only when one of them has signed it.
     async fn check_trust(&self, digest: Digest) -> Result<(), ImageError> {
         let store = self.store.clone();

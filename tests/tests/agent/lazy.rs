@@ -1,27 +1,22 @@
 //! A guest on a node that has nothing of its image: it is up before the copy is complete, gets what it reads, waits while
 //! the repository or the agent is away, is told of an error when that takes too long, and never reads anything wrong.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::ops::ControlFlow;
 use std::path::Path;
-use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bedplate_api::node::{NodeStatus, VmPhase, VmSpec, VmStatus};
 use bedplate_api::{Digest, VmId};
 use bedplate_images::Store;
-use bedplate_images::import::{self, Options};
 use bedplate_lab::Process;
-use bedplate_tests::inside::{DISK, say, tools, unix_http};
+use bedplate_tests::inside::{say, tools};
 use bedplate_tests::patience::until;
 
 use crate::agent::{Agent, PATIENCE};
 use crate::eight::{is_up, spec};
+use crate::repository::{self, Content};
 
-const CONTROL: &str = "/run/control";
-const SOCKET: &str = "/run/control.sock";
 const STATE: &str = "/run/lazy";
 /// The disk: what boots, then bytes that do not compress.
 const RAW: &str = "/run/lazy.raw";
@@ -32,11 +27,12 @@ const WAIT_SECONDS: &str = "15";
 
 pub fn life() -> Result<()> {
     tools::tun()?;
-    let image = repository()?;
-    let control = start_control()?;
+    let image =
+        repository::image("lazy", &Content { raw: RAW, boots_mib: BOOTS_MIB, more_mib: MORE_MIB, size_mib: None })?;
+    let control = repository::serve()?;
     // So slow that it does not complete before all has been tried.
     let slow = ["--copy-rate", "1", "--copy-parallel", "1", "--chunk-wait-seconds", WAIT_SECONDS];
-    let agent = Agent::start_from(Path::new(STATE), SOCKET, &slow)?;
+    let agent = Agent::start_from(Path::new(STATE), repository::SOCKET, &slow)?;
     let vm = spec("lazy", image);
     agent.put(1, std::slice::from_ref(&vm))?;
     let up = agent.until_all("a guest with an address", is_up)?;
@@ -57,35 +53,8 @@ pub fn life() -> Result<()> {
     agent.put(2, &[])?;
     until("nothing is left", PATIENCE, || Ok(agent.status()?.vms.is_empty().then_some(())))?;
     agent.kill()?;
-    control.kill().map(drop)
-}
-
-/// Makes an image that is slow to copy, in the store of a control node.
-fn repository() -> Result<Digest> {
-    fs::copy(DISK, RAW)?;
-    let more = Path::new("/run/more");
-    tools::numbered_file(more, MORE_MIB)?;
-    let mut raw = File::options().write(true).open(RAW)?;
-    raw.seek(SeekFrom::Start(BOOTS_MIB << 20))?;
-    std::io::copy(&mut File::open(more)?, &mut raw)?;
-    fs::remove_file(more)?;
-    fs::create_dir_all(CONTROL)?;
-    let store = Store::create(Path::new(CONTROL).join("images"))?;
-    let mut quiet = |_: u64, _: u64| ControlFlow::Continue(());
-    let options = Options { tag: Some("lazy"), ..Options::default() };
-    Ok(import::import_disk(&store, Path::new(RAW), options, &mut quiet)?.digest)
-}
-
-fn start_control() -> Result<Process> {
-    let mut command = Command::new("/bin/bedplate-control");
-    command.args(["--state", CONTROL, "--socket", SOCKET, "--node-listen", "127.0.0.1:7070"]).stdin(Stdio::null());
-    let control = Process::start("the control node", command)?;
-    until("the control node's answer", PATIENCE, || {
-        Ok(unix_http::request(Path::new(SOCKET), "GET", "/v1/images", "")
-            .is_ok_and(|(status, _)| status == 200)
-            .then_some(()))
-    })?;
-    Ok(control)
+    control.kill()?;
+    Ok(())
 }
 
 /// The VM runs, and people see that its image is not here whole.
@@ -134,7 +103,7 @@ fn the_repository_is_away_for_a_moment(
     let seen = until("what holds the copy up", PATIENCE, || Ok(only(&agent.status()?)?.detail))?;
     ensure!(seen.contains("the next try is in"), "{seen}");
     // Shorter than the guest's patience: the emulated node notices within a few seconds.
-    let control = start_control()?;
+    let control = repository::serve()?;
     same(chunk, &console.finish()?)?;
     Ok(control)
 }
@@ -145,7 +114,7 @@ fn the_repository_is_away_for_long(agent: &Agent, vm: &VmSpec, mut control: Proc
     let read = agent.type_to(vm.id, &read_chunk(chunk))?;
     ensure!(read.contains(no_data), "the read did not fail: {read}");
     ensure!(only(&agent.status()?)?.phase == VmPhase::Running);
-    let control = start_control()?;
+    let control = repository::serve()?;
     // It waits in the network until the connection is tried again; then everything is as before.
     read_and_compare(agent, vm.id, chunk)?;
     Ok(control)
@@ -157,8 +126,8 @@ fn the_agent_is_killed(agent: Agent, vm: &VmSpec, mut control: Process, chunk: u
     control.kill()?;
     let mut console = agent.begin(vm.id, &read_chunk(chunk))?;
     agent.kill()?;
-    let control = start_control()?;
-    let agent = Agent::start_from(Path::new(STATE), SOCKET, &[])?;
+    let control = repository::serve()?;
+    let agent = Agent::start_from(Path::new(STATE), repository::SOCKET, &[])?;
     same(chunk, &console.finish()?)?;
     ensure!(only(&agent.status()?)?.pid == before, "it is the same VM all the time");
     Ok((agent, control))

@@ -2,8 +2,10 @@
 //! everything that can die is killed.
 
 mod agent;
+mod cold;
 mod eight;
 mod lazy;
+mod repository;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -17,6 +19,7 @@ fn main() -> ExitCode {
     let scenarios = [
         Scenario { name: "eight_guests_outlive_their_agent", run: eight::life },
         Scenario { name: "a_guest_boots_before_its_image_is_here", run: lazy::life },
+        Scenario { name: "a_cold_start_and_a_warm_one", run: cold::figures },
     ];
     suite::main("agent", &node, &scenarios)
 }
