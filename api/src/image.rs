@@ -7,6 +7,8 @@
 //! | `PUT /v1/images/{name}` | `Tag` → `ImageSummary`; the manifest and all it names must be there | people |
 //! | `DELETE /v1/images/{name}` | → 204; removes the name, not the content | people |
 //! | `GET /v1/signatures/{digest}` | → the minisign signature of a manifest, as text; 404 where it has none | all |
+//! | `GET /v1/orders/{digest}` | → [`BootOrder`] of an image; empty where nothing is known | nodes |
+//! | `PUT /v1/orders/{digest}` | [`BootOrder`] → 204; what the image does not have is left out | nodes |
 //! | `GET /v1/blobs/{digest}` | → the bytes of a manifest or an index | nodes |
 //! | `PUT /v1/blobs/{digest}` | bytes → 204; refused when the digest does not match | people |
 //! | `POST /v1/chunks/fetch` | `ChunkList` → frames (see [`FRAME_HEADER_LEN`]) in the order asked | nodes |
@@ -35,6 +37,9 @@ pub const MAX_BLOB_LEN: usize = 512 * 1024 * 1024;
 
 /// Most bytes of a signature with its comments.
 pub const MAX_SIGNATURE_LEN: usize = 4096;
+
+/// Most chunks of a [`BootOrder`]: 1 GiB, more than a boot reads.
+pub const MAX_BOOT_ORDER: usize = 16 << 10;
 
 /// What an image is an image of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -159,4 +164,13 @@ pub struct Swept {
 pub struct ChunkList {
     /// In any order; each answer keeps it.
     pub digests: Vec<Digest>,
+}
+
+/// In which order a boot reads the chunks of an image's disk. A hint, learned from earlier boots: who copies the image
+/// begins with these.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootOrder {
+    /// Numbers of chunks, [`MAX_BOOT_ORDER`] at most.
+    pub chunks: Vec<u64>,
 }

@@ -40,6 +40,7 @@
 //! | `PUT /bedplate/stop` | no body; ends the VM at once, the process exits with code 0 |
 
 mod balloon;
+pub mod chunks;
 mod cpu;
 mod devices;
 mod hotplug;
@@ -53,6 +54,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 pub use balloon::{Balloon, BalloonStats, BalloonStatsUpdate, BalloonUpdate, HintingStart, HintingStatus};
+pub use chunks::ChunkSource;
 pub use cpu::{
     Bitmap, Capability, CpuConfig, CpuConfigSource, CpuidModifier, CpuidRegister, Hex, MsrModifier, RegisterModifier,
 };
@@ -161,6 +163,9 @@ pub struct Drive {
     /// How much may be read and written in a time. Absent: no limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limiter: Option<RateLimiter>,
+    /// Who gets what the image of a copy-on-write disk lacks. Absent: nobody, and a read of it fails.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chunk_source: Option<ChunkSource>,
 }
 
 /// A change of a drive of a VM that runs.

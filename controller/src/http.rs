@@ -2,8 +2,9 @@
 //! serves, here and nowhere else:
 //!
 //! - [`people`]: everything, on the Unix socket that only the owner may open;
-//! - [`nodes`]: registration, reports and the reading half of the repository, with the nodes' token; what a blank machine
-//!   fetches while it boots, without, but from the node network only; nothing at all for guests ([`peers`]);
+//! - [`nodes`]: registration, reports, the reading half of the repository and what boots of an image taught, with the
+//!   nodes' token; what a blank machine fetches while it boots, without, but from the node network only; nothing at all
+//!   for guests ([`peers`]);
 //! - [`page`]: looking only, for a browser on the same machine.
 
 pub mod answer;
@@ -49,6 +50,7 @@ pub fn people(control: Arc<Control>) -> Router {
         .route("/v1/images", get(images::list))
         .route("/v1/images/{name}", get(images::show).put(images::tag).delete(images::untag))
         .route("/v1/signatures/{digest}", get(images::signature))
+        .route("/v1/orders/{digest}", get(images::boot_order).put(images::put_boot_order))
         .route("/v1/blobs/{digest}", get(images::blob).put(images::put_blob))
         .route("/v1/chunks", post(images::put_chunks))
         .route("/v1/gc", post(images::gc))
@@ -72,6 +74,7 @@ pub fn nodes(control: Arc<Control>) -> Router {
         .route("/v1/images", get(images::list))
         .route("/v1/images/{name}", get(images::show))
         .route("/v1/signatures/{digest}", get(images::signature))
+        .route("/v1/orders/{digest}", get(images::boot_order).put(images::put_boot_order))
         .route("/v1/blobs/{digest}", get(images::blob))
         .route("/v1/chunks/fetch", post(images::fetch_chunks))
         .merge(pulling())

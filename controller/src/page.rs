@@ -134,12 +134,15 @@ fn slots(node: &NodeView, vms: &[VmView], colours: &BTreeMap<&str, usize>) -> Ma
 
 /// Where a VM stands, with figures where it is being copied.
 fn progress(vm: &VmView) -> String {
-    match vm.copy.filter(|_| vm.phase == VmPhase::Copying) {
+    let phase = phase_word(vm.phase);
+    match vm.copy {
         Some(copy) => {
             let percent = u128::from(copy.done) * 100 / u128::from(copy.total.max(1));
-            format!("copying {percent} %")
+            // A VM may run before its image is here whole.
+            let copying = if vm.phase == VmPhase::Copying { "" } else { ", copying" };
+            format!("{phase}{copying} {percent} %")
         }
-        None => phase_word(vm.phase).to_owned(),
+        None => phase.to_owned(),
     }
 }
 

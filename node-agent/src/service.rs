@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 
 use bedplate_api::client::{Client, ClientError, Endpoint};
 use bedplate_api::node::{Ipv4Net, MAX_SLOTS};
+use bedplate_api::vmm::chunks::DEFAULT_WAIT_SECONDS;
 use bedplate_images::{Store, StoreError};
 use rustix::process::Resource;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::agent::{Agent, AgentConfig, AgentHandle, Event, SetupError};
 use crate::files::FileError;
-use crate::image::Images;
+use crate::image::{CopyLimits, Images};
 use crate::net::addresses;
 use crate::report::Reporter;
 use crate::server::{self, ListenError, Node, Token};
@@ -111,6 +112,15 @@ pub struct AgentArgs {
     /// Seconds that a guest gets to power off before it is stopped
     #[arg(long, default_value_t = 60)]
     pub stop_seconds: u32,
+    /// MiB a second that copies of images may take, as they are sent; what guests wait for comes before [default: no limit]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    pub copy_rate: Option<u32>,
+    /// Requests for chunks that the copy of an image has under way at a time
+    #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=32))]
+    pub copy_parallel: u8,
+    /// Seconds that a guest waits for a chunk that is not here, before its request fails
+    #[arg(long, value_name = "N", default_value_t = DEFAULT_WAIT_SECONDS, value_parser = clap::value_parser!(u32).range(1..))]
+    pub chunk_wait_seconds: u32,
 }
 
 /// A MAC address in the one form that is kept and compared.
@@ -162,10 +172,15 @@ pub async fn run(args: AgentArgs) -> Result<(), ServiceError> {
         slots: args.slots,
         network_follows: control.is_some() || args.vm_network.is_some(),
         button_millis: u64::from(args.stop_seconds) * 1000,
+        chunk_wait_seconds: args.chunk_wait_seconds,
+    };
+    let limits = CopyLimits {
+        parallel: args.copy_parallel.into(),
+        bytes_per_second: args.copy_rate.map(|rate| u64::from(rate) << 20),
     };
     // Before anything listens: who sends one has seen us, and expects it to count.
     let mut end = EndSignals::listen().map_err(ServiceError::Signals)?;
-    let (agent, handle) = Agent::open(config, Images::new(store.clone(), &state, control.clone()))?;
+    let (agent, handle) = Agent::open(config, Images::new(store.clone(), &state, control.clone(), limits))?;
     let listen = listen(&args, &state, token, Node { agent: handle.clone(), store }).await?;
     tracing::info!("node {id} keeps its state in {}", state.display());
     networks(&args, &state, control, &handle, listen).await?;

@@ -71,7 +71,7 @@ fn outside(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenar
         Ok(machine) => machine,
         Err(error) => return chosen.iter().map(|scenario| (scenario.name, format!("{error:#}"))).collect(),
     };
-    let mut failures = Vec::new();
+    let (mut failures, mut figures_said) = (Vec::new(), 0);
     for scenario in chosen {
         let done = format!("{}{} ", inside::DONE, scenario.name);
         // The word after the name, to the end of the line: `ok`, or why not.
@@ -81,6 +81,13 @@ fn outside(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenar
             Err(error) => error.to_string(),
         };
         println!("test {} ... {}", scenario.name, if why == "ok" { "ok" } else { "FAILED" });
+        let text = machine.console().text();
+        let figures = text.lines().filter_map(|line| line.split_once(inside::FIGURE));
+        // Each once: the console has those of earlier scenarios, too.
+        figures.skip(figures_said).for_each(|(_, figure)| {
+            println!("    {figure}");
+            figures_said += 1;
+        });
         if why != "ok" {
             machine.console().keep_log();
             failures.push((scenario.name, why));

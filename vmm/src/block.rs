@@ -1,11 +1,14 @@
 //! What block devices read from and write to: a file of the host, or a copy-on-write disk of `images`.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use bedplate_api::vmm::IoEngine;
+use bedplate_api::vmm::chunks::MAX_WANTED;
 use bedplate_devices::virtio::block::{Backend, Medium, RawFile};
 use bedplate_images::disk::Disk;
 
+use crate::chunks::{ChunkClient, Verdict};
 use crate::config::DriveConfig;
 use crate::machine::DeviceError;
 
@@ -22,7 +25,9 @@ pub fn open(drive: &DriveConfig) -> Result<(AnyMedium, Option<String>), DeviceEr
         std::fs::metadata(path).map_err(|source| DeviceError::Path { id: id(), path: path.clone(), source })?;
     if metadata.is_dir() {
         let disk = Disk::open(path).map_err(|source| DeviceError::ImageDisk { id: id(), source })?;
-        return Ok((AnyMedium::from(Box::new(ImageDisk::new(disk)) as Box<dyn Backend>), None));
+        let client = drive.chunk_source.as_ref().map(ChunkClient::open).transpose();
+        let client = client.map_err(|source| DeviceError::Path { id: id(), path: path.clone(), source })?;
+        return Ok((AnyMedium::from(Box::new(ImageDisk::new(disk, client)) as Box<dyn Backend>), None));
     }
     let file = RawFile::open(path, drive.read_only).map_err(|source| DeviceError::Drive { id: id(), source })?;
     let (ring, warning) = match drive.engine {
@@ -42,15 +47,42 @@ fn no_ring(id: &str, error: &io::Error) -> String {
     )
 }
 
-/// The child of an image. Every chunk that the guest reads is verified on the way.
+/// The child of an image. Every chunk that the guest reads is verified on the way; one that the store lacks is asked for,
+/// where there is somebody to ask.
 pub struct ImageDisk {
     disk: Disk,
+    client: Option<ChunkClient>,
 }
 
 impl ImageDisk {
-    /// `disk` for a guest.
-    pub const fn new(disk: Disk) -> Self {
-        Self { disk }
+    /// `disk` for a guest; `client` gets what its image lacks.
+    pub fn new(mut disk: Disk, client: Option<ChunkClient>) -> Self {
+        disk.note_loads(client.is_some());
+        Self { disk, client }
+    }
+
+    /// What the device is told of a request. One that lacks a chunk has to wait for it; beside that one, the others are
+    /// asked for that the range `ahead` will need.
+    fn answer(&mut self, result: io::Result<()>, ahead: Option<(u64, u64)>) -> io::Result<()> {
+        let Some(client) = &mut self.client else { return result };
+        self.disk.take_loaded().into_iter().for_each(|number| client.was_read(number));
+        let Err(error) = result else { return Ok(()) };
+        let Some(number) = Disk::lacks_chunk(&error) else { return Err(error) };
+        match client.want(number) {
+            Verdict::Wait => {}
+            Verdict::Answered => return Err(error),
+            Verdict::TooLate => {
+                let waited = client.patience().as_secs();
+                let said = format!("{error}; nobody could get it for {waited} s, so the guest was told of an error");
+                return Err(io::Error::new(io::ErrorKind::TimedOut, said));
+            }
+        }
+        let missing = ahead.and_then(|(offset, len)| self.disk.missing(offset, len, MAX_WANTED).ok());
+        for other in missing.into_iter().flatten().filter(|other| *other != number) {
+            // Whatever became of it: its turn comes when the request gets so far.
+            let _later = client.want(other);
+        }
+        Err(io::ErrorKind::WouldBlock.into())
     }
 }
 
@@ -59,12 +91,22 @@ impl Backend for ImageDisk {
         self.disk.size()
     }
 
+    fn progress(&self) -> Option<BorrowedFd<'_>> {
+        self.client.as_ref().map(ChunkClient::progress)
+    }
+
+    fn proceed(&mut self) -> bool {
+        self.client.as_mut().is_some_and(ChunkClient::proceed)
+    }
+
     fn read_at(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        self.disk.read_at(data, offset)
+        let result = self.disk.read_at(data, offset);
+        self.answer(result, Some((offset, data.len() as u64)))
     }
 
     fn write_at(&mut self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.disk.write_at(data, offset)
+        let result = self.disk.write_at(data, offset);
+        self.answer(result, None)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -72,13 +114,15 @@ impl Backend for ImageDisk {
     }
 
     fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
-        self.disk.discard(offset, len)
+        let result = self.disk.discard(offset, len);
+        self.answer(result, None)
     }
 
     fn write_zeroes(&mut self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         if unmap {
-            return self.disk.discard(offset, len);
+            return self.discard(offset, len);
         }
-        self.disk.write_zeroes(offset, len)
+        let result = self.disk.write_zeroes(offset, len);
+        self.answer(result, None)
     }
 }

@@ -12,8 +12,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bedplate_api::vmm::{
-    Balloon, CacheType, CpuConfig, CpuConfigSource, CpuTemplate, Drive, HugePages, IoEngine, MachineConfig, MmdsConfig,
-    NetworkInterface, RateLimiter, TokenBucket, VmConfig, Vsock,
+    Balloon, CacheType, ChunkSource, CpuConfig, CpuConfigSource, CpuTemplate, Drive, HugePages, IoEngine,
+    MachineConfig, MmdsConfig, NetworkInterface, RateLimiter, TokenBucket, VmConfig, Vsock,
 };
 use bedplate_devices::virtio::balloon::BalloonConfig;
 use bedplate_devices::virtio::block::Cache;
@@ -81,6 +81,7 @@ pub struct DriveConfig {
     pub cache: Cache,
     pub engine: IoEngine,
     pub limits: LimiterConfig,
+    pub chunk_source: Option<ChunkSource>,
 }
 
 /// One network interface.
@@ -321,7 +322,11 @@ pub fn drive(drive: &Drive) -> Result<DriveConfig, ConfigError> {
         CacheType::Writeback => Cache::Writeback,
     };
     let (engine, limits) = (drive.io_engine.unwrap_or(IoEngine::Sync), limits(drive.rate_limiter));
-    Ok(DriveConfig { id, path, read_only: drive.is_read_only, cache, engine, limits })
+    let chunk_source = drive.chunk_source.clone();
+    if let Some(source) = &chunk_source {
+        self::path(&format!("drive {id:?}: chunk_source"), &source.socket)?;
+    }
+    Ok(DriveConfig { id, path, read_only: drive.is_read_only, cache, engine, limits, chunk_source })
 }
 
 /// Any limiter can be built.
@@ -496,6 +501,7 @@ mod tests {
             cache: Cache::Writeback,
             engine: IoEngine::Sync,
             limits: LimiterConfig::NONE,
+            chunk_source: None,
         };
         let check = |one: bool, two: bool| {
             separate(&[drive("a", &disk, one), drive("b", &other, false), drive("c", &link, two)])

@@ -11,6 +11,7 @@
 pub mod acpi;
 pub mod block;
 pub mod boot;
+pub mod chunks;
 pub mod config;
 pub mod console;
 pub mod control;

@@ -7,7 +7,7 @@ use reqwest::Method;
 use super::{Client, ClientError, Frames, blob_path, segment};
 use crate::Digest;
 use crate::error::ErrorKind;
-use crate::image::{ChunkList, ImageSummary, MAX_BLOB_LEN, MAX_SIGNATURE_LEN, Sweep, Swept, Tag};
+use crate::image::{BootOrder, ChunkList, ImageSummary, MAX_BLOB_LEN, MAX_SIGNATURE_LEN, Sweep, Swept, Tag};
 
 impl Client {
     /// Every tag of the repository.
@@ -66,6 +66,22 @@ impl Client {
             }
         }
         Ok(Some(String::from_utf8_lossy(&text).into_owned()))
+    }
+
+    /// In which order a boot reads the disk of the image `digest`, as far as that is known there.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn boot_order(&self, digest: &Digest) -> Result<BootOrder, ClientError> {
+        self.fetch(&format!("/v1/orders/{digest}")).await
+    }
+
+    /// Tells it to those who copy the image next.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn put_boot_order(&self, digest: &Digest, order: &BootOrder) -> Result<(), ClientError> {
+        self.send(self.request(Method::PUT, &format!("/v1/orders/{digest}")).json(order)).await.map(drop)
     }
 
     /// Removes the name; the content goes with the next garbage collection.

@@ -169,6 +169,7 @@ pub(super) fn config(args: &Args, start: Start, disk: PathBuf, net: Option<&Net>
             cache_type: Default::default(),
             io_engine: None,
             rate_limiter: None,
+            chunk_source: None,
         }],
         machine_config: MachineConfig { vcpu_count: args.cpus, mem_size_mib: args.memory, ..MachineConfig::default() },
         network_interfaces: interface.into_iter().collect(),

@@ -11,7 +11,9 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bedplate_api::client::{FrameError, Frames, encode_frame};
 use bedplate_api::error::ErrorKind;
-use bedplate_api::image::{ChunkList, ImageKind, ImageSummary, MAX_BLOB_LEN, MAX_CHUNK_LIST, Sweep, Swept, Tag};
+use bedplate_api::image::{
+    BootOrder, ChunkList, ImageKind, ImageSummary, MAX_BLOB_LEN, MAX_BOOT_ORDER, MAX_CHUNK_LIST, Sweep, Swept, Tag,
+};
 use bedplate_api::{ApiError, Digest};
 use bedplate_images::trust::TrustError;
 use bedplate_images::{Store, StoreError};
@@ -155,6 +157,27 @@ pub async fn signature(State(control): Shared, Path(name): Path<String>) -> Resu
     let digest = digest(&name)?;
     let text = ask(&control, move |images| images.signature(&digest)).await?;
     text.ok_or_else(|| Refusal::new(ErrorKind::NotFound, format!("image {digest} is not signed")))
+}
+
+/// `GET /v1/orders/{digest}`.
+pub async fn boot_order(State(control): Shared, Path(name): Path<String>) -> Result<Json<BootOrder>, Refusal> {
+    let digest = digest(&name)?;
+    Ok(Json(BootOrder { chunks: ask(&control, move |images| images.boot_order(&digest)).await? }))
+}
+
+/// `PUT /v1/orders/{digest}`. A hint from a node, which nobody vouches for: what the image does not have is left out.
+pub async fn put_boot_order(
+    State(control): Shared,
+    Path(name): Path<String>,
+    Body(order): Body<BootOrder>,
+) -> Result<StatusCode, Refusal> {
+    let digest = digest(&name)?;
+    if order.chunks.len() > MAX_BOOT_ORDER {
+        let message = format!("{} chunks are too many: at most {MAX_BOOT_ORDER} are an order", order.chunks.len());
+        return Err(Refusal::new(ErrorKind::BadRequest, message));
+    }
+    ask(&control, move |images| images.put_boot_order(&digest, &order.chunks)).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// `DELETE /v1/images/{name}`.

@@ -41,6 +41,11 @@ impl Buffers {
         Self { memory, pieces: Vec::new(), len: 0 }
     }
 
+    /// An empty list over the same memory.
+    pub fn another(&self) -> Self {
+        Self::new(Memory::clone(&self.memory))
+    }
+
     /// Empties the list, keeps its space.
     pub fn clear(&mut self) {
         self.pieces.clear();

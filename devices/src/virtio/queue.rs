@@ -142,6 +142,12 @@ impl Chain {
         Self { head: 0, readable: list(), writable: list(), fault: None }
     }
 
+    /// Takes the chain out of here, which is left empty: to return it later.
+    pub fn take(&mut self) -> Self {
+        let empty = Self { head: 0, readable: self.readable.another(), writable: self.writable.another(), fault: None };
+        std::mem::replace(self, empty)
+    }
+
     /// Follows a chain's descriptors to its end.
     fn fill<M>(&mut self, mut chain: virtio_queue::DescriptorChain<M>, limit: u16)
     where

@@ -28,11 +28,40 @@ pub(super) struct Image {
     reader: PartReader,
     kept: Vec<Kept>,
     requests: u64,
+    /// Numbers of the chunks that were read from the store since somebody asked; none while nobody does.
+    loaded: Option<Vec<u64>>,
 }
+
+/// Numbers kept for who asks what was read: more than one request reads, so that only who never asks loses some.
+const MAX_LOADED: usize = 1024;
 
 impl Image {
     pub(super) const fn new(reader: PartReader) -> Self {
-        Self { reader, kept: Vec::new(), requests: 0 }
+        Self { reader, kept: Vec::new(), requests: 0, loaded: None }
+    }
+
+    /// From now on notes which chunks are read, or no longer.
+    pub(super) fn note_loads(&mut self, noted: bool) {
+        self.loaded = noted.then(Vec::new);
+    }
+
+    /// The chunks that were read from the store since the last call, in order.
+    pub(super) fn take_loaded(&mut self) -> Vec<u64> {
+        self.loaded.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// The first `most` chunks between the bytes `start` and `end` that are not in the store, by number.
+    pub(super) fn missing(&self, start: u64, end: u64, most: usize) -> Result<Vec<u64>, StoreError> {
+        let mut missing = Vec::new();
+        for number in start / CHUNK_SIZE as u64..end.div_ceil(CHUNK_SIZE as u64) {
+            if missing.len() == most {
+                break;
+            }
+            if !self.reader.has(number)? {
+                missing.push(number);
+            }
+        }
+        Ok(missing)
     }
 
     /// The bytes of chunk `number`; `None` when they are all zeros.
@@ -71,6 +100,9 @@ impl Image {
         kept.used = 0;
         kept.len = self.reader.read(number, &digest, &mut kept.plain)?;
         kept.number = number;
+        if let Some(loaded) = self.loaded.as_mut().filter(|loaded| loaded.len() < MAX_LOADED) {
+            loaded.push(number);
+        }
         Ok(Some(slot))
     }
 }

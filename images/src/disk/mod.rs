@@ -207,6 +207,41 @@ impl Disk {
         self.overlay.map().data_clusters() * CLUSTER
     }
 
+    /// From now on notes which chunks of the image are read, or no longer: see [`Disk::take_loaded`].
+    pub fn note_loads(&mut self, noted: bool) {
+        self.overlay.base_mut().note_loads(noted);
+    }
+
+    /// Numbers of the image's chunks that were read from the store since the last call, in order: a chunk comes again
+    /// when it had left memory. Some are left out if this is not called after each request.
+    pub fn take_loaded(&mut self) -> Vec<u64> {
+        self.overlay.base_mut().take_loaded()
+    }
+
+    /// Number of the chunk that an error of this disk is about, where it is missing from the store or was found damaged:
+    /// once the store has it, the same request fares better.
+    pub fn lacks_chunk(error: &io::Error) -> Option<u64> {
+        error.get_ref()?.downcast_ref::<StoreError>()?.lacks_chunk()
+    }
+
+    /// The first `most` chunks of the image, by number, that the range needs and that are not in the store.
+    pub fn missing(&self, offset: u64, len: u64, most: usize) -> Result<Vec<u64>, StoreError> {
+        let mut missing = Ok(Vec::new());
+        self.overlay.each_base_range(offset, len, |start, end| {
+            let Ok(found) = &mut missing else { return };
+            match self.overlay.base().missing(start, end, most - found.len()) {
+                // Two ranges may lie in one chunk.
+                Ok(more) => more.into_iter().for_each(|number| {
+                    if found.last() != Some(&number) {
+                        found.push(number);
+                    }
+                }),
+                Err(error) => missing = Err(error),
+            }
+        });
+        missing
+    }
+
     /// Fills `bytes` from `offset`.
     pub fn read_at(&mut self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
         self.overlay.read_at(bytes, offset)

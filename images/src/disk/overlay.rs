@@ -53,6 +53,27 @@ impl<F: Backing, B: Base> Overlay<F, B> {
         &self.map
     }
 
+    pub(super) const fn base(&self) -> &B {
+        &self.base
+    }
+
+    pub(super) const fn base_mut(&mut self) -> &mut B {
+        &mut self.base
+    }
+
+    /// Calls `visit` with each range, in bytes, of the clusters that the given range touches and that are in the base.
+    pub(super) fn each_base_range(&self, offset: u64, len: u64, mut visit: impl FnMut(u64, u64)) {
+        let end = offset.saturating_add(len).min(self.size).div_ceil(CLUSTER);
+        let mut at = offset / CLUSTER;
+        while at < end {
+            let (state, run_end) = self.map.run(at, end);
+            if state == State::Base {
+                visit(at * CLUSTER, (run_end * CLUSTER).min(self.size));
+            }
+            at = run_end;
+        }
+    }
+
     pub(super) fn read_at(&mut self, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
         self.check(offset, bytes.len() as u64)?;
         while !bytes.is_empty() {

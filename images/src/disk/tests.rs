@@ -371,6 +371,47 @@ fn damaged_and_missing_chunks_are_errors_that_name_them() {
 }
 
 #[test]
+fn what_is_missing_is_named_and_the_same_request_fares_better_once_it_is_here() {
+    const C: usize = CLUSTER as usize;
+    let (dir, whole) = store();
+    let bytes = noise(7, 6 * CHUNK_SIZE);
+    let image = image(&whole, &bytes);
+    let part = whole.manifest(&image).unwrap().parts[DISK].clone();
+    // A store with everything but the chunks.
+    let store = Store::create(dir.path().join("partial")).unwrap();
+    store.put_blob(&whole.blob(&part.index).unwrap()).unwrap();
+    store.put_blob(&whole.blob(&image).unwrap()).unwrap();
+    let mut disk = Disk::create(&dir.path().join("disk"), &store, &image, Mode::Persistent).unwrap();
+    let bring = |number: u64| {
+        let digest = whole.part(&image, DISK).unwrap().digest(number).unwrap();
+        store.put_frame(&digest, &whole.frame(&digest).unwrap()).unwrap();
+    };
+    let lacks = |result: io::Result<()>| Disk::lacks_chunk(&result.unwrap_err());
+    disk.note_loads(true);
+    let (mut read, chunk) = (vec![0; 3 * CHUNK_SIZE], CHUNK_SIZE as u64);
+    assert_eq!(lacks(disk.read_at(&mut read, chunk)), Some(1));
+    assert_eq!(disk.missing(chunk, 3 * chunk, 64).unwrap(), [1, 2, 3]);
+    assert_eq!(disk.missing(chunk, 3 * chunk, 2).unwrap(), [1, 2]);
+    // What is written whole is not needed any more; a cluster in the middle leaves both ends.
+    disk.write_at(&vec![9; CHUNK_SIZE], 2 * chunk).unwrap();
+    disk.write_at(&[9; C], 3 * chunk + C as u64).unwrap();
+    assert_eq!(disk.missing(chunk, 3 * chunk, 64).unwrap(), [1, 3]);
+    assert_eq!(lacks(disk.write_at(&[9], 5 * chunk)), Some(5), "a part of a cluster needs the rest of it");
+    bring(1);
+    assert_eq!(lacks(disk.read_at(&mut read, chunk)), Some(3));
+    bring(3);
+    disk.read_at(&mut read, chunk).unwrap();
+    let mut expected = bytes[CHUNK_SIZE..4 * CHUNK_SIZE].to_vec();
+    expected[CHUNK_SIZE..2 * CHUNK_SIZE].fill(9);
+    expected[2 * CHUNK_SIZE + C..][..C].fill(9);
+    assert!(read == expected);
+    assert_eq!(disk.take_loaded(), [1, 3]);
+    assert_eq!(disk.take_loaded(), []);
+    let past = disk.read_at(&mut read, 6 * chunk).unwrap_err();
+    assert_eq!(Disk::lacks_chunk(&past), None);
+}
+
+#[test]
 fn damage_to_each_file_of_the_directory_is_found_at_open() {
     let (dir, store) = store();
     let image = image(&store, &content());

@@ -259,6 +259,18 @@ impl StoreError {
         }
     }
 
+    /// Number, in its part, of the chunk that is absent or was found damaged, where this is about one.
+    pub fn lacks_chunk(&self) -> Option<u64> {
+        match self {
+            Self::InPart { number, cause, .. }
+                if matches!(**cause, Self::ChunkMissing { .. } | Self::ChunkCorrupt { .. }) =>
+            {
+                Some(*number)
+            }
+            _ => None,
+        }
+    }
+
     /// The file system is full, or would be.
     pub fn is_full(&self) -> bool {
         matches!(self, Self::Full { .. } | Self::NoRoom { .. })

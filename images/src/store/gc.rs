@@ -55,6 +55,11 @@ impl Store {
                 )?;
             }
         }
+        let orders = self.dir().join("orders");
+        if orders.is_dir() {
+            let condemned = |name: &str, _| hex_digest(name).is_some_and(|digest| !needed.contains(&digest));
+            self.sweep(&orders, &mut swept, condemned, now)?;
+        }
         self.sweep(&self.dir().join("tmp"), &mut swept, |_, age| age >= DRAFT_AGE, now)?;
         Ok(swept)
     }

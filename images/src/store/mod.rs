@@ -5,6 +5,7 @@
 //! blobs/ab/{hex}    manifests and indexes, as they are
 //! chunks/ab/{hex}   chunks, each one zstd frame, named by the digest of the plain bytes
 //! tags/{name}       the digest of a manifest, as text
+//! orders/{hex}      in which order a boot of the image reads its chunks, if that is known
 //! tmp/              drafts, and chunks that were found damaged
 //! lock              taken shared by who adds (see [`Store::lease`]), exclusively by [`Store::gc`]
 //! ```
@@ -21,6 +22,7 @@ mod error;
 mod files;
 mod gc;
 mod materialise;
+mod order;
 mod parts;
 mod tags;
 #[cfg(test)]

@@ -124,6 +124,11 @@ impl PartReader {
         Ok(self.index.digest(number)?)
     }
 
+    /// Whether chunk `number`, which must be below the count, is in the store. It is verified when it is read.
+    pub fn has(&self, number: u64) -> Result<bool, StoreError> {
+        Ok(self.store.has_chunk(&self.digest(number)?))
+    }
+
     /// Reads chunk `number`, whose digest `digest` is not [`Digest::ZERO`], to the front of `plain`; returns its length.
     pub fn read(&self, number: u64, digest: &Digest, plain: &mut [u8; CHUNK_SIZE]) -> Result<usize, StoreError> {
         self.store

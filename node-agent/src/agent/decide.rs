@@ -25,6 +25,8 @@ pub struct World<'a> {
     pub vms: &'a BTreeMap<VmId, Vm>,
     /// Images that VMs ask for.
     pub images: &'a BTreeMap<Digest, ImageState>,
+    /// Images that are here whole, sorted.
+    pub complete: &'a [Digest],
     /// What there is to run VMs on.
     pub host: &'a Host,
     /// The time.
@@ -115,8 +117,20 @@ pub fn decide(world: &World<'_>) -> Decision {
             }
         }
         start(world, &mut decision);
+        complete(world, &mut decision);
     }
     decision
+}
+
+/// Images of which VMs run that were started from a part of them, by an earlier agent perhaps: the copy goes on.
+fn complete(world: &World<'_>, decision: &mut Decision) {
+    for spec in &world.desired.vms {
+        let is_partial = !world.images.contains_key(&spec.image) && world.complete.binary_search(&spec.image).is_err();
+        let fetch = Action::Fetch(spec.image);
+        if is_partial && world.vms.get(&spec.id).is_some_and(Vm::is_active) && !decision.actions.contains(&fetch) {
+            decision.actions.push(fetch);
+        }
+    }
 }
 
 /// One VM that shall not run: stop it, ever harder; once it has no process, remove it if it is `gone` from the wishes.
@@ -258,7 +272,7 @@ fn next_step(world: &World<'_>, vm: &Vm, has_room: bool, decision: &Decision) ->
         }
         // It is dropped in this very decision, and fetched again in the next.
         Some(ImageState::Failed { .. }) => None,
-        Some(ImageState::Ready) => match &world.host.not_yet {
+        Some(ImageState::Partial { .. } | ImageState::Ready) => match &world.host.not_yet {
             Some(why) => hold(why),
             None if has_room => Some(Action::Start(id)),
             None => hold("waits for the memory of a VM that is being stopped"),

@@ -41,6 +41,7 @@ struct Scene {
     desired: Desired,
     vms: BTreeMap<VmId, Vm>,
     images: BTreeMap<Digest, ImageState>,
+    complete: Vec<Digest>,
     host: Host,
     leaving: bool,
 }
@@ -52,6 +53,7 @@ fn scene(desired: &[VmSpec], vms: &[(VmSpec, Step)]) -> Scene {
         desired: Desired { generation: 9, vms: desired.to_vec() },
         vms,
         images: [(IMAGE, ImageState::Ready)].into(),
+        complete: vec![IMAGE],
         host: Host { slots: 4, memory_mib: 4096, cpus: 2, obstacle: None, not_yet: None, button_millis: 20_000 },
         leaving: false,
     }
@@ -63,6 +65,7 @@ impl Scene {
             desired: &self.desired,
             vms: &self.vms,
             images: &self.images,
+            complete: &self.complete,
             host: &self.host,
             now: NOW,
             leaving: self.leaving,
@@ -204,4 +207,23 @@ fn a_machine_that_goes_down_stops_everything_and_removes_nothing() {
     let mut scene = scene(&[spec(1), spec(3)], &[(spec(1), running()), (spec(2), Step::Off)]);
     scene.leaving = true;
     assert_eq!(scene.actions(), [Action::Stop(id(1), Asked::Button)]);
+}
+
+#[test]
+fn a_start_needs_a_part_of_its_image_and_the_rest_follows_whoever_began_it() {
+    let partial = ImageState::Partial { progress: None, trouble: Some("the line is down".to_owned()) };
+    let mut scene = scene(&[spec(1), spec(2)], &[(spec(1), Step::Ready), (spec(2), running())]);
+    scene.complete.clear();
+    scene.images = [(IMAGE, partial)].into();
+    assert_eq!(scene.actions(), [Action::Start(id(1))]);
+    // An agent that was started anew knows nothing of the copy, and of both VMs runs one.
+    scene.images.clear();
+    assert_eq!(scene.actions(), [Action::Fetch(IMAGE)]);
+    scene.vms.insert(id(1), Vm { step: running(), ..Vm::new(spec(1)) });
+    assert_eq!(scene.actions(), [Action::Fetch(IMAGE)], "once");
+    scene.complete = vec![IMAGE];
+    assert_eq!(scene.actions(), []);
+    scene.desired.vms.clear();
+    scene.images = [(IMAGE, ImageState::Partial { progress: None, trouble: None })].into();
+    assert!(scene.actions().contains(&Action::Drop(IMAGE)), "nobody wants the rest");
 }

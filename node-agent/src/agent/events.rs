@@ -35,6 +35,7 @@ impl Agent {
             }
             Event::NetworkAgain => self.set_up_network().await,
             Event::AddressTaken(mac) => self.take_address(mac),
+            Event::Bootable(digest, number, bootable) => self.take_bootable(digest, number, bootable),
             Event::Image(digest, number, result) => self.take_image(digest, number, result),
             Event::Swept => self.take_swept(),
             Event::Progress => self.take_progress(),
@@ -141,16 +142,22 @@ impl Agent {
         self.change(id, |vm| vm.address_taken = true);
     }
 
-    fn take_image(&mut self, digest: Digest, number: u64, result: Result<Bootable, String>) {
+    fn take_bootable(&mut self, digest: Digest, number: u64, bootable: Bootable) {
+        let Some(copy) = self.copies.get(&digest).filter(|copy| copy.number == number) else { return };
+        tracing::info!("image {} can be started from", digest.short());
+        self.bootable.insert(digest, bootable);
+        self.states.insert(digest, ImageState::Partial { progress: *copy.progress.borrow(), trouble: None });
+    }
+
+    fn take_image(&mut self, digest: Digest, number: u64, result: Result<(), String>) {
         // Dropped meanwhile, and perhaps begun anew: nobody waits for this one.
         if self.copies.get(&digest).is_none_or(|copy| copy.number != number) {
             return;
         }
         self.copies.remove(&digest);
         let state = match result {
-            Ok(bootable) => {
-                tracing::info!("image {} is ready", digest.short());
-                self.bootable.insert(digest, bootable);
+            Ok(()) => {
+                tracing::info!("image {} is here whole", digest.short());
                 if let Err(at) = self.complete.binary_search(&digest) {
                     self.complete.insert(at, digest);
                 }
@@ -175,13 +182,21 @@ impl Agent {
         }
         let complete = &self.complete;
         self.states.retain(|digest, state| *state != ImageState::Ready || complete.binary_search(digest).is_ok());
-        self.bootable.retain(|digest, _| complete.binary_search(digest).is_ok());
+        let states = &self.states;
+        self.bootable.retain(|digest, _| {
+            let partial = matches!(states.get(digest), Some(ImageState::Partial { .. }));
+            partial || complete.binary_search(digest).is_ok()
+        });
     }
 
     fn take_progress(&mut self) {
         for (digest, copy) in &self.copies {
             let (progress, trouble) = (*copy.progress.borrow(), copy.trouble.borrow().clone());
-            self.states.insert(*digest, ImageState::Copying { progress, trouble });
+            let state = match self.states.get(digest) {
+                Some(ImageState::Partial { .. }) => ImageState::Partial { progress, trouble },
+                _ => ImageState::Copying { progress, trouble },
+            };
+            self.states.insert(*digest, state);
         }
     }
 
@@ -200,10 +215,12 @@ impl Agent {
             // It ran, and had ended by itself before anybody looked.
             Err(StartError::Ended(end)) if end.reason != ExitReason::HostFault => {
                 tracing::info!("VM {id} has ended at once: {}", end.detail);
+                self.supplies.remove(&id);
                 self.change(id, |vm| vm.ended(&end, 0, now));
             }
             Err(error) => {
                 tracing::warn!("VM {id} was not started: {error}");
+                self.supplies.remove(&id);
                 self.doubt_image(id);
                 self.change(id, |vm| vm.start_failed(error.to_string(), now));
             }
@@ -225,6 +242,7 @@ impl Agent {
             self.doubt_image(id);
         }
         self.watchers.remove(&id);
+        self.supplies.remove(&id);
         let ran = now.since(process::started_at(process));
         self.change(id, |vm| vm.ended(end, ran, now));
     }

@@ -4,6 +4,7 @@
 //! and takes events one by one; after each it decides, and does what was decided. What takes long runs in a task of its
 //! own, whose end is an event. Every change of a VM is journalled before and after it is made.
 
+mod copy;
 pub mod decide;
 mod events;
 pub mod journal;
@@ -24,6 +25,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::clock::Millis;
 use crate::host;
+use crate::image::supply::Supply;
 use crate::image::{Bootable, Images};
 use crate::net::tap;
 use crate::net::vms::VmNetwork;
@@ -55,6 +57,8 @@ pub struct AgentConfig {
     pub network_follows: bool,
     /// Milliseconds that a guest gets to power off.
     pub button_millis: u64,
+    /// Seconds that a guest's request waits for what the image lacks.
+    pub chunk_wait_seconds: u32,
 }
 
 /// What happens to an agent.
@@ -70,8 +74,10 @@ pub enum Event {
     NetworkAgain,
     /// The guest with this MAC address has taken its address.
     AddressTaken([u8; 6]),
-    /// The copy with this number has ended: its image is ready, or cannot be had.
-    Image(Digest, u64, Result<Bootable, String>),
+    /// The copy with this number has got what a start needs; the rest follows.
+    Bootable(Digest, u64, Bootable),
+    /// The copy with this number has ended: its image is here whole, or cannot be had.
+    Image(Digest, u64, Result<(), String>),
     /// The copy of an image has moved on, or is held up.
     Progress,
     /// Images may have been removed to make room.
@@ -150,6 +156,8 @@ pub struct Agent {
     copies_begun: u64,
     /// The watchers of VM processes.
     watchers: BTreeMap<VmId, Watcher>,
+    /// Who gets VMs that run what their images lack.
+    supplies: BTreeMap<VmId, Supply>,
     network: Option<Arc<VmNetwork>>,
     /// The network that was named last, and the control node's address.
     network_wanted: Option<(Ipv4Net, Option<std::net::SocketAddr>)>,
@@ -203,6 +211,7 @@ impl Agent {
                 desired: &self.desired,
                 vms: &self.vms,
                 images: &self.states,
+                complete: &self.complete,
                 host: &self.host,
                 now: Millis::now(),
                 leaving: self.leaving,

@@ -111,7 +111,14 @@ pub enum ImageState {
         /// What holds it up, where something does.
         trouble: Option<String>,
     },
-    /// Everything that a start needs is here and verified.
+    /// Everything that a start needs is here and verified; the rest is being copied, and guests that need it sooner wait.
+    Partial {
+        /// How far.
+        progress: Option<CopyProgress>,
+        /// What holds it up, where something does.
+        trouble: Option<String>,
+    },
+    /// It is here whole.
     Ready,
     /// Cannot be had; tried again when the desired state has another generation.
     Failed {
@@ -120,6 +127,13 @@ pub enum ImageState {
         /// The generation that found out.
         generation: u64,
     },
+}
+
+impl ImageState {
+    /// Whether VMs can be started from it.
+    pub const fn is_bootable(&self) -> bool {
+        matches!(self, Self::Partial { .. } | Self::Ready)
+    }
 }
 
 /// How a VM's process ended.
@@ -204,12 +218,15 @@ impl Vm {
 
     /// What the outside sees of it; `image` is the state of its image.
     pub fn status(&self, image: Option<&ImageState>) -> VmStatus {
-        let copying = match (&self.step, image) {
-            (Step::Ready, Some(ImageState::Copying { progress, trouble })) => Some((*progress, trouble.clone())),
-            _ => None,
+        let (copy, trouble) = match (&self.step, image) {
+            (Step::Ready, Some(ImageState::Copying { progress, trouble }))
+            | (_, Some(ImageState::Partial { progress, trouble })) => (*progress, trouble.clone()),
+            _ => (None, None),
         };
-        let phase = if copying.is_some() { VmPhase::Copying } else { self.phase() };
-        let trouble = copying.as_ref().and_then(|(_, trouble)| trouble.clone());
+        let phase = match (&self.step, image) {
+            (Step::Ready, Some(ImageState::Copying { .. })) => VmPhase::Copying,
+            _ => self.phase(),
+        };
         VmStatus {
             id: self.spec.id,
             name: self.spec.name.clone(),
@@ -219,7 +236,7 @@ impl Vm {
             address_taken: self.address_taken,
             pid: self.process().map(|p| p.pid),
             restarts: self.restarts,
-            copy: copying.and_then(|(progress, _)| progress),
+            copy,
         }
     }
 

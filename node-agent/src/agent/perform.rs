@@ -7,17 +7,16 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::decide::Action;
 use super::model::{Asked, ImageState, Step, Vm};
-use super::{Agent, Copy, Event};
+use super::{Agent, Copy, Event, copy};
 use crate::clock::Millis;
 use crate::files;
 use crate::host;
-use crate::image::{ImageError, Images, Sweep};
+use crate::image::Sweep;
+use crate::image::supply::Supply;
 use crate::net::addresses;
 use crate::vm::start::Start;
-use crate::vm::{api, process};
+use crate::vm::{api, process, user};
 
-/// The longest wait between two attempts to get an image.
-const MAX_COPY_WAIT: Duration = Duration::from_secs(30);
 /// The wait before a VM that could not be removed is removed again.
 const REMOVE_AGAIN: Duration = Duration::from_secs(10);
 
@@ -97,28 +96,43 @@ impl Agent {
         self.copies_begun += 1;
         let number = self.copies_begun;
         let task = tokio::spawn(async move {
-            let result = ensure(&images, digest, &progress, &trouble, &events).await;
-            if result.as_ref().is_err_and(ImageError::is_no_space) {
-                make_room(&images, keep, Sweep::Unused, &events).await;
-            }
-            let _ended = events.send(Event::Image(digest, number, result.map_err(|e| e.to_string()))).await;
+            let copy = copy::Attempts { images, digest, number, keep, progress, trouble, events };
+            copy.run().await;
         });
         self.states.insert(digest, ImageState::Copying { progress: None, trouble: None });
         let task = AbortOnDropHandle::new(task);
         self.copies.insert(digest, Copy { number, progress: progressed, trouble: troubled, _task: task });
     }
 
-    /// Images that are ready and that VMs ask for.
+    /// Images that can be started from and that VMs ask for.
     fn images_to_keep(&self) -> Vec<Digest> {
         let wanted = self.desired.vms.iter().map(|spec| spec.image);
-        let mut keep: Vec<_> = wanted.filter(|d| self.states.get(d) == Some(&ImageState::Ready)).collect();
+        let mut keep: Vec<_> = wanted.filter(|d| self.states.get(d).is_some_and(ImageState::is_bootable)).collect();
         keep.dedup();
         keep
     }
 
     fn make_room(&self, sweep: Sweep) {
         let (images, events, keep) = (self.images.clone(), self.events.clone(), self.images_to_keep());
-        tokio::spawn(async move { make_room(&images, keep, sweep, &events).await });
+        tokio::spawn(async move { copy::make_room(&images, keep, sweep, &events).await });
+    }
+
+    /// From now on VM `id` gets what its image lacks here; with `records`, its boot is learned from. False where there is
+    /// nowhere to get it from.
+    pub(super) fn supply(&mut self, id: VmId, records: bool) -> bool {
+        let Some(vm) = self.vms.get(&id) else { return false };
+        let socket = self.journal.vm_dir(id).chunks();
+        match Supply::open(&self.images, vm.spec.image, &socket, user::of(id), records) {
+            Ok(Some(supply)) => {
+                self.supplies.insert(id, supply);
+                true
+            }
+            Ok(None) => false,
+            Err(e) => {
+                tracing::warn!("VM {} gets nothing that its image lacks: {e}", vm.spec.name);
+                false
+            }
+        }
     }
 
     fn start(&mut self, id: VmId) {
@@ -140,12 +154,14 @@ impl Agent {
             vm.address_taken = false;
         });
         self.serve_addresses();
+        let chunk_wait = self.supply(id, true).then_some(self.config.chunk_wait_seconds);
         let disk_in_memory = host::in_memory(dir.path());
         let mut start = Start {
             spec,
             dir,
             boot,
             store: self.images.store().clone(),
+            chunk_wait,
             nic: None,
             vmm: self.config.vmm.clone(),
             cgroups: self.cgroups.clone(),
@@ -211,6 +227,7 @@ impl Agent {
         let address = self.vms.get(&id).and_then(|vm| vm.address);
         self.change(id, |vm| vm.step = Step::Removing);
         self.watchers.remove(&id);
+        self.supplies.remove(&id);
         let dir = self.journal.vm_dir(id).path().to_owned();
         let cgroup = self.cgroups.as_ref().map(|c| c.existing(id));
         let (network, events) = (self.network.clone(), self.events.clone());
@@ -249,54 +266,5 @@ impl Agent {
             let _ended = events.send(Event::Ended(id, watching.process(), end)).await;
         });
         self.watchers.insert(id, super::Watcher { watched, _task: AbortOnDropHandle::new(task) });
-    }
-}
-
-/// Removes what is not needed, so that the next copy finds room.
-async fn make_room(images: &Images, keep: Vec<Digest>, sweep: Sweep, events: &tokio::sync::mpsc::Sender<Event>) {
-    if let Err(e) = images.make_room(keep, sweep).await {
-        tracing::warn!("no room could be made for images: {e}");
-    }
-    let _ended = events.send(Event::Swept).await;
-}
-
-/// Tries until the image is ready or cannot be had. What holds it up is told meanwhile.
-async fn ensure(
-    images: &Images,
-    digest: Digest,
-    progress: &watch::Sender<Option<bedplate_api::node::CopyProgress>>,
-    trouble: &watch::Sender<Option<String>>,
-    events: &tokio::sync::mpsc::Sender<Event>,
-) -> Result<crate::image::Bootable, ImageError> {
-    let told = async {
-        let (mut progress, mut trouble) = (progress.subscribe(), trouble.subscribe());
-        loop {
-            tokio::select! {
-                Ok(()) = progress.changed() => {}
-                Ok(()) = trouble.changed() => {}
-                else => return,
-            }
-            let _ended = events.send(Event::Progress).await;
-            // Progress is for people.
-            sleep(Duration::from_millis(250)).await;
-        }
-    };
-    let tries = async {
-        let mut wait = Duration::from_secs(1);
-        loop {
-            match images.ensure(digest, progress).await {
-                Err(e) if !e.is_final() => {
-                    tracing::warn!("image {}: {e}; the next try is in {} s", digest.short(), wait.as_secs());
-                    trouble.send_replace(Some(format!("{e}; the next try is in {} s", wait.as_secs())));
-                    sleep(wait).await;
-                    wait = (wait * 2).min(MAX_COPY_WAIT);
-                }
-                done => return done,
-            }
-        }
-    };
-    tokio::select! {
-        done = tries => done,
-        () = told => Err(ImageError::Aborted),
     }
 }

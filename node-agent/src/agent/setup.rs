@@ -84,6 +84,7 @@ impl Agent {
             copies: BTreeMap::new(),
             copies_begun: 0,
             watchers: BTreeMap::new(),
+            supplies: BTreeMap::new(),
             network: None,
             network_wanted: None,
             network_trouble: None,
@@ -125,6 +126,8 @@ impl Agent {
             if let Some(watched) = watched {
                 tracing::info!("VM {id} goes on as process {}", watched.process().pid);
                 self.watch(id, watched);
+                // What its boot reads first was read already, or is lost.
+                self.supply(id, false);
             }
             // A removal that was cut short is done again.
             if self.vms.get(&id).is_some_and(|vm| vm.step == Step::Removing) {

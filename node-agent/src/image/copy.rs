@@ -1,7 +1,8 @@
-//! Copying what an image lacks here: its manifest, the indexes that it names, the chunks that they name.
+//! Copying what an image lacks here, in two steps: what a start needs ([`begin`]), then the rest while VMs run ([`finish`]).
 //!
-//! Four batches of chunks are in flight at a time, so that memory is bounded by a few megabytes and the network does not
-//! wait for the disk. What has landed is kept: after a break the copy goes on from there.
+//! The rest comes in the order in which earlier boots of the image read it, as far as that is known, and then from front to
+//! back. Some batches of chunks are in flight at a time, so that memory is bounded by a few megabytes and the network does
+//! not wait for the disk. What has landed is kept: after a break the copy goes on from there.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,57 +16,103 @@ use bedplate_images::{Store, StoreError};
 use futures_util::{StreamExt, TryStreamExt};
 use tokio::sync::watch;
 
-use super::{ImageError, blocking, check};
+use super::fetch::{Fetcher, Urgency};
+use super::{DISK_PART, ImageError, Images, KEEP_FREE, blocking, check};
 
-/// Batches in flight.
-const IN_FLIGHT: usize = 4;
 /// Chunks per batch: 4 MiB before compression, so that progress moves and a break loses little.
 const BATCH: usize = 64;
 const _: () = assert!(BATCH <= MAX_CHUNK_LIST);
-/// Never fill a disk to the last byte: others write there too.
-const KEEP_FREE: u64 = 64 << 20;
 
-/// Distinct chunks of an image with their lengths, and which of them lack.
+/// Distinct chunks of some parts of an image with their lengths, and which of them lack.
 struct Inventory {
     lengths: HashMap<Digest, u64>,
     missing: Vec<Digest>,
     total: u64,
 }
 
-/// Completes the image `digest` in `store` from `source`, and names it so that it stays.
-pub(super) async fn complete(
-    store: &Store,
-    source: Option<&Client>,
+impl Inventory {
+    fn length(&self, digest: &Digest) -> u64 {
+        self.lengths.get(digest).copied().unwrap_or(0)
+    }
+
+    fn lacking(&self) -> u64 {
+        self.missing.iter().map(|digest| self.length(digest)).sum()
+    }
+
+    /// Moves the chunks `first` to the front, in their order.
+    fn prefer(&mut self, first: Vec<Digest>) {
+        let lacks: HashSet<Digest> = self.missing.iter().copied().collect();
+        let mut taken = HashSet::new();
+        let front: Vec<Digest> = first.into_iter().filter(|d| lacks.contains(d) && taken.insert(*d)).collect();
+        let rest = self.missing.iter().copied().filter(|digest| !taken.contains(digest));
+        self.missing = front.iter().copied().chain(rest).collect();
+    }
+}
+
+/// Gets everything that a start of the image `digest` needs: manifest, indexes, kernel and initial RAM disk. Where there is
+/// nowhere to get anything from, the whole image has to be here already.
+pub(super) async fn begin(
+    images: &Images,
     digest: Digest,
     progress: &watch::Sender<Option<CopyProgress>>,
 ) -> Result<Manifest, ImageError> {
+    let (store, fetcher) = (&images.store, images.fetcher.as_deref());
     let for_lease = store.clone();
     let _lease = blocking(move || Ok(for_lease.lease()?)).await?;
-    fetch_blob(store, source, digest, digest).await?;
+    fetch_blob(store, fetcher, digest, digest).await?;
     let manifest = store.manifest(&digest)?;
     check(digest, &manifest)?;
+    // Before much is copied.
+    images.check_trust(digest).await?;
     for part in manifest.parts.values() {
-        fetch_blob(store, source, digest, part.index).await?;
+        fetch_blob(store, fetcher, digest, part.index).await?;
     }
-    let (for_inventory, parts) = (store.clone(), manifest.clone());
-    let inventory = blocking(move || take_inventory(&for_inventory, &parts)).await?;
-    if !inventory.missing.is_empty() {
-        let source = source.ok_or(ImageError::NoSource(digest))?;
-        fetch_chunks(store, source, &inventory, progress).await?;
+    let content: u64 = manifest.parts.values().map(|part| part.content).fold(0, u64::saturating_add);
+    let roomy = store.need_space("copying the image", content.saturating_add(KEEP_FREE)).is_ok();
+    if !roomy || fetcher.is_none() {
+        let all = take_inventory(store, &manifest, |_| true).await?;
+        if !all.missing.is_empty() {
+            if fetcher.is_none() {
+                return Err(ImageError::NoSource(digest));
+            }
+            // As much as they can take at most: compressed they take less, but nobody knows how much before they are here.
+            store.need_space("copying the image", all.lacking().saturating_add(KEEP_FREE))?;
+        }
     }
-    if source.is_some() {
-        let for_tag = store.clone();
-        blocking(move || Ok(for_tag.set_tag(&digest.hex(), &digest)?)).await?;
+    let boot = take_inventory(store, &manifest, |part| part != DISK_PART).await?;
+    if let Some(fetcher) = fetcher.filter(|_| !boot.missing.is_empty()) {
+        fetch_chunks(fetcher, &boot, progress, content).await?;
     }
     Ok(manifest)
 }
 
+/// Gets the rest of the image `digest`, whose `manifest` and indexes are here, and names it so that it stays.
+pub(super) async fn finish(
+    images: &Images,
+    digest: Digest,
+    manifest: &Manifest,
+    progress: &watch::Sender<Option<CopyProgress>>,
+) -> Result<(), ImageError> {
+    let store = &images.store;
+    // One that was here whole when it began has nobody to get more from, and needs no name of ours.
+    let Some(fetcher) = images.fetcher.as_deref() else { return Ok(()) };
+    let for_lease = store.clone();
+    let _lease = blocking(move || Ok(for_lease.lease()?)).await?;
+    let mut all = take_inventory(store, manifest, |_| true).await?;
+    if !all.missing.is_empty() {
+        all.prefer(images.boot_order(digest).await?);
+        fetch_chunks(fetcher, &all, progress, all.total).await?;
+    }
+    let for_tag = store.clone();
+    blocking(move || Ok(for_tag.set_tag(&digest.hex(), &digest)?)).await
+}
+
 /// Gets the blob `wanted` of image `image` unless it is here.
-async fn fetch_blob(store: &Store, source: Option<&Client>, image: Digest, wanted: Digest) -> Result<(), ImageError> {
+async fn fetch_blob(store: &Store, fetcher: Option<&Fetcher>, image: Digest, wanted: Digest) -> Result<(), ImageError> {
     if store.has_blob(&wanted) {
         return Ok(());
     }
-    let source = source.ok_or(ImageError::NoSource(image))?;
+    let source = fetcher.ok_or(ImageError::NoSource(image))?.source();
     let bytes = match source.blob(&wanted).await {
         Err(e) if Client::is_not_found(&e) => return Err(ImageError::Unknown(image)),
         other => other?,
@@ -78,67 +125,74 @@ async fn fetch_blob(store: &Store, source: Option<&Client>, image: Digest, wante
     .await
 }
 
-fn take_inventory(store: &Store, manifest: &Manifest) -> Result<Inventory, ImageError> {
-    let mut inventory = Inventory { lengths: HashMap::new(), missing: Vec::new(), total: 0 };
-    for part in manifest.parts.values() {
-        store.index(part)?.each(|number, chunk| {
-            let len = chunk_len(part.size, number) as u64;
-            if chunk != Digest::ZERO && inventory.lengths.insert(chunk, len).is_none() {
-                inventory.total += len;
-                if !store.has_chunk(&chunk) {
-                    inventory.missing.push(chunk);
+/// Looks which chunks of the parts that `counts` says are here.
+async fn take_inventory(
+    store: &Store,
+    manifest: &Manifest,
+    counts: impl Fn(&str) -> bool,
+) -> Result<Inventory, ImageError> {
+    let parts: Vec<_> = manifest.parts.iter().filter(|(name, _)| counts(name)).map(|(_, part)| part.clone()).collect();
+    let store = store.clone();
+    blocking(move || {
+        let mut inventory = Inventory { lengths: HashMap::new(), missing: Vec::new(), total: 0 };
+        for part in &parts {
+            store.index(part)?.each(|number, chunk| {
+                let len = chunk_len(part.size, number) as u64;
+                if inventory.lengths.insert(chunk, len).is_none() {
+                    inventory.total += len;
+                    if !store.has_chunk(&chunk) {
+                        inventory.missing.push(chunk);
+                    }
                 }
-            }
-            Ok::<_, StoreError>(())
-        })?;
-    }
-    Ok(inventory)
+                Ok::<_, StoreError>(())
+            })?;
+        }
+        Ok(inventory)
+    })
+    .await
 }
 
+/// Gets what `inventory` lacks; `total` is what progress is counted against.
 async fn fetch_chunks(
-    store: &Store,
-    source: &Client,
+    fetcher: &Fetcher,
     inventory: &Inventory,
     progress: &watch::Sender<Option<CopyProgress>>,
+    total: u64,
 ) -> Result<(), ImageError> {
-    let length = |digest: &Digest| inventory.lengths.get(digest).copied().unwrap_or(0);
-    let lacking: u64 = inventory.missing.iter().map(length).sum();
-    // As much as they can take at most: compressed they take less, but nobody knows how much before they are here.
-    store.need_space("copying the image", lacking.saturating_add(KEEP_FREE))?;
-    let done = AtomicU64::new(inventory.total - lacking);
+    let done = AtomicU64::new(inventory.total - inventory.lacking());
     let report = |more: u64| {
         let done = done.fetch_add(more, Ordering::Relaxed) + more;
-        progress.send_replace(Some(CopyProgress { done, total: inventory.total }));
+        progress.send_replace(Some(CopyProgress { done: done.min(total), total }));
     };
     report(0);
     let batches: Vec<Vec<Digest>> = inventory.missing.chunks(BATCH).map(<[Digest]>::to_vec).collect();
     let fetches = batches.into_iter().map(|batch| {
-        let bytes = batch.iter().map(length).sum();
+        let bytes = batch.iter().map(|digest| inventory.length(digest)).sum();
         let report = &report;
         async move {
-            fetch_batch(store.clone(), source.clone(), batch).await?;
+            fetcher.get(&batch, Urgency::Copy).await?;
             report(bytes);
             Ok::<_, ImageError>(())
         }
     });
-    futures_util::stream::iter(fetches).buffer_unordered(IN_FLIGHT).try_collect::<Vec<()>>().await?;
+    let parallel = fetcher.limits().parallel.max(1);
+    futures_util::stream::iter(fetches).buffer_unordered(parallel).try_collect::<Vec<()>>().await?;
     Ok(())
 }
 
-/// Fetches the chunks of one batch and verifies each as it lands.
-async fn fetch_batch(store: Store, source: Client, batch: Vec<Digest>) -> Result<(), ImageError> {
-    store.need_space("copying the image", KEEP_FREE)?;
-    let asked: HashSet<Digest> = batch.iter().copied().collect();
-    let mut frames = source.open_chunks(batch.clone()).await?;
-    while let Some((digest, frame)) = frames.next().await.map_err(ImageError::Frames)? {
-        if !asked.contains(&digest) {
-            return Err(ImageError::NotAsked(digest));
-        }
-        let store = store.clone();
-        blocking(move || Ok(store.put_frame(&digest, &frame)?)).await?;
-    }
-    match store.missing(&batch).len() {
-        0 => Ok(()),
-        missing => Err(ImageError::NotSent { missing, asked: batch.len() }),
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_boots_read_comes_first_in_their_order_and_the_rest_follows() {
+        let digest = |n: u8| Digest::from_bytes([n; 32]);
+        let all: Vec<Digest> = (1..=6).map(digest).collect();
+        let lengths = all.iter().map(|digest| (*digest, 10)).collect();
+        let mut inventory = Inventory { lengths, missing: all[1..].to_vec(), total: 60 };
+        assert_eq!(inventory.lacking(), 50);
+        // The first is here already, one comes twice, one is of another image.
+        inventory.prefer([5, 1, 3, 5, 99].map(digest).to_vec());
+        assert_eq!(inventory.missing, [5, 3, 2, 4, 6].map(digest));
     }
 }

@@ -1,13 +1,17 @@
 //! Images on this node: copied from the control node as far as they lack here, verified, made ready to boot.
 //!
-//! Way through the house: repository ⇒ [`copy`] → the node's store → disk of a VM. Every byte is verified by the store
-//! when it lands and again when it is read.
+//! Way through the house: repository ⇒ [`fetch`] → the node's store → disk of a VM. [`copy`] says what is fetched, and
+//! [`supply`] what a guest waits for. Every byte is verified by the store when it lands and again when it is read.
 
 mod copy;
+mod fetch;
+mod order;
 mod room;
+pub mod supply;
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bedplate_api::Digest;
 use bedplate_api::client::{Client, ClientError, FrameError};
@@ -19,8 +23,13 @@ use tokio::sync::watch;
 
 use crate::files;
 
+use fetch::Fetcher;
+
+pub use fetch::CopyLimits;
 pub use room::Sweep;
 
+/// Never fill a disk to the last byte: others write there too.
+const KEEP_FREE: u64 = 64 << 20;
 /// Name of the address space that is a disk image's disk.
 const DISK_PART: &str = "disk";
 
@@ -138,18 +147,20 @@ pub struct Images {
     boot: PathBuf,
     /// The state directory.
     state: PathBuf,
-    source: Option<Client>,
+    /// Where what lacks is had from, if from anywhere.
+    fetcher: Option<Arc<Fetcher>>,
 }
 
 impl Images {
-    /// The images in `store`, completed from `source`, with boot files under the state directory `state`.
-    pub fn new(store: Store, state: &Path, source: Option<Client>) -> Self {
-        Self { store, boot: state.join("boot"), state: state.to_owned(), source }
+    /// The images in `store`, completed from `source` within `limits`, with boot files under the state directory `state`.
+    pub fn new(store: Store, state: &Path, source: Option<Client>, limits: CopyLimits) -> Self {
+        let fetcher = source.map(|source| Arc::new(Fetcher::new(store.clone(), source, limits)));
+        Self { store, boot: state.join("boot"), state: state.to_owned(), fetcher }
     }
 
     /// Whether what is missing can be copied from somewhere, and copied images have names therefore.
     pub const fn has_source(&self) -> bool {
-        self.source.is_some()
+        self.fetcher.is_some()
     }
 
     /// The store.
@@ -168,19 +179,40 @@ impl Images {
         Ok(digests)
     }
 
-    /// Makes the image `digest` ready, copying what lacks. One attempt; what has landed stays for the next one.
+    /// Makes the image `digest` ready to start VMs from, copying what lacks for that. One attempt; what has landed stays
+    /// for the next one.
     ///
     /// # Errors
     /// See [`ImageError`].
-    pub async fn ensure(
+    pub async fn begin(
         &self,
         digest: Digest,
         progress: &watch::Sender<Option<CopyProgress>>,
-    ) -> Result<Bootable, ImageError> {
-        let manifest = copy::complete(&self.store, self.source.as_ref(), digest, progress).await?;
-        self.check_trust(digest).await?;
+    ) -> Result<(Bootable, Manifest), ImageError> {
+        let manifest = copy::begin(self, digest, progress).await?;
         let this = self.clone();
-        blocking(move || this.prepare(digest, &manifest)).await
+        blocking(move || Ok((this.prepare(digest, &manifest)?, manifest))).await
+    }
+
+    /// Completes the image `digest`, which [`Images::begin`] made ready; likewise one attempt.
+    ///
+    /// # Errors
+    /// See [`ImageError`].
+    pub async fn finish(
+        &self,
+        digest: Digest,
+        manifest: &Manifest,
+        progress: &watch::Sender<Option<CopyProgress>>,
+    ) -> Result<(), ImageError> {
+        copy::finish(self, digest, manifest, progress).await
+    }
+
+    /// Returns when a guest got something that lacked here, so that the source is there; never without a source.
+    pub async fn source_answers(&self) {
+        match &self.fetcher {
+            Some(fetcher) => fetcher.answers().await,
+            None => std::future::pending().await,
+        }
     }
 
     /// Where this node's store has keys, an image starts only when one of them has signed it.
@@ -188,8 +220,8 @@ impl Images {
         let store = self.store.clone();
         let asked = blocking(move || Ok(!store.keys()?.is_empty())).await?;
         // An image may be signed after it was copied, and by somebody else than before.
-        if let (true, Some(source)) = (asked, &self.source)
-            && let Some(signature) = source.signature(&digest).await?
+        if let (true, Some(fetcher)) = (asked, &self.fetcher)
+            && let Some(signature) = fetcher.source().signature(&digest).await?
         {
             let store = self.store.clone();
             blocking(move || Ok(store.put_signature(&digest, &signature)?)).await?;

@@ -24,7 +24,7 @@ pub enum Sweep {
 }
 
 impl Images {
-    /// Removes what neither a disk of a VM nor one of the images `keep`, which must be complete, needs. Does nothing to a
+    /// Removes what neither a disk of a VM nor one of the images `keep`, whose manifests and indexes must be here, needs. Does nothing to a
     /// store that is not this node's alone, nor to one that nothing is copied into, nor while a copy is under way.
     ///
     /// # Errors
@@ -85,6 +85,7 @@ mod tests {
     use bedplate_api::client::{Client, Endpoint};
     use bedplate_images::Store;
 
+    use super::super::CopyLimits;
     use super::*;
 
     /// Of a control node that is never asked.
@@ -99,11 +100,11 @@ mod tests {
         let others = Store::create(state.path().join("repository")).unwrap();
         let chunk = own.put_chunk(b"half an image").unwrap();
         others.put_chunk(b"half an image").unwrap();
-        Images::new(others.clone(), state.path(), source()).sweep(&[], Sweep::Unused).unwrap();
+        Images::new(others.clone(), state.path(), source(), CopyLimits::default()).sweep(&[], Sweep::Unused).unwrap();
         assert!(others.has_chunk(&chunk));
-        Images::new(own.clone(), state.path(), None).sweep(&[], Sweep::Unused).unwrap();
+        Images::new(own.clone(), state.path(), None, CopyLimits::default()).sweep(&[], Sweep::Unused).unwrap();
         assert!(own.has_chunk(&chunk), "nobody could copy it again");
-        let images = Images::new(own.clone(), state.path(), source());
+        let images = Images::new(own.clone(), state.path(), source(), CopyLimits::default());
         let lease = own.lease().unwrap();
         images.sweep(&[], Sweep::Leftovers).unwrap();
         assert!(own.has_chunk(&chunk), "a copy is under way");
@@ -120,7 +121,7 @@ mod tests {
         let disk = VmDir::new(state.path(), bedplate_api::VmId::random()).disk();
         fs::create_dir_all(&disk).unwrap();
         fs::write(disk.join("disk.json"), "{").unwrap();
-        let refused = Images::new(own.clone(), state.path(), source()).sweep(&[], Sweep::Unused);
+        let refused = Images::new(own.clone(), state.path(), source(), CopyLimits::default()).sweep(&[], Sweep::Unused);
         assert!(matches!(refused, Err(ImageError::Disk(_))), "{refused:?}");
         assert!(own.has_chunk(&chunk));
     }

@@ -3,14 +3,23 @@
 use std::path::Path;
 
 use bedplate_api::node::VmSpec;
-use bedplate_api::vmm::{BootSource, CacheType, Drive, Entropy, MachineConfig, NetworkInterface, VmConfig};
+use bedplate_api::vmm::{
+    BootSource, CacheType, ChunkSource, Drive, Entropy, MachineConfig, NetworkInterface, VmConfig,
+};
 
 use crate::identity::format_mac;
 use crate::image::Bootable;
 use crate::net::vms::Nic;
 
-/// The configuration of the VM of `spec`, which boots `boot` from the disk in the directory `disk`.
-pub fn vm_config(spec: &VmSpec, boot: &Bootable, disk: &Path, nic: Option<&Nic>) -> VmConfig {
+/// The configuration of the VM of `spec`, which boots `boot` from the disk in the directory `disk` and gets what that
+/// lacks from `chunk_source`.
+pub fn vm_config(
+    spec: &VmSpec,
+    boot: &Bootable,
+    disk: &Path,
+    nic: Option<&Nic>,
+    chunk_source: Option<ChunkSource>,
+) -> VmConfig {
     let text = |path: &Path| path.to_string_lossy().into_owned();
     let cmdline = cmdline(spec, &boot.cmdline);
     let names_root = cmdline.split_ascii_whitespace().any(|word| word.starts_with("root="));
@@ -31,6 +40,7 @@ pub fn vm_config(spec: &VmSpec, boot: &Bootable, disk: &Path, nic: Option<&Nic>)
             cache_type: CacheType::Writeback,
             io_engine: None,
             rate_limiter: None,
+            chunk_source,
         }],
         machine_config: MachineConfig { vcpu_count: spec.cpus, mem_size_mib: spec.memory_mib, ..Default::default() },
         network_interfaces: nic
@@ -93,12 +103,12 @@ mod tests {
     #[test]
     fn the_guest_is_told_its_name_its_console_and_its_root() {
         let nic = Nic { tap: "bp-00000000".into(), mac: [2, 0, 0, 0, 0, 1] };
-        let config = vm_config(&spec(), &boot("ro console=tty0 root=UUID=x"), Path::new("/d"), Some(&nic));
+        let config = vm_config(&spec(), &boot("ro console=tty0 root=UUID=x"), Path::new("/d"), Some(&nic), None);
         let args = config.boot_source.unwrap().boot_args.unwrap();
         assert_eq!(args, "ro root=UUID=x quiet console=ttyS0 systemd.hostname=web-1");
         assert!(!config.drives[0].is_root_device);
         assert_eq!(config.network_interfaces[0].guest_mac.as_deref(), Some("02:00:00:00:00:01"));
-        let bare = vm_config(&spec(), &boot(""), Path::new("/d"), None);
+        let bare = vm_config(&spec(), &boot(""), Path::new("/d"), None, None);
         assert!(bare.drives[0].is_root_device && bare.network_interfaces.is_empty());
     }
 }

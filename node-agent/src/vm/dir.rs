@@ -11,7 +11,7 @@ use crate::files::{self, FileError};
 /// The longest path that a Unix socket's address holds, less the terminating zero.
 const MAX_SOCKET_PATH: usize = 107;
 /// The longest name below a VM's directory that is a socket.
-const LONGEST_SOCKET: &str = "vmm/serial.sock";
+const LONGEST_SOCKET: &str = "disk/chunks.sock";
 
 /// One VM's directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,6 +49,11 @@ impl VmDir {
         self.0.join("disk")
     }
 
+    /// Where the VMM asks for what the disk's image lacks: beside the disk, where the VMM itself can make nothing.
+    pub fn chunks(&self) -> PathBuf {
+        self.disk().join("chunks.sock")
+    }
+
     /// The VMM's configuration file. Its path in a process's arguments says whose process that is.
     pub fn config(&self) -> PathBuf {
         self.0.join("vmm.json")
@@ -67,7 +72,7 @@ impl VmDir {
 
     /// The serial console.
     pub fn serial(&self) -> PathBuf {
-        self.0.join(LONGEST_SOCKET)
+        self.vmm().join("serial.sock")
     }
 
     /// What the serial console said.

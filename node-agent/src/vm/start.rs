@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bedplate_api::node::{DiskMode, VmSpec};
+use bedplate_api::vmm::ChunkSource;
 use bedplate_images::Store;
 use bedplate_images::disk::{Disk, DiskError, Mode};
 use tokio::time::{Instant, sleep, timeout_at};
@@ -71,6 +72,8 @@ pub struct Start {
     pub boot: Bootable,
     /// Where the image is.
     pub store: Store,
+    /// Seconds that its guest waits for what the image lacks, where somebody serves that.
+    pub chunk_wait: Option<u32>,
     /// Its network interface, if there is a network.
     pub nic: Option<Nic>,
     /// The VMM's program.
@@ -119,7 +122,10 @@ impl Start {
             Disk::create(&disk, &self.store, &self.boot.image, mode)?;
         }
         self.dir.prepare(user::of(self.spec.id))?;
-        let config = vm_config(&self.spec, &self.boot, &disk, self.nic.as_ref());
+        let chunk_source = self
+            .chunk_wait
+            .map(|wait_seconds| ChunkSource { socket: self.dir.chunks().to_string_lossy().into_owned(), wait_seconds });
+        let config = vm_config(&self.spec, &self.boot, &disk, self.nic.as_ref(), chunk_source);
         Ok(files::write_json(&self.dir.config(), &config)?)
     }
 

@@ -12,7 +12,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use bedplate_api::client::encode_frame;
 use bedplate_api::error::ErrorKind;
-use bedplate_api::image::ChunkList;
+use bedplate_api::image::{BootOrder, ChunkList};
 use bedplate_api::node::{Ipv4Net, NodeStatus, Power, Register, Registered, VmPhase};
 use bedplate_api::{ApiError, Digest};
 use bedplate_images::Store;
@@ -22,8 +22,8 @@ use crate::support::{DEADLINE, Node, SLEEP, image_with, kvm, spec};
 
 /// What the control node of a test knows and does.
 #[derive(Clone)]
-struct Control {
-    store: Store,
+pub struct Control {
+    pub store: Store,
     /// Requests for chunks that break off in the middle of a frame before one is served whole.
     breaks: Arc<AtomicUsize>,
     /// Requests for chunks so far.
@@ -32,6 +32,12 @@ struct Control {
     reported: watch::Sender<Option<NodeStatus>>,
     /// Reports are answered with "not found", once.
     forget: Arc<AtomicUsize>,
+    /// Requests for more chunks than this are refused.
+    pub largest: Arc<AtomicUsize>,
+    /// So many chunks are still sent under the name of others.
+    pub lies: Arc<AtomicUsize>,
+    /// What a boot reads, as a node has told it.
+    pub order: watch::Sender<Vec<u64>>,
 }
 
 impl Control {
@@ -43,6 +49,9 @@ impl Control {
             registered: watch::Sender::new(0),
             reported: watch::Sender::new(None),
             forget: Arc::default(),
+            largest: Arc::new(AtomicUsize::new(usize::MAX)),
+            lies: Arc::default(),
+            order: watch::Sender::new(Vec::new()),
         }
     }
 
@@ -51,6 +60,7 @@ impl Control {
         let routes = Router::new()
             .route("/v1/blobs/{digest}", get(blob))
             .route("/v1/chunks/fetch", post(chunks))
+            .route("/v1/orders/{digest}", get(order).put(put_order))
             .route("/v1/nodes/register", post(register))
             .route("/v1/nodes/{id}/status", post(report))
             .with_state(self.clone());
@@ -60,7 +70,7 @@ impl Control {
         format!("unix:{}", path.display())
     }
 
-    async fn node(&self) -> Node {
+    pub async fn node(&self) -> Node {
         let url = self.serve().await;
         let listen = ["--listen", "0.0.0.0:0", "--token", "00ff", "--vm-network", "10.99.0.0/29"];
         Node::running(&[["--control", &url].as_slice(), &listen].concat()).await
@@ -80,9 +90,17 @@ async fn blob(State(control): State<Control>, Path(digest): Path<String>) -> Res
 }
 
 async fn chunks(State(control): State<Control>, Json(list): Json<ChunkList>) -> Response {
+    if list.digests.len() > control.largest.load(Ordering::SeqCst) {
+        return refuse(ErrorKind::Unavailable, "too busy for so much");
+    }
     control.fetches.fetch_add(1, Ordering::SeqCst);
+    let lies = |_: &Digest| control.lies.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok();
+    let frame = |d: &Digest| {
+        let other = lies(d).then(|| control.store.put_chunk(b"another chunk").unwrap());
+        control.store.frame(&other.unwrap_or(*d)).unwrap()
+    };
     let mut wire: Vec<Result<Bytes, std::io::Error>> =
-        list.digests.iter().map(|d| Ok(encode_frame(d, &control.store.frame(d).unwrap()))).collect();
+        list.digests.iter().map(|d| Ok(encode_frame(d, &frame(d)))).collect();
     if control.breaks.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok() {
         let half = wire.len() / 2;
         let cut = wire[half].as_ref().unwrap().slice(..10);
@@ -91,6 +109,15 @@ async fn chunks(State(control): State<Control>, Json(list): Json<ChunkList>) -> 
         wire.push(Err(std::io::Error::other("the line is cut")));
     }
     Body::from_stream(futures_util::stream::iter(wire)).into_response()
+}
+
+async fn order(State(control): State<Control>) -> Json<BootOrder> {
+    Json(BootOrder { chunks: control.order.borrow().clone() })
+}
+
+async fn put_order(State(control): State<Control>, Json(order): Json<BootOrder>) -> StatusCode {
+    control.order.send_replace(order.chunks);
+    StatusCode::NO_CONTENT
 }
 
 async fn register(State(control): State<Control>, Json(_): Json<Register>) -> Json<Registered> {
@@ -108,18 +135,18 @@ async fn report(State(control): State<Control>, Json(status): Json<NodeStatus>) 
 }
 
 /// Bytes that differ from chunk to chunk.
-fn disk(chunks: usize) -> Vec<u8> {
+pub fn disk(chunks: usize) -> Vec<u8> {
     (0..chunks).flat_map(|n| [(n % 251) as u8 + 1, (n / 251) as u8].into_iter().cycle().take(64 << 10)).collect()
 }
 
-fn repository() -> (tempfile::TempDir, Control) {
+pub fn repository() -> (tempfile::TempDir, Control) {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::create(dir.path().join("store")).unwrap();
     (dir, Control::new(store))
 }
 
 /// Waits until a report satisfies `test`.
-async fn reported(control: &Control, test: impl FnMut(&NodeStatus) -> bool) -> NodeStatus {
+pub async fn reported(control: &Control, test: impl FnMut(&NodeStatus) -> bool) -> NodeStatus {
     let mut test = test;
     let mut reports = control.reported.subscribe();
     let wait = reports.wait_for(|status| status.as_ref().is_some_and(&mut test));
@@ -144,8 +171,8 @@ async fn an_image_is_copied_whole_though_the_line_breaks_and_the_control_node_he
         assert_eq!((running.address, running.address_taken), (Some([10, 99, 0, 2].into()), false));
     }
     assert_eq!(store.tags().unwrap().len(), 1, "a complete image is named, so that it stays");
-    // 5 batches of 64 chunks, 3 of which were asked for again: what had landed was not.
-    assert!(control.fetches.load(Ordering::SeqCst) <= 5 + 3 + 3, "{:?}", control.fetches);
+    // The kernel and 5 batches of 64 chunks, 3 of which were asked for again: what had landed was not.
+    assert!(control.fetches.load(Ordering::SeqCst) <= 6 + 3 + 3, "{:?}", control.fetches);
 
     // The next image differs in one chunk, and that is all that is fetched for it, with its kernel the same.
     let mut changed = disk(300);

@@ -6,6 +6,7 @@
 mod api;
 mod copy;
 mod crash;
+mod lazy;
 mod lifecycle;
 mod network;
 mod support;

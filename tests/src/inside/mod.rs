@@ -32,6 +32,8 @@ pub const FIRMWARE: &str = "/images/bios.bin";
 pub(crate) const UP: &str = "INSIDE up";
 /// Begins the line that says how a scenario ended.
 pub(crate) const DONE: &str = "INSIDE done ";
+/// Begins a line with a figure.
+pub(crate) const FIGURE: &str = "INSIDE figure ";
 /// On the kernel's command line: names of scenarios.
 pub(crate) const CHOICE: &str = "inside=";
 
@@ -84,6 +86,11 @@ fn prepare() -> Result<Vec<String>> {
     anyhow::ensure!(Path::new("/dev/kvm").exists(), "the node has no /dev/kvm");
     let chosen = cmdline.split_whitespace().find_map(|word| word.strip_prefix(CHOICE)).unwrap_or_default();
     Ok(chosen.split(',').map(str::to_owned).collect())
+}
+
+/// Says a figure, which is printed outside, too.
+pub fn figure(line: &str) {
+    say(&format!("{FIGURE}{line}"));
 }
 
 /// Prints a line on the node's console.

@@ -55,7 +55,7 @@ fn import_tiny() -> Result<Digest> {
     Ok(import::import_disk(&store, Path::new(DISK), options, &mut quiet)?.digest)
 }
 
-fn spec(name: &str, image: Digest) -> VmSpec {
+pub fn spec(name: &str, image: Digest) -> VmSpec {
     VmSpec {
         id: VmId::random(),
         name: name.to_owned(),
@@ -69,7 +69,7 @@ fn spec(name: &str, image: Digest) -> VmSpec {
     }
 }
 
-fn is_up(vm: &VmStatus) -> bool {
+pub fn is_up(vm: &VmStatus) -> bool {
     vm.phase == VmPhase::Running && vm.address_taken
 }
 

@@ -1,8 +1,11 @@
-//! `bedplate-node` with eight real guests, in an emulated node: what the control node would ask for is asked for here,
-//! and everything that can die is killed.
+//! `bedplate-node` with real guests, in an emulated node: what the control node would ask for is asked for here, and
+//! everything that can die is killed.
 
 mod agent;
+mod cold;
 mod eight;
+mod lazy;
+mod repository;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -11,7 +14,12 @@ use bedplate_tests::suite::{self, NodeSpec, Scenario};
 
 fn main() -> ExitCode {
     // A node without disks keeps half of its RAM for images and disks.
-    let programs = &["bedplate-node", "bedplate-vmm"];
+    let programs = &["bedplate-node", "bedplate-vmm", "bedplate-control"];
     let node = NodeSpec { memory_mib: 5120, programs, patience: Duration::from_secs(600) };
-    suite::main("agent", &node, &[Scenario { name: "eight_guests_outlive_their_agent", run: eight::life }])
+    let scenarios = [
+        Scenario { name: "eight_guests_outlive_their_agent", run: eight::life },
+        Scenario { name: "a_guest_boots_before_its_image_is_here", run: lazy::life },
+        Scenario { name: "a_cold_start_and_a_warm_one", run: cold::figures },
+    ];
+    suite::main("agent", &node, &scenarios)
 }

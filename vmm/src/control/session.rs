@@ -376,6 +376,10 @@ fn around(mut sandbox: Sandbox, config: &Config) -> Sandbox {
         if let Ok(spec) = Disk::spec_of(dir) {
             sandbox.keep(dir, Access::Write);
             sandbox.keep(&spec.store, Access::Read);
+            // Connected to when a chunk is not there, and again when who serves it was started again.
+            if let Some(source) = &drive.chunk_source {
+                sandbox.keep_place_of(Path::new(&source.socket));
+            }
         }
     }
     if let Some(vsock) = &config.vsock {

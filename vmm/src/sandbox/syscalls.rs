@@ -114,6 +114,10 @@ const DISKS: &[c_long] = &[
     libc::SYS_io_uring_register,
 ];
 
+/// A chunk that is found damaged is moved away. Where the store may only be read, the answer is an error; without this it
+/// would be the end.
+const SETS_ASIDE: &[c_long] = &[libc::SYS_rename, libc::SYS_renameat, libc::SYS_renameat2];
+
 /// Sockets; which kind may be made is a rule of its own.
 const SOCKETS: &[c_long] = &[
     libc::SYS_connect,
@@ -164,8 +168,8 @@ const IOCTLS: &[u64] = &[
 const fn lists(thread: Thread) -> &'static [&'static [c_long]] {
     match thread {
         Thread::Control => &[EVERY, WAITS, OPENS_FILES, CHANGES_NAMES, DISKS, SOCKETS, RANDOM, BY_ARGUMENT],
-        Thread::Vcpu => &[EVERY, STARTS_THREADS, WAITS, OPENS_FILES, DISKS, SOCKETS, RANDOM, BY_ARGUMENT],
-        Thread::Worker => &[EVERY, WAITS, OPENS_FILES, DISKS, SOCKETS, RANDOM, BY_ARGUMENT],
+        Thread::Vcpu => &[EVERY, STARTS_THREADS, WAITS, OPENS_FILES, DISKS, SETS_ASIDE, SOCKETS, RANDOM, BY_ARGUMENT],
+        Thread::Worker => &[EVERY, WAITS, OPENS_FILES, DISKS, SETS_ASIDE, SOCKETS, RANDOM, BY_ARGUMENT],
         Thread::Console => &[EVERY, WAITS, OPENS_FILES, CHANGES_NAMES, SOCKETS, BY_ARGUMENT],
     }
 }

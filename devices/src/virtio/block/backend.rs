@@ -1,14 +1,31 @@
 //! What a block device reads from and writes to.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 
 use crate::virtio::View;
 
 /// The contents of a disk. Called from the device's worker, one request at a time; the device has checked that requests
 /// lie inside of what [`Backend::size`] said.
+///
+/// A backend that has [`Backend::progress`] may answer reads, writes, discards and zeroing with
+/// [`io::ErrorKind::WouldBlock`]: what they need is not here yet. The device then puts the request aside, goes on with
+/// others, and makes the same call again after [`Backend::proceed`] has said so. A call may therefore come twice, and the
+/// device may be stopped in between.
 pub trait Backend: Send {
     /// Bytes. Asked once, when the device is made.
     fn size(&self) -> u64;
+
+    /// A descriptor that is readable when there is something for [`Backend::proceed`] to do, the same one always. Without
+    /// it no call may answer `WouldBlock`.
+    fn progress(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
+
+    /// Does what there is to do without waiting. True if requests that were put aside may fare better now.
+    fn proceed(&mut self) -> bool {
+        false
+    }
 
     /// Fills `data` with what is at `offset`.
     ///
@@ -80,6 +97,14 @@ pub trait Backend: Send {
 impl<B: Backend + ?Sized> Backend for Box<B> {
     fn size(&self) -> u64 {
         (**self).size()
+    }
+
+    fn progress(&self) -> Option<BorrowedFd<'_>> {
+        (**self).progress()
+    }
+
+    fn proceed(&mut self) -> bool {
+        (**self).proceed()
     }
 
     fn read_at(&mut self, offset: u64, data: &mut [u8]) -> io::Result<()> {

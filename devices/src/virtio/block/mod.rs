@@ -1,9 +1,11 @@
 //! The block device, Virtio 1.2, 5.2: a disk over any [`Backend`].
 //!
 //! Several request queues, so that each vCPU has its own, and one worker for all of them. A request goes one of two ways:
-//! by a call of the backend, and it is returned before the next one is looked at; or through io_uring ([`Uring`]), where
-//! the backend is a file. The device stops when nothing is in flight. The cache is write-back: what was written is durable
-//! after a flush that succeeded, or at once for drivers that did not negotiate flushing.
+//! by a call of the backend, and it is returned before the next one is looked at, unless the backend lacks something for
+//! it: then it is put aside and tried again when that has come; or through io_uring ([`Uring`]), where the backend is a
+//! file. The device stops when nothing is in flight, and what still waits for its backend is answered with an error. The
+//! cache is write-back: what was written is durable after a flush that succeeded, or at once for drivers that did not
+//! negotiate flushing.
 
 mod backend;
 mod file;
@@ -13,6 +15,8 @@ mod ring_tests;
 #[cfg(test)]
 mod tests;
 mod uring;
+#[cfg(test)]
+mod wait_tests;
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -44,10 +48,11 @@ const QUEUE_SIZE: u16 = 256;
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Bytes of the configuration space up to `write_zeroes_may_unmap` and its padding.
 const CONFIG_LEN: usize = 60;
-/// The worker's descriptors: orders from the control thread, the limiter's timer, the ring.
+/// The worker's descriptors: orders from the control thread, the limiter's timer, the ring, what the backend waits for.
 const ORDERS: u32 = 0;
 const CREDIT: u32 = 1;
 const RING: u32 = 2;
+const PROGRESS: u32 = 3;
 
 /// When the guest may take a write for durable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -266,7 +271,7 @@ impl<B: Backend + 'static> VirtioDevice for Block<B> {
 struct BlockHandler<B> {
     disk: Disk<B>,
     inbox: Arc<Inbox<Orders<B>>>,
-    /// A bit for each queue whose next request waits for credit.
+    /// A bit for each queue whose next request waits for credit, or for others that wait for the backend.
     short: u32,
     /// A bit for each queue whose next request waits for room in the ring.
     crowded: u32,
@@ -288,31 +293,58 @@ impl<B: Backend + 'static> BlockHandler<B> {
     /// Hands what was found to the kernel, and returns to the driver what is done already.
     fn exchange(&mut self, session: &mut Session<'_, '_>) {
         self.submit(session);
-        let mut touched = 0u32;
-        let queues = &mut *session.queues;
-        while self.disk.land(&mut |index, head, len| {
-            if let Some(Some(queue)) = queues.get_mut(usize::from(index)) {
-                queue.push(head, len);
-                touched |= 1 << index;
-            }
-        }) {}
+        let touched = self.give_back(session, |disk, used| while disk.land(used) {});
         // What was done in part only, or has to be flushed, goes on.
         self.submit(session);
         if touched == 0 {
             return;
         }
-        let queues = &mut *session.queues;
         let crowded = std::mem::take(&mut self.crowded);
-        for (index, queue) in queues.iter_mut().enumerate() {
-            let Some(queue) = queue else { continue };
-            if touched & 1 << index != 0 {
-                queue.announce();
-            }
-            if crowded & 1 << index != 0 {
+        for (index, queue) in session.queues.iter_mut().enumerate() {
+            if let Some(queue) = queue
+                && crowded & 1 << index != 0
+            {
                 // Not at once: the other events have their turn, too.
                 queue.poke();
             }
         }
+    }
+
+    /// Returns to the driver the requests that `land` says are done, and tells it. A bit for each queue that had some.
+    fn give_back(
+        &mut self,
+        session: &mut Session<'_, '_>,
+        land: impl FnOnce(&mut Disk<B>, &mut dyn FnMut(u16, u16, u32)),
+    ) -> u32 {
+        let mut touched = 0u32;
+        let queues = &mut *session.queues;
+        land(&mut self.disk, &mut |index, head, len| {
+            if let Some(Some(queue)) = queues.get_mut(usize::from(index)) {
+                queue.push(head, len);
+                touched |= 1 << index;
+            }
+        });
+        for (index, queue) in queues.iter_mut().enumerate() {
+            if let Some(queue) = queue
+                && touched & 1 << index != 0
+            {
+                queue.announce();
+            }
+        }
+        touched
+    }
+
+    /// What requests waited for may be here.
+    fn proceed(&mut self, session: &mut Session<'_, '_>) {
+        if self.disk.proceed() {
+            self.retry(session);
+        }
+    }
+
+    fn retry(&mut self, session: &mut Session<'_, '_>) {
+        self.give_back(session, Disk::retry);
+        // There may be room for others now.
+        self.resume(session);
     }
 
     fn submit(&mut self, session: &mut Session<'_, '_>) {
@@ -345,11 +377,17 @@ impl<B: Backend + 'static> BlockHandler<B> {
         if let Some(ring) = self.disk.ring() {
             session.unwatch(ring);
         }
+        if let Some(progress) = self.disk.progress() {
+            session.unwatch(&progress);
+        }
         self.disk.replace(medium);
         true
     }
 
-    fn watch_ring(&mut self, session: &mut Session<'_, '_>) {
+    fn watch_medium(&mut self, session: &mut Session<'_, '_>) {
+        if let Some(progress) = self.disk.progress() {
+            watch(session, &progress, PROGRESS);
+        }
         let memory = session.queues.iter().flatten().next().map(|queue| Arc::clone(queue.memory()));
         if let (Some(memory), Some(ring)) = (memory, self.disk.ring()) {
             ring.prepare(&memory);
@@ -378,7 +416,7 @@ impl<B: Backend + 'static> Handler for BlockHandler<B> {
         self.disk.set_flush_negotiated(session.features & 1 << VIRTIO_BLK_F_FLUSH != 0);
         watch(session, &*self.inbox, ORDERS);
         watch(session, &self.disk.limiter, CREDIT);
-        self.watch_ring(session);
+        self.watch_medium(session);
     }
 
     fn notified(&mut self, queue: usize, session: &mut Session<'_, '_>) {
@@ -390,8 +428,10 @@ impl<B: Backend + 'static> Handler for BlockHandler<B> {
         match token {
             ORDERS => {
                 if self.follow_orders(session) {
-                    self.watch_ring(session);
+                    self.watch_medium(session);
                     session.interrupt.config_changed();
+                    // What waited for the old contents gets the new ones.
+                    self.give_back(session, Disk::retry);
                 }
                 self.resume(session);
             }
@@ -399,12 +439,14 @@ impl<B: Backend + 'static> Handler for BlockHandler<B> {
                 self.disk.limiter.expired();
                 self.resume(session);
             }
+            PROGRESS => self.proceed(session),
             _ => self.exchange(session),
         }
     }
 
     fn stopping(&mut self, session: &mut Session<'_, '_>) {
         self.finish(session);
+        self.give_back(session, Disk::abandon);
         self.disk.settle();
     }
 }

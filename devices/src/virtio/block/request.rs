@@ -1,6 +1,7 @@
 //! One request: parse, check, execute, answer. Virtio 1.2, 5.2.6.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_blk::{
@@ -23,6 +24,10 @@ pub(super) const MAX_RANGES: u32 = 16;
 /// Copies to and from backends that need them are made in pieces of this size.
 const BOUNCE_LEN: usize = 256 << 10;
 
+/// Requests that may wait for their backend at a time; what comes beyond that stays in the queues. Enough for a guest that
+/// reads ahead, and little enough to try all of them again whenever something has arrived.
+pub(super) const MAX_PARKED: usize = 64;
+
 const FLAG_UNMAP: u32 = 1;
 
 /// Why a request fails.
@@ -34,6 +39,8 @@ enum Failure {
     Unsupported,
     /// The backend failed.
     Host(&'static str, io::Error),
+    /// The device stops, and the request was still waiting for its backend.
+    Stopped,
 }
 
 /// A request that was executed: how many bytes it wrote to the guest, without the status.
@@ -105,6 +112,7 @@ impl Books {
             Failure::Guest => self.metrics.guest_faults.increment(),
             Failure::Unsupported => return VIRTIO_BLK_S_UNSUPP,
             Failure::Host(what, error) => self.metrics.host_fault(|| format!("cannot {what} a disk: {error}")),
+            Failure::Stopped => {}
         }
         VIRTIO_BLK_S_IOERR
     }
@@ -114,6 +122,12 @@ impl Books {
 fn split_status(chain: &Chain) -> Option<(View<'_>, View<'_>)> {
     let writable = chain.writable.view();
     writable.len().checked_sub(1).and_then(|at| writable.split_at(at))
+}
+
+/// A request that waits for its backend.
+struct Parked {
+    queue: u16,
+    chain: Chain,
 }
 
 /// The disk as requests see it.
@@ -126,6 +140,8 @@ pub(super) struct Disk<B> {
     cache: Cache,
     pub(super) limiter: Limiter,
     bounce: Vec<u8>,
+    /// In the order in which they came. They have passed the limiter.
+    parked: Vec<Parked>,
     /// Every write is flushed before it is answered.
     write_through: bool,
     /// How often the disk was changed, and how many of these changes a flush has covered.
@@ -154,6 +170,7 @@ impl<B: Backend> Disk<B> {
             cache: config.cache,
             limiter,
             bounce: vec![0; BOUNCE_LEN],
+            parked: Vec::new(),
             write_through: false,
             changes: 0,
             flushed: 0,
@@ -171,7 +188,17 @@ impl<B: Backend> Disk<B> {
         self.ring.as_mut()
     }
 
-    /// The disk becomes another one. Nothing is in flight; what was written to the old one becomes durable.
+    /// What to watch for requests that wait for the backend.
+    pub(super) fn progress(&self) -> Option<BorrowedFd<'_>> {
+        self.backend.progress()
+    }
+
+    /// See [`Backend::proceed`].
+    pub(super) fn proceed(&mut self) -> bool {
+        self.backend.proceed()
+    }
+
+    /// The disk becomes another one. Nothing is with the ring; what was written to the old one becomes durable.
     pub(super) fn replace(&mut self, medium: Medium<B>) {
         self.settle();
         self.sectors = medium.backend.size() / SECTOR;
@@ -207,7 +234,7 @@ impl<B: Backend> Disk<B> {
             Ok(request) => request,
             Err(failure) => return self.books.answer(Err(failure), data.len(), status),
         };
-        if self.ring.as_ref().is_some_and(|ring| !ring.has_room()) {
+        if self.ring.as_ref().is_some_and(|ring| !ring.has_room()) || self.parked.len() >= MAX_PARKED {
             return Answer::Wait;
         }
         if !self.limiter.admit(request.bytes()) {
@@ -223,7 +250,45 @@ impl<B: Backend> Disk<B> {
             }
             None => {
                 let outcome = self.execute(request);
+                if self.has_to_wait(&outcome) {
+                    self.parked.push(Parked { queue, chain: chain.take() });
+                    return Answer::Later;
+                }
                 self.books.answer(outcome, data.len(), status)
+            }
+        }
+    }
+
+    fn has_to_wait(&self, outcome: &Outcome) -> bool {
+        let would_block = matches!(outcome, Err(Failure::Host(_, error)) if error.kind() == io::ErrorKind::WouldBlock);
+        would_block && self.backend.progress().is_some()
+    }
+
+    /// Tries again what waits for the backend, and calls `used` with queue, head and length of each request that is
+    /// answered now.
+    pub(super) fn retry(&mut self, used: &mut dyn FnMut(u16, u16, u32)) {
+        for parked in std::mem::take(&mut self.parked) {
+            // Understood anew: the driver may have changed what is in its memory, and all of it has to be checked.
+            let Some((data, status)) = split_status(&parked.chain) else {
+                unreachable!("a chain without a place for its status is never put aside")
+            };
+            let request = self.parse(parked.chain.readable.view(), data);
+            let outcome = request.and_then(|request| self.execute(request));
+            if self.has_to_wait(&outcome) {
+                self.parked.push(parked);
+            } else if let Answer::Used(len) = self.books.answer(outcome, data.len(), status) {
+                used(parked.queue, parked.chain.head, len);
+            }
+        }
+    }
+
+    /// Answers what waits for the backend with an error: the device stops. `used` as in [`Disk::retry`].
+    pub(super) fn abandon(&mut self, used: &mut dyn FnMut(u16, u16, u32)) {
+        for parked in std::mem::take(&mut self.parked) {
+            if let Some((data, status)) = split_status(&parked.chain)
+                && let Answer::Used(len) = self.books.answer(Err(Failure::Stopped), data.len(), status)
+            {
+                used(parked.queue, parked.chain.head, len);
             }
         }
     }
@@ -336,6 +401,7 @@ impl<B: Backend> Disk<B> {
     }
 
     fn write(&mut self, offset: u64, from: View<'_>) -> Outcome {
+        // Also where it has to wait: a part of it may have been written.
         self.changes += 1;
         self.backend.write_from_guest(offset, from, &mut self.bounce).map_err(|e| Failure::Host("write", e))?;
         self.books.wrote(from.len());

@@ -1,0 +1,215 @@
+//! Chunks from the repository into the node's store, for everybody on this node who wants some.
+//!
+//! A chunk is on its way once, however many want it. What a guest waits for goes before the rest of a copy: it is asked for
+//! at once, and the next batch of a copy lets it pass. Memory is bounded by the frames in hand, one per request.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bedplate_api::Digest;
+use bedplate_api::client::Client;
+use bedplate_images::Store;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::{ImageError, KEEP_FREE, blocking};
+
+/// How long a batch of a copy lets what guests wait for go first: a source that does not answer must not stop copies, whose
+/// failure says so.
+const GIVE_WAY: Duration = Duration::from_secs(1);
+
+/// How much a node may copy at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CopyLimits {
+    /// Batches in flight, of each image.
+    pub parallel: usize,
+    /// Bytes a second, as they are sent; none is no limit. What guests wait for counts, and does not wait.
+    pub bytes_per_second: Option<u64>,
+}
+
+impl Default for CopyLimits {
+    fn default() -> Self {
+        Self { parallel: 4, bytes_per_second: None }
+    }
+}
+
+/// Who wants chunks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Urgency {
+    /// A guest waits.
+    Guest,
+    /// A copy goes on.
+    Copy,
+}
+
+/// The way from the repository into the store.
+#[derive(Debug)]
+pub(super) struct Fetcher {
+    store: Store,
+    source: Client,
+    limits: CopyLimits,
+    /// Chunks on their way; who waits for one is told when that is over, well or not. Never locked over an await.
+    flights: Mutex<HashMap<Digest, watch::Receiver<()>>>,
+    /// Requests under way for which a guest waits.
+    urgent: watch::Sender<usize>,
+    /// Counts requests for guests that were answered: then the source is there.
+    answered: watch::Sender<u64>,
+    /// When the next batch of a copy may begin, by the rate.
+    next: Mutex<Instant>,
+}
+
+impl Fetcher {
+    pub(super) fn new(store: Store, source: Client, limits: CopyLimits) -> Self {
+        let (flights, next) = (Mutex::default(), Mutex::new(Instant::now()));
+        let (urgent, answered) = (watch::Sender::new(0), watch::Sender::new(0));
+        Self { store, source, limits, flights, urgent, answered, next }
+    }
+
+    pub(super) const fn source(&self) -> &Client {
+        &self.source
+    }
+
+    pub(super) const fn limits(&self) -> CopyLimits {
+        self.limits
+    }
+
+    /// Returns when something comes for a guest: who waits for a source that failed may try again.
+    pub(super) async fn answers(&self) {
+        // The sender lives as long as this.
+        let _changed = self.answered.subscribe().changed().await;
+    }
+
+    /// Returns when all of `wanted`, which is a batch at most, is in the store, or some of it cannot be had now. What has
+    /// landed stays.
+    pub(super) async fn get(&self, wanted: &[Digest], urgency: Urgency) -> Result<(), ImageError> {
+        loop {
+            if urgency == Urgency::Copy {
+                self.give_way().await;
+            }
+            let (store, list) = (self.store.clone(), wanted.to_vec());
+            let missing = blocking(move || Ok(store.missing(&list))).await?;
+            if missing.is_empty() {
+                return Ok(());
+            }
+            let (claim, others) = self.claim(&missing);
+            if !claim.mine.is_empty() {
+                self.fetch(claim, urgency).await?;
+            }
+            for mut other in others {
+                // The end of the flight closes the channel. If it failed, the next round tries it here.
+                let _over = other.changed().await;
+            }
+        }
+    }
+
+    /// Waits until a copy may go on.
+    async fn give_way(&self) {
+        let mut urgent = self.urgent.subscribe();
+        // After that time it goes on all the same.
+        let _passed = timeout(GIVE_WAY, urgent.wait_for(|count| *count == 0)).await.is_ok();
+        let next = *self.next();
+        sleep_until(next).await;
+    }
+
+    async fn fetch(&self, mut claim: Claim<'_>, urgency: Urgency) -> Result<(), ImageError> {
+        let _urgent = (urgency == Urgency::Guest).then(|| Urgent::begin(&self.urgent));
+        self.store.need_space("copying the image", KEEP_FREE)?;
+        let asked = claim.mine.len();
+        let mut frames = self.source.open_chunks(claim.order.clone()).await?;
+        while let Some((digest, frame)) = frames.next().await.map_err(ImageError::Frames)? {
+            if !claim.mine.contains_key(&digest) {
+                return Err(ImageError::NotAsked(digest));
+            }
+            self.pay(frame.len());
+            let store = self.store.clone();
+            blocking(move || Ok(store.put_frame(&digest, &frame)?)).await?;
+            claim.landed(&digest);
+        }
+        match claim.mine.len() {
+            0 => {
+                if urgency == Urgency::Guest {
+                    self.answered.send_modify(|count| *count = count.wrapping_add(1));
+                }
+                Ok(())
+            }
+            missing => Err(ImageError::NotSent { missing, asked }),
+        }
+    }
+
+    /// Takes note of bytes that were sent.
+    fn pay(&self, bytes: usize) {
+        if let Some(rate) = self.limits.bytes_per_second {
+            let takes = Duration::from_secs_f64(bytes as f64 / rate.max(1) as f64);
+            let mut next = self.next();
+            *next = (*next).max(Instant::now()) + takes;
+        }
+    }
+
+    /// Takes those of `missing` that are not on their way yet; the others come with what says when they are over.
+    fn claim(&self, missing: &[Digest]) -> (Claim<'_>, Vec<watch::Receiver<()>>) {
+        let mut claim = Claim { fetcher: self, mine: HashMap::new(), order: Vec::new() };
+        let mut others = Vec::new();
+        let mut flights = self.flights();
+        for digest in missing {
+            match flights.get(digest) {
+                Some(flight) => others.push(flight.clone()),
+                None => {
+                    let (over, flight) = watch::channel(());
+                    flights.insert(*digest, flight);
+                    claim.mine.insert(*digest, over);
+                    claim.order.push(*digest);
+                }
+            }
+        }
+        (claim, others)
+    }
+
+    fn flights(&self) -> MutexGuard<'_, HashMap<Digest, watch::Receiver<()>>> {
+        // Nothing is done under it that could leave it half changed.
+        self.flights.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn next(&self) -> MutexGuard<'_, Instant> {
+        self.next.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Chunks that this request fetches, and nobody else meanwhile.
+struct Claim<'a> {
+    fetcher: &'a Fetcher,
+    mine: HashMap<Digest, watch::Sender<()>>,
+    /// As they are to be sent.
+    order: Vec<Digest>,
+}
+
+impl Claim<'_> {
+    fn landed(&mut self, digest: &Digest) {
+        self.fetcher.flights().remove(digest);
+        self.mine.remove(digest);
+    }
+}
+
+impl Drop for Claim<'_> {
+    /// What has not landed is anybody's again.
+    fn drop(&mut self) {
+        let mut flights = self.fetcher.flights();
+        self.mine.keys().for_each(|digest| drop(flights.remove(digest)));
+    }
+}
+
+/// A request for which a guest waits, while it lives.
+struct Urgent<'a>(&'a watch::Sender<usize>);
+
+impl<'a> Urgent<'a> {
+    fn begin(count: &'a watch::Sender<usize>) -> Self {
+        count.send_modify(|count| *count += 1);
+        Self(count)
+    }
+}
+
+impl Drop for Urgent<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count -= 1);
+    }
+}
