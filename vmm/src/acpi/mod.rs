@@ -137,7 +137,11 @@ mod tests {
     #[test]
     fn every_table_is_reached_from_the_root_and_sums_to_zero() {
         let ram = Ram::new(8, Pages::Normal).unwrap();
-        let description = Description { vcpus: 8, mmio32: vec![0xc000_0000..0xe000_0000], mmio64: 1 << 34..1 << 35 };
+        let description = Description {
+            vcpus: 8,
+            mmio32: vec![0xc000_0000..0xd000_0000, 0xd000_0000..0xe000_0000],
+            mmio64: 1 << 34..1 << 35,
+        };
         let rsdp = write(&ram.memory, &description).unwrap();
         let mut root = [0; 36];
         ram.memory.read_slice(&mut root, GuestAddress(rsdp)).unwrap();

@@ -105,7 +105,11 @@ mod tests {
 
     #[test]
     fn loaded_tables_are_those_that_were_made_for_their_address() {
-        let description = Description { vcpus: 3, mmio32: vec![0xc000_0000..0xe000_0000], mmio64: 1 << 34..1 << 35 };
+        let description = Description {
+            vcpus: 3,
+            mmio32: vec![0xc000_0000..0xd000_0000, 0xd000_0000..0xe000_0000],
+            mmio64: 1 << 34..1 << 35,
+        };
         let tables = Tables::new(&description, 0);
         let script = script(&tables);
         assert_eq!(script.len() % COMMAND_LEN, 0);
