@@ -112,8 +112,8 @@ pub struct AgentArgs {
     /// Seconds that a guest gets to power off before it is stopped
     #[arg(long, default_value_t = 60)]
     pub stop_seconds: u32,
-    /// MiB a second that copies of images may take, as they are sent; what guests wait for comes before [default: no limit]
-    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..))]
+    /// KiB a second that copies of images may take, as they are sent; what guests wait for comes before [default: no limit]
+    #[arg(long, value_name = "KIB", value_parser = clap::value_parser!(u32).range(1..))]
     pub copy_rate: Option<u32>,
     /// Requests for chunks that the copy of an image has under way at a time
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u8).range(1..=32))]
@@ -176,7 +176,7 @@ pub async fn run(args: AgentArgs) -> Result<(), ServiceError> {
     };
     let limits = CopyLimits {
         parallel: args.copy_parallel.into(),
-        bytes_per_second: args.copy_rate.map(|rate| u64::from(rate) << 20),
+        bytes_per_second: args.copy_rate.map(|rate| u64::from(rate) << 10),
     };
     // Before anything listens: who sends one has seen us, and expects it to count.
     let mut end = EndSignals::listen().map_err(ServiceError::Signals)?;

@@ -81,7 +81,7 @@ pub(super) async fn begin(
     }
     let boot = take_inventory(store, &manifest, |part| part != DISK_PART).await?;
     if let Some(fetcher) = fetcher.filter(|_| !boot.missing.is_empty()) {
-        fetch_chunks(fetcher, &boot, progress, content).await?;
+        fetch_chunks(fetcher, &boot, Urgency::Guest, progress, content).await?;
     }
     Ok(manifest)
 }
@@ -101,7 +101,7 @@ pub(super) async fn finish(
     let mut all = take_inventory(store, manifest, |_| true).await?;
     if !all.missing.is_empty() {
         all.prefer(images.boot_order(digest).await?);
-        fetch_chunks(fetcher, &all, progress, all.total).await?;
+        fetch_chunks(fetcher, &all, Urgency::Copy, progress, all.total).await?;
     }
     let for_tag = store.clone();
     blocking(move || Ok(for_tag.set_tag(&digest.hex(), &digest)?)).await
@@ -156,6 +156,7 @@ async fn take_inventory(
 async fn fetch_chunks(
     fetcher: &Fetcher,
     inventory: &Inventory,
+    urgency: Urgency,
     progress: &watch::Sender<Option<CopyProgress>>,
     total: u64,
 ) -> Result<(), ImageError> {
@@ -170,7 +171,7 @@ async fn fetch_chunks(
         let bytes = batch.iter().map(|digest| inventory.length(digest)).sum();
         let report = &report;
         async move {
-            fetcher.get(&batch, Urgency::Copy).await?;
+            fetcher.get(&batch, urgency).await?;
             report(bytes);
             Ok::<_, ImageError>(())
         }

@@ -37,7 +37,7 @@ impl Default for CopyLimits {
 /// Who wants chunks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Urgency {
-    /// A guest waits.
+    /// A guest waits, or the start of one.
     Guest,
     /// A copy goes on.
     Copy,

@@ -86,8 +86,9 @@ async fn a_vm_runs_before_its_image_is_here_and_gets_what_it_reads() {
     vmm.say(&many);
     control.largest.store(usize::MAX, Ordering::SeqCst);
     let mut here: Vec<Arrival> = many.iter().map(|_| vmm.hear()).collect();
-    here.sort_by_key(|arrival| match arrival {
-        Arrival::Here(n) | Arrival::Refused(n) => *n,
+    here.sort_by_key(|arrival| {
+        let (Arrival::Here(number) | Arrival::Refused(number)) = *arrival;
+        number
     });
     assert_eq!(here, (0..MAX_WANTED as u64).map(|n| Arrival::Here(n * 2)).collect::<Vec<_>>());
 

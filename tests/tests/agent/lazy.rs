@@ -31,7 +31,7 @@ pub fn life() -> Result<()> {
         repository::image("lazy", &Content { raw: RAW, boots_mib: BOOTS_MIB, more_mib: MORE_MIB, size_mib: None })?;
     let control = repository::serve()?;
     // So slow that it does not complete before all has been tried.
-    let slow = ["--copy-rate", "1", "--copy-parallel", "1", "--chunk-wait-seconds", WAIT_SECONDS];
+    let slow = ["--copy-rate", "32", "--copy-parallel", "1", "--chunk-wait-seconds", WAIT_SECONDS];
     let agent = Agent::start_from(Path::new(STATE), repository::SOCKET, &slow)?;
     let vm = spec("lazy", image);
     agent.put(1, std::slice::from_ref(&vm))?;
