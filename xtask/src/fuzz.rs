@@ -38,9 +38,13 @@ pub struct Target {
 /// Runs the targets whose names contain `filter` for `seconds` each, and says what was found.
 pub fn run(filter: Option<&str>, seconds: u32) -> Result<()> {
     setup::run()?;
-    let targets = build()?;
+    let mut targets = build()?;
+    targets.retain(|target| filter.is_none_or(|wanted| target.name.contains(wanted)));
+    if targets.is_empty() {
+        bail!("no fuzz target has {:?} in its name", filter.unwrap_or_default());
+    }
     let mut found = Vec::new();
-    for target in targets.iter().filter(|target| filter.is_none_or(|wanted| target.name.contains(wanted))) {
+    for target in &targets {
         match target.run(seconds) {
             Ok(line) => println!("{line}"),
             Err(error) => found.push(format!("{error:#}")),
@@ -97,7 +101,8 @@ impl Target {
             .arg(format!("-max_total_time={seconds}"))
             .arg(format!("-timeout={HANG}"))
             .arg(format!("-rss_limit_mb={MEMORY_MIB}"))
-            .arg(format!("-artifact_prefix={}/", dir.display()))
+            // Among the others, so that what ended a target is what its next run begins with.
+            .arg(format!("-artifact_prefix={}/", corpus.display()))
             .arg("-print_final_stats=1")
             .arg(&corpus)
             .stdin(Stdio::null())
@@ -124,7 +129,7 @@ impl Target {
                 "{}: {}; the input is in {}, what was said in {}",
                 self.name,
                 panic.unwrap_or("it ended badly"),
-                dir.display(),
+                corpus.display(),
                 log.display()
             );
         }

@@ -133,7 +133,7 @@ fn run_suite(suite: &Suite, artifacts: &Artifacts, totals: &mut Totals) -> Resul
     }
     let mut child = command.spawn().with_context(|| format!("run {}", suite.program.display()))?;
     let lines = BufReader::new(child.stdout.take().context("no pipe from the tests")?);
-    let (mut in_successes, mut counted) = (false, false);
+    let (mut in_successes, failed_before) = (false, totals.failed);
     for line in lines.lines() {
         let line = line?;
         match line.as_str() {
@@ -141,7 +141,7 @@ fn run_suite(suite: &Suite, artifacts: &Artifacts, totals: &mut Totals) -> Resul
             "failures:" => in_successes = false,
             _ => {}
         }
-        counted |= count(&line, totals);
+        count(&line, totals);
         let failed = line.strip_prefix("test ").and_then(|rest| rest.strip_suffix(" ... FAILED"));
         totals.failures.extend(failed.map(|test| format!("failed: {}: {test}", suite.name)));
         if let Some(why) = line.strip_prefix("skipped: ") {
@@ -153,8 +153,8 @@ fn run_suite(suite: &Suite, artifacts: &Artifacts, totals: &mut Totals) -> Resul
         }
     }
     let status = child.wait()?;
-    // One that died has told no result.
-    if !status.success() && !counted {
+    // One that died has told no result, or another one than its tests'.
+    if !status.success() && totals.failed == failed_before {
         println!("{} ended with {status}", suite.name);
         totals.failed += 1;
     }

@@ -56,9 +56,14 @@ fn exit(exit: &ExitRecord) -> String {
     }
 }
 
+/// A name that a VMM gave, which its guest may have taken over.
+fn printable(name: &str) -> String {
+    name.chars().filter(|c| !c.is_control()).collect()
+}
+
 fn row((device, queue): &(&String, &QueueInspection)) -> Vec<Cell> {
     vec![
-        Cell::new(device),
+        Cell::new(printable(device)),
         Cell::new(queue.index),
         Cell::new(queue.size),
         Cell::new(output::or_dash(queue.available)),

@@ -103,9 +103,15 @@ impl Store {
             let age = meta.modified().ok().and_then(|time| now.duration_since(time).ok()).unwrap_or_default();
             let name = entry.file_name();
             if meta.is_file() && name.to_str().is_some_and(|name| condemned(name, age)) {
-                fs::remove_file(&path).map_err(StoreError::io("remove", &path))?;
-                swept.removed += 1;
-                swept.bytes += meta.len();
+                match fs::remove_file(&path) {
+                    Ok(()) => {
+                        swept.removed += 1;
+                        swept.bytes += meta.len();
+                    }
+                    // A reader has just found it damaged, and set it aside.
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                    Err(e) => return Err(StoreError::io("remove", &path)(e)),
+                }
             }
         }
         Ok(())

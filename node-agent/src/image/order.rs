@@ -47,7 +47,10 @@ impl Images {
         let store = self.store.clone();
         blocking(move || {
             if !asked.is_empty() {
-                store.put_boot_order(&image, &asked)?;
+                // Nothing depends on it.
+                if let Err(e) = store.put_boot_order(&image, &asked) {
+                    tracing::info!("image {}: the order of its boots is not kept: {e}", image.short());
+                }
             }
             let part = store.part(&image, DISK_PART)?;
             let order = store.boot_order(&image)?.into_iter().map(|number| part.digest(number));

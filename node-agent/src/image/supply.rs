@@ -16,12 +16,11 @@ use bedplate_api::Digest;
 use bedplate_api::vmm::chunks::{Arrival, MAX_WANTED, NOTED_SECONDS, Note};
 use bedplate_images::frame;
 use bedplate_images::store::PartReader;
-use futures_util::StreamExt;
-use futures_util::stream::FuturesUnordered;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::Semaphore;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::fetch::{Fetcher, Urgency};
@@ -37,6 +36,13 @@ const READ_AHEAD: u64 = 4;
 /// Groups of chunks that are being got for one VM at a time. More wait: one VM shall not have all of the line.
 const GROUPS: usize = 4;
 
+/// How long a group is tried for. A guest has got its I/O error long before.
+const GIVE_UP: Duration = Duration::from_secs(600);
+/// How long a VMM may leave unread what it is told.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// What a chunk costs the VM that wants it although it is here.
+const PER_CHUNK_HERE: Duration = Duration::from_millis(10);
+
 /// Serves one VM while it lives.
 #[derive(Debug)]
 pub struct Supply {
@@ -50,6 +56,14 @@ struct Shelf {
     image: Digest,
     part: PartReader,
     groups: Semaphore,
+    ahead: Semaphore,
+}
+
+/// What became of a chunk that was wanted.
+enum Outcome {
+    Here(u64),
+    /// It did not come for so long that nobody waits for it any more; it may be wanted again.
+    GivenUp(u64),
 }
 
 impl Supply {
@@ -87,7 +101,7 @@ async fn serve(listener: UnixListener, images: Images, fetcher: Arc<Fetcher>, im
     let store = images.store.clone();
     let mut recording = records.then(Recording::default);
     let mut stream: Option<UnixStream> = None;
-    let mut shelf: Option<Shelf> = None;
+    let mut shelf: Option<Arc<Shelf>> = None;
     loop {
         let Some(connected) = stream.take() else {
             match listener.accept().await {
@@ -101,8 +115,9 @@ async fn serve(listener: UnixListener, images: Images, fetcher: Arc<Fetcher>, im
             let store = store.clone();
             match blocking(move || Ok(store.part(&image, DISK_PART)?)).await {
                 Ok(part) => {
-                    let (images, fetcher, groups) = (images.clone(), fetcher.clone(), Semaphore::new(GROUPS));
-                    shelf = Some(Shelf { images, fetcher, image, part, groups });
+                    let (images, fetcher) = (images.clone(), fetcher.clone());
+                    let (groups, ahead) = (Semaphore::new(GROUPS), Semaphore::new(1));
+                    shelf = Some(Arc::new(Shelf { images, fetcher, image, part, groups, ahead }));
                 }
                 Err(e) => {
                     tracing::warn!("image {}: no chunks can be got for a VM: {e}", image.short());
@@ -122,13 +137,15 @@ async fn serve(listener: UnixListener, images: Images, fetcher: Arc<Fetcher>, im
 }
 
 impl Shelf {
-    /// Answers until the other end has gone, or says what makes no sense.
-    async fn converse(&self, mut stream: UnixStream, recording: &mut Option<Recording>) -> io::Result<()> {
+    /// Answers until the other end has gone, or says what makes no sense, or does not read what it is told.
+    async fn converse(self: &Arc<Self>, mut stream: UnixStream, recording: &mut Option<Recording>) -> io::Result<()> {
         let (mut reader, mut writer) = stream.split();
         let mut buffer = [0; Note::LEN * MAX_WANTED];
         let mut held = 0;
-        let mut deliveries = FuturesUnordered::new();
-        // Wanted and not answered.
+        // On tasks of their own, which end with this: what they have claimed must not wait for a VMM that does not read.
+        let mut deliveries = JoinSet::new();
+        let (outcomes, mut arrived) = mpsc::unbounded_channel();
+        // Wanted and not answered; with it the channel is bounded, too.
         let mut open = HashSet::new();
         let booted = Instant::now() + Duration::from_secs(NOTED_SECONDS);
         loop {
@@ -138,20 +155,21 @@ impl Shelf {
                     let count = count?;
                     held += count;
                     if count == 0 {
-                        self.teach(recording).await;
+                        self.teach(recording);
                         return Ok(());
                     }
                 }
-                Some(delivered) = deliveries.next() => {
-                    let delivered: Vec<u64> = delivered;
-                    open.retain(|number| !delivered.contains(number));
-                    let answers: Vec<u8> =
-                        delivered.iter().flat_map(|number| Arrival::Here(*number).encode()).collect();
-                    writer.write_all(&answers).await?;
+                Some(outcome) = arrived.recv() => {
+                    let (Outcome::Here(number) | Outcome::GivenUp(number)) = outcome;
+                    open.remove(&number);
+                    if matches!(outcome, Outcome::Here(_)) {
+                        say(&mut writer, &Arrival::Here(number).encode()).await?;
+                    }
                     continue;
                 }
+                Some(_ended) = deliveries.join_next() => continue,
                 () = sleep_until(booted), if recording.is_some() => {
-                    self.teach(recording).await;
+                    self.teach(recording);
                     continue;
                 }
             }
@@ -161,11 +179,11 @@ impl Shelf {
             let rest = rest.to_vec();
             buffer[..rest.len()].copy_from_slice(&rest);
             held = rest.len();
-            let mut wanted = Vec::new();
+            let (mut wanted, mut refused) = (Vec::new(), Vec::new());
             for note in notes {
                 let (Note::Wants(number) | Note::Read(number)) = note;
                 if number >= self.part.count() {
-                    writer.write_all(&Arrival::Refused(number).encode()).await?;
+                    refused.extend(Arrival::Refused(number).encode());
                     continue;
                 }
                 if let Some(recording) = recording {
@@ -175,26 +193,68 @@ impl Shelf {
                     wanted.push(number);
                 }
             }
+            say(&mut writer, &refused).await?;
             if !wanted.is_empty() {
-                deliveries.push(self.deliver(wanted));
+                deliveries.spawn(Arc::clone(self).deliver(wanted, outcomes.clone()));
             }
         }
     }
 
-    /// Returns `wanted` when all of it is in the store and whole, however long that takes.
-    async fn deliver(&self, wanted: Vec<u64>) -> Vec<u64> {
-        // The semaphore is never closed.
-        let _group = self.groups.acquire().await;
+    /// Gets all of `wanted`, together if that goes, and tells of each when it is in the store and whole.
+    async fn deliver(self: Arc<Self>, mut wanted: Vec<u64>, outcomes: mpsc::UnboundedSender<Outcome>) {
+        let begun = Instant::now();
         let mut wait = FIRST_WAIT;
-        while let Err(e) = self.try_deliver(&wanted).await {
-            tracing::debug!("image {}: a guest waits for chunk {}: {e}", self.image.short(), wanted[0]);
-            if e.is_no_space() {
-                tracing::warn!("image {}: a guest waits, and {e}", self.image.short());
+        loop {
+            let failed = {
+                // The semaphore is never closed.
+                let _group = self.groups.acquire().await;
+                self.deliver_once(&mut wanted, &outcomes).await
+            };
+            let Some(error) = failed else { return };
+            // Once: the next attempts fail in the same way.
+            if error.is_no_space() && wait == FIRST_WAIT {
+                tracing::warn!("image {}: a guest waits, and {error}", self.image.short());
+            }
+            tracing::debug!("image {}: a guest waits for chunk {}: {error}", self.image.short(), wanted[0]);
+            if begun.elapsed() > GIVE_UP {
+                wanted.into_iter().for_each(|number| drop(outcomes.send(Outcome::GivenUp(number))));
+                return;
             }
             sleep(wait).await;
             wait = (wait * 2).min(MAX_WAIT);
         }
-        wanted
+    }
+
+    /// One attempt. What has come is told and taken out of `wanted`; why the rest, if there is any, has not.
+    async fn deliver_once(
+        &self,
+        wanted: &mut Vec<u64>,
+        outcomes: &mpsc::UnboundedSender<Outcome>,
+    ) -> Option<ImageError> {
+        let here = |number: &u64| drop(outcomes.send(Outcome::Here(*number)));
+        let mut error = match self.try_deliver(wanted).await {
+            Ok(()) => {
+                wanted.iter().for_each(here);
+                self.read_ahead(wanted).await;
+                return None;
+            }
+            Err(error) => Some(error),
+        };
+        // One that cannot be had must not keep the others.
+        if wanted.len() > 1 {
+            let mut left = Vec::new();
+            for number in wanted.drain(..) {
+                match self.try_deliver(&[number]).await {
+                    Ok(()) => here(&number),
+                    Err(e) => {
+                        error = Some(e);
+                        left.push(number);
+                    }
+                }
+            }
+            *wanted = left;
+        }
+        if wanted.is_empty() { None } else { error }
     }
 
     async fn try_deliver(&self, wanted: &[u64]) -> Result<(), ImageError> {
@@ -207,39 +267,47 @@ impl Shelf {
         }
         // What is here and still wanted may be damaged: reading it sets it aside.
         let (store, here) = (self.images.store.clone(), digests.clone());
-        blocking(move || {
+        let read = blocking(move || {
             let mut plain = frame::chunk_buffer();
+            let mut read = 0;
             for digest in here.iter().filter(|digest| store.has_chunk(digest)) {
+                read += 1;
                 match store.read_chunk(digest, &mut plain) {
                     Err(e) if !e.is_missing() => return Err(e.into()),
                     _ => {}
                 }
             }
-            Ok(())
+            Ok(read)
         })
         .await?;
-        self.fetcher.get(&digests, Urgency::Guest).await?;
-        self.read_ahead(wanted);
-        Ok(())
+        // An honest VMM seldom wants what is here; another one shall not have our processor for it.
+        sleep(PER_CHUNK_HERE * read).await;
+        self.fetcher.get(&digests, Urgency::Guest).await
     }
 
-    /// Gets what a guest probably wants next, in the background.
-    fn read_ahead(&self, wanted: &[u64]) {
+    /// Gets what a guest probably wants next, one group at a time for each VM.
+    async fn read_ahead(&self, wanted: &[u64]) {
+        let Ok(_turn) = self.ahead.try_acquire() else { return };
         let Some(last) = wanted.iter().max() else { return };
         let next = (last + 1..self.part.count()).take(READ_AHEAD as usize);
         let digests: Vec<Digest> = next.filter_map(|number| self.part.digest(number).ok()).collect();
-        let fetcher = self.fetcher.clone();
-        tokio::spawn(async move {
-            // Should it fail, it is fetched when it is wanted.
-            let _hint = fetcher.get(&digests, Urgency::Guest).await;
-        });
+        // Should it fail, it is fetched when it is wanted.
+        let _hint = self.fetcher.get(&digests, Urgency::Guest).await;
     }
 
-    async fn teach(&self, recording: &mut Option<Recording>) {
-        if let Some(recording) = recording.take()
-            && let Err(e) = self.images.learned(self.image, recording).await
-        {
-            tracing::info!("image {}: what its boot reads was not told on: {e}", self.image.short());
-        }
+    /// Tells the control node what the boot has read, once. Not waited for: it may be away.
+    fn teach(&self, recording: &mut Option<Recording>) {
+        let Some(recording) = recording.take() else { return };
+        let (images, image) = (self.images.clone(), self.image);
+        tokio::spawn(async move {
+            if let Err(e) = images.learned(image, recording).await {
+                tracing::info!("image {}: what its boot reads was not told on: {e}", image.short());
+            }
+        });
     }
+}
+
+/// Writes to a VMM, which must read.
+async fn say(writer: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> io::Result<()> {
+    timeout(PATIENCE, writer.write_all(bytes)).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }

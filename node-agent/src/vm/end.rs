@@ -1,6 +1,6 @@
 //! How a VM ended, read from what its process left behind.
 
-use std::fs;
+use std::io::{Read, Seek, SeekFrom};
 
 use bedplate_api::vmm::{Exit, ExitReason};
 
@@ -11,7 +11,9 @@ use crate::agent::model::End;
 use crate::files;
 
 /// Bytes at the end of stderr in which the last line is looked for.
-const STDERR_TAIL: usize = 4096;
+const STDERR_TAIL: u64 = 4096;
+/// Most characters of it, and of a VMM's own reason.
+const LONGEST_DETAIL: usize = 500;
 
 /// How the process of the VM in `dir` ended: in its own words where it left any, else as `outcome` and the kernel tell.
 pub fn read(dir: &VmDir, outcome: Option<Outcome>, cgroup: Option<&Cgroup>) -> End {
@@ -43,7 +45,12 @@ pub fn in_words(exit: &Exit) -> String {
         ExitReason::GuestFault => "the guest failed",
         ExitReason::HostFault => "the VMM failed",
     };
-    if exit.detail.is_empty() { class.to_owned() } else { exit.detail.clone() }
+    if exit.detail.is_empty() { class.to_owned() } else { printable(&exit.detail) }
+}
+
+/// What a VMM said, which may have been taken over: it goes into reports and onto terminals.
+fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(LONGEST_DETAIL).collect()
 }
 
 /// The end of a VMM that wrote no reason, for a person.
@@ -56,13 +63,20 @@ pub fn without_a_word(outcome: Outcome) -> String {
 
 /// The last line that is not empty of what the VMM said.
 fn last_line(dir: &VmDir) -> Option<String> {
-    let bytes = fs::read(dir.stderr()).ok()?;
-    let tail = String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(STDERR_TAIL)..]).into_owned();
-    tail.lines().rev().map(str::trim).find(|l| !l.is_empty()).map(|l| l.chars().take(500).collect())
+    let mut file = files::open_plain(&dir.stderr()).ok()?;
+    let len = file.metadata().ok()?.len();
+    // The VMM can make it as long as it likes.
+    file.seek(SeekFrom::Start(len.saturating_sub(STDERR_TAIL))).ok()?;
+    let mut bytes = Vec::new();
+    file.take(STDERR_TAIL).read_to_end(&mut bytes).ok()?;
+    let tail = String::from_utf8_lossy(&bytes);
+    tail.lines().rev().map(str::trim).find(|line| !line.is_empty()).map(printable)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use bedplate_api::VmId;
 
     use super::*;
@@ -81,5 +95,9 @@ mod tests {
         files::write_json(&dir.exit(), &exit).unwrap();
         let end = read(&dir, None, None);
         assert_eq!((end.reason, end.detail.as_str()), (ExitReason::GuestPowerOff, "the guest powered off"));
+        let exit = Exit { reason: ExitReason::GuestFault, detail: "\x1b[2J".repeat(1 << 18) };
+        files::write_json(&dir.exit(), &exit).unwrap();
+        let end = read(&dir, None, None);
+        assert!(end.detail.len() == LONGEST_DETAIL && end.detail.starts_with("[2J["), "{}", end.detail);
     }
 }

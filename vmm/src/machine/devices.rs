@@ -64,14 +64,13 @@ impl Devices {
         &self.warnings
     }
 
-    /// How far the queues of each device are.
+    /// How far the queues of each device are; without a device that a vCPU is just resetting, which can take long.
     pub fn queues(&self) -> BTreeMap<String, Vec<QueueInspection>> {
-        let queues =
-            |device: &Mutex<VirtioPciDevice>| device.lock().unwrap_or_else(|e| e.into_inner()).queue_positions();
-        self.transports
-            .iter()
-            .map(|(name, device)| (name.clone(), queues(device).iter().map(inspected).collect()))
-            .collect()
+        let queues = |(name, device): (&String, &Arc<Mutex<VirtioPciDevice>>)| {
+            let device = device.try_lock().ok()?;
+            Some((name.clone(), device.queue_positions().iter().map(inspected).collect()))
+        };
+        self.transports.iter().filter_map(queues).collect()
     }
 
     /// All counters, as they stand.

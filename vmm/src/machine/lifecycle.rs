@@ -41,7 +41,7 @@ enum Look {
 
 /// Shared by the vCPU threads, the devices that can end the machine, and control.
 pub struct Lifecycle {
-    /// Never held while a kicker is used or a device is called.
+    /// Never held while a kicker is used or a device is called; a vCPU reads its registers under it.
     state: Mutex<State>,
     changed: Condvar,
     kickers: OnceLock<Vec<Kicker>>,
