@@ -188,11 +188,12 @@ impl Shelf {
         let mut wait = FIRST_WAIT;
         while let Err(e) = self.try_deliver(&wanted).await {
             tracing::debug!("image {}: a guest waits for chunk {}: {e}", self.image.short(), wanted[0]);
-            if e.is_no_space() {
-                tracing::warn!("image {}: a guest waits, and {e}", self.image.short());
-            }
+            self.fetcher.hold_up(self.image, Some(format!("a guest waits for a part of the image: {e}")));
             sleep(wait).await;
             wait = (wait * 2).min(MAX_WAIT);
+        }
+        if wait > FIRST_WAIT {
+            self.fetcher.hold_up(self.image, None);
         }
         wanted
     }
