@@ -87,6 +87,7 @@ impl Attempts {
     /// Tells the agent, and through it people, how it goes.
     async fn tell(&self) {
         let (mut progress, mut trouble) = (self.progress.subscribe(), self.trouble.subscribe());
+        let mut guests = self.images.guests_held_up();
         let mut seen = None;
         loop {
             tokio::select! {
@@ -99,6 +100,12 @@ impl Attempts {
                     seen = seen.max(done);
                 }
                 Ok(()) = trouble.changed() => {}
+                Some((image, why)) = held_up(&mut guests) => {
+                    if image == self.digest {
+                        self.trouble.send_replace(why);
+                    }
+                    continue;
+                }
                 else => return,
             }
             let _ended = self.events.send(Event::Progress).await;
@@ -106,6 +113,13 @@ impl Attempts {
             sleep(Duration::from_millis(250)).await;
         }
     }
+}
+
+/// What guests wait for next, if there is anybody to get it from.
+async fn held_up(guests: &mut Option<watch::Receiver<(Digest, Option<String>)>>) -> Option<(Digest, Option<String>)> {
+    let guests = guests.as_mut()?;
+    guests.changed().await.ok()?;
+    Some(guests.borrow_and_update().clone())
 }
 
 /// Removes what is not needed, so that the next copy finds room.

@@ -55,6 +55,8 @@ pub(super) struct Fetcher {
     urgent: watch::Sender<usize>,
     /// Counts requests for guests that were answered: then the source is there.
     answered: watch::Sender<u64>,
+    /// The image that a guest lacked something of last, and why that cannot be had, if so.
+    held_up: watch::Sender<(Digest, Option<String>)>,
     /// When the next batch of a copy may begin, by the rate.
     next: Mutex<Instant>,
 }
@@ -63,7 +65,8 @@ impl Fetcher {
     pub(super) fn new(store: Store, source: Client, limits: CopyLimits) -> Self {
         let (flights, next) = (Mutex::default(), Mutex::new(Instant::now()));
         let (urgent, answered) = (watch::Sender::new(0), watch::Sender::new(0));
-        Self { store, source, limits, flights, urgent, answered, next }
+        let held_up = watch::Sender::new((Digest::ZERO, None));
+        Self { store, source, limits, flights, urgent, answered, held_up, next }
     }
 
     pub(super) const fn source(&self) -> &Client {
@@ -78,6 +81,16 @@ impl Fetcher {
     pub(super) async fn answers(&self) {
         // The sender lives as long as this.
         let _changed = self.answered.subscribe().changed().await;
+    }
+
+    /// A guest waits for something of `image` that cannot be had, and why; or it has got it.
+    pub(super) fn hold_up(&self, image: Digest, why: Option<String>) {
+        self.held_up.send_replace((image, why));
+    }
+
+    /// Follows what [`Fetcher::hold_up`] says.
+    pub(super) fn held_up(&self) -> watch::Receiver<(Digest, Option<String>)> {
+        self.held_up.subscribe()
     }
 
     /// Returns when all of `wanted`, which is a batch at most, is in the store, or some of it cannot be had now. What has

@@ -215,6 +215,12 @@ impl Images {
         }
     }
 
+    /// Follows which image guests wait for something of that cannot be had, and why, or that they have got it; none without
+    /// a source.
+    pub fn guests_held_up(&self) -> Option<watch::Receiver<(Digest, Option<String>)>> {
+        self.fetcher.as_ref().map(|fetcher| fetcher.held_up())
+    }
+
     /// Where this node's store has keys, an image starts only when one of them has signed it.
     async fn check_trust(&self, digest: Digest) -> Result<(), ImageError> {
         let store = self.store.clone();

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bedplate_api::Digest;
+use bedplate_api::client::Client;
 use bedplate_api::vmm::chunks::{Arrival, MAX_WANTED, NOTED_SECONDS, Note};
 use bedplate_images::frame;
 use bedplate_images::store::PartReader;
@@ -210,18 +211,18 @@ impl Shelf {
                 let _group = self.groups.acquire().await;
                 self.deliver_once(&mut wanted, &outcomes).await
             };
-            let Some(error) = failed else { return };
-            // Once: the next attempts fail in the same way.
-            if error.is_no_space() && wait == FIRST_WAIT {
-                tracing::warn!("image {}: a guest waits, and {error}", self.image.short());
-            }
+            let Some(error) = failed else { break };
             tracing::debug!("image {}: a guest waits for chunk {}: {error}", self.image.short(), wanted[0]);
+            self.fetcher.hold_up(self.image, Some(format!("a guest waits for a part of the image: {error}")));
             if begun.elapsed() > GIVE_UP {
-                wanted.into_iter().for_each(|number| drop(outcomes.send(Outcome::GivenUp(number))));
-                return;
+                wanted.iter().for_each(|number| drop(outcomes.send(Outcome::GivenUp(*number))));
+                break;
             }
             sleep(wait).await;
             wait = (wait * 2).min(MAX_WAIT);
+        }
+        if wait > FIRST_WAIT {
+            self.fetcher.hold_up(self.image, None);
         }
     }
 
@@ -238,23 +239,27 @@ impl Shelf {
                 self.read_ahead(wanted).await;
                 return None;
             }
-            Err(error) => Some(error),
+            Err(error) => error,
         };
-        // One that cannot be had must not keep the others.
-        if wanted.len() > 1 {
+        // One that cannot be had must not keep the others. Where the source is away, or the disk full, none can be had.
+        let some_can_be_had = match &error {
+            ImageError::Client(error) => Client::is_not_found(error),
+            error => !error.is_no_space(),
+        };
+        if some_can_be_had && wanted.len() > 1 {
             let mut left = Vec::new();
             for number in wanted.drain(..) {
                 match self.try_deliver(&[number]).await {
                     Ok(()) => here(&number),
                     Err(e) => {
-                        error = Some(e);
+                        error = e;
                         left.push(number);
                     }
                 }
             }
             *wanted = left;
         }
-        if wanted.is_empty() { None } else { error }
+        if wanted.is_empty() { None } else { Some(error) }
     }
 
     async fn try_deliver(&self, wanted: &[u64]) -> Result<(), ImageError> {

@@ -13,7 +13,7 @@ use axum::{Json, Router};
 use bedplate_api::client::encode_frame;
 use bedplate_api::error::ErrorKind;
 use bedplate_api::image::{BootOrder, ChunkList};
-use bedplate_api::node::{Ipv4Net, NodeStatus, Power, Register, Registered, VmPhase};
+use bedplate_api::node::{Ipv4Net, NodeStatus, Power, Register, Registered, VmPhase, VmStatus};
 use bedplate_api::{ApiError, Digest};
 use bedplate_images::Store;
 use tokio::sync::watch;
@@ -260,8 +260,9 @@ async fn a_full_disk() {
     node.until_vm("the copy is held up", vms[1].id, |v| v.detail.is_some()).await;
     let hog = node.state().join("hog");
     std::fs::write(&hog, vec![1; 80 << 20]).unwrap_err();
-    let failed = node.until_phase(vms[1].id, VmPhase::Failed).await;
-    assert!(failed.detail.as_deref().is_some_and(|why| why.contains("free some space")), "{failed:?}");
+    // It may run already, since what a start needs was here before: what it lacks is said all the same.
+    let told = |v: &VmStatus| v.detail.as_deref().is_some_and(|why| why.contains("free some space"));
+    node.until_vm("somebody says that there is no room", vms[1].id, told).await;
     // It took nothing from the others, and half an image is no image.
     let status = node.client().node_status().await.unwrap();
     assert_eq!(status.images, [small]);

@@ -99,9 +99,9 @@ fn the_repository_is_away_for_a_moment(
 ) -> Result<Process> {
     control.kill()?;
     let mut console = agent.begin(vm.id, &read_chunk(chunk))?;
-    // The copy notices by itself, and says so where people look.
-    let seen = until("what holds the copy up", PATIENCE, || Ok(only(&agent.status()?)?.detail))?;
-    ensure!(seen.contains("the next try is in"), "{seen}");
+    // People see it where they look.
+    let seen = until("why the guest waits", PATIENCE, || Ok(only(&agent.status()?)?.detail))?;
+    ensure!(seen.contains("a guest waits"), "{seen}");
     // Shorter than the guest's patience: the emulated node notices within a few seconds.
     let control = repository::serve()?;
     same(chunk, &console.finish()?)?;
