@@ -8,9 +8,6 @@ use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::mpsc;
-use std::thread;
 
 use anyhow::{Context, Result, bail};
 
@@ -47,10 +44,12 @@ pub fn run(filter: Option<&str>, seconds: u32) -> Result<()> {
         bail!("no fuzz target has {:?} in its name", filter.unwrap_or_default());
     }
     let mut found = Vec::new();
-    each(&targets, seconds, |result| match result {
-        Ok(line) => println!("{line}"),
-        Err(error) => found.push(format!("{error:#}")),
-    });
+    for target in &targets {
+        match target.run(seconds) {
+            Ok(line) => println!("{line}"),
+            Err(error) => found.push(format!("{error:#}")),
+        }
+    }
     if !found.is_empty() {
         bail!("{}", found.join("\n"));
     }
@@ -88,35 +87,17 @@ pub fn build() -> Result<Vec<Target>> {
     Ok(targets)
 }
 
-/// Runs each target, as many at once as there are processors; tells `done` as they end how far each came, or the input
-/// that ended it.
-pub fn each(targets: &[Target], seconds: u32, mut done: impl FnMut(Result<String>)) {
-    let next = AtomicUsize::new(0);
-    let (sender, results) = mpsc::channel();
-    thread::scope(|scope| {
-        for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
-            let (sender, next) = (sender.clone(), &next);
-            scope.spawn(move || {
-                while let Some(target) = targets.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    // The receiver stays until all threads have ended.
-                    let _ = sender.send(target.run(seconds));
-                }
-            });
-        }
-        drop(sender);
-        results.into_iter().for_each(&mut done);
-    });
-}
-
 impl Target {
-    /// Lets it run; says how far it came. An error names the input that did it.
-    fn run(&self, seconds: u32) -> Result<String> {
+    /// Lets it run, at the lowest priority; says how far it came. An error names the input that did it.
+    pub fn run(&self, seconds: u32) -> Result<String> {
         // What was found to be interesting is kept for the next time.
         let dir = build::target().join("fuzz").join("inputs").join(&self.name);
         let corpus = dir.join("corpus");
         fs::create_dir_all(&corpus).with_context(|| format!("make {}", corpus.display()))?;
         let log = dir.join("log");
-        let mut child = Command::new(&self.program)
+        let mut child = Command::new("nice")
+            .args(["-n", "19"])
+            .arg(&self.program)
             .arg(format!("-max_total_time={seconds}"))
             .arg(format!("-timeout={HANG}"))
             .arg(format!("-rss_limit_mb={MEMORY_MIB}"))

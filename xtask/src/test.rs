@@ -1,23 +1,21 @@
 //! `cargo xtask test`: every test, from units to clusters of emulated machines.
 //!
 //! Everything is built by one command, so that no crate is compiled twice with other features. Then each test program is
-//! run by itself: those of the package `bedplate-tests`, which start machines, one test at a time. The fuzz targets come
-//! last.
+//! run by itself: those of the package `bedplate-tests`, which start machines, one test at a time. Beside them the fuzz
+//! targets run, a minute each.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use bedplate_tests::Artifacts;
 use serde_json::Value;
 
 use crate::{build, fuzz, images, setup};
-
-/// How long each fuzz target runs here.
-const SECONDS_OF_FUZZ: u32 = 10;
 
 /// A test program.
 struct Suite {
@@ -46,10 +44,27 @@ pub fn run(filter: Option<&str>) -> Result<()> {
     let artifacts = images::make(&|line| println!("{line}"))?;
     let imaged = start.elapsed();
     let mut totals = Totals::default();
+    // Beside the others, at the lowest priority: most of them leave a processor idle most of the time.
+    let fuzzing = thread::spawn(move || targets.iter().map(|target| target.run(fuzz::A_MINUTE)).collect::<Vec<_>>());
     for suite in suites.iter().filter(|suite| filter.is_none_or(|wanted| suite.name.contains(wanted))) {
         run_suite(suite, &artifacts, &mut totals)?;
     }
-    run_fuzz(&targets, &mut totals);
+    let fuzzed = fuzzing.join().map_err(|_| anyhow!("the thread that runs the fuzz targets panicked"))?;
+    if !fuzzed.is_empty() {
+        println!("\n     fuzz targets, {} s each", fuzz::A_MINUTE);
+    }
+    for result in fuzzed {
+        match result {
+            Ok(line) => {
+                println!("{line}");
+                totals.passed += 1;
+            }
+            Err(error) => {
+                totals.failures.push(format!("failed: fuzz {error:#}"));
+                totals.failed += 1;
+            }
+        }
+    }
     for line in totals.skipped.iter().chain(&totals.failures) {
         println!("{line}");
     }
@@ -144,23 +159,6 @@ fn run_suite(suite: &Suite, artifacts: &Artifacts, totals: &mut Totals) -> Resul
         totals.failed += 1;
     }
     Ok(())
-}
-
-/// Gives each target a short time; those that are to find something new get more by `cargo xtask fuzz`.
-fn run_fuzz(targets: &[fuzz::Target], totals: &mut Totals) {
-    if !targets.is_empty() {
-        println!("\n     fuzz targets, {SECONDS_OF_FUZZ} s each");
-    }
-    fuzz::each(targets, SECONDS_OF_FUZZ, |result| match result {
-        Ok(line) => {
-            println!("{line}");
-            totals.passed += 1;
-        }
-        Err(error) => {
-            totals.failures.push(format!("failed: fuzz {error:#}"));
-            totals.failed += 1;
-        }
-    });
 }
 
 /// Adds what a line such as `test result: ok. 3 passed; 0 failed; 1 ignored; …` says.
