@@ -12,15 +12,17 @@
 //! | `GET /v1/blobs/{digest}` | → the bytes of a manifest or an index | nodes |
 //! | `PUT /v1/blobs/{digest}` | bytes → 204; refused when the digest does not match | people |
 //! | `POST /v1/chunks/fetch` | `ChunkList` → frames (see [`FRAME_HEADER_LEN`]) in the order asked | nodes |
+//! | `POST /v1/chunks/locate` | [`Locate`] → [`Located`]: which of its peers a node asks first | nodes |
 //! | `POST /v1/chunks/missing` | `ChunkList` → `ChunkList` of those that are not there | people |
 //! | `POST /v1/gc` | `Sweep` → `Swept`; removes what no name, no tier and no VM needs | people |
 //! | `POST /v1/chunks` | frames → 204; every chunk is verified before it is kept | people |
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::Digest;
+use crate::{Digest, NodeId};
 
 /// Most digests that one [`ChunkList`] may hold.
 pub const MAX_CHUNK_LIST: usize = 256;
@@ -163,6 +165,36 @@ pub struct Swept {
 #[serde(deny_unknown_fields)]
 pub struct ChunkList {
     /// In any order; each answer keeps it.
+    pub digests: Vec<Digest>,
+}
+
+/// A node is about to get chunks of an image, and asks who else has them. From then on it counts as one who has.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Locate {
+    /// Who asks.
+    pub node: NodeId,
+    /// The image that the chunks are of.
+    pub image: Digest,
+    /// [`MAX_CHUNK_LIST`] at most.
+    pub digests: Vec<Digest>,
+}
+
+/// Whom to ask. What is in no list, and what a peer does not send, is had from the repository.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Located {
+    /// Each once.
+    pub peers: Vec<PeerChunks>,
+}
+
+/// Chunks that a node has, or is getting.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PeerChunks {
+    /// Where its agent serves.
+    pub address: SocketAddr,
+    /// Some of those that were asked for.
     pub digests: Vec<Digest>,
 }
 

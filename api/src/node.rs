@@ -10,7 +10,7 @@
 //! | `GET /v1/vms/{id}/log` | → text: the last 64 KiB of the serial console |
 //! | `GET /v1/vms/{id}/inspect` | → [`Inspection`](crate::vmm::Inspection); 503 where the VM does not run |
 //! | `GET /v1/vms/{id}/console` | HTTP upgrade to `bedplate-console`: raw bytes of the serial console both ways |
-//! | `POST /v1/chunks/fetch` | as in [`crate::image`]: a node serves what it has to its peers |
+//! | `POST /v1/chunks/fetch?wait=N` | as in [`crate::image`], for peers: what is here, or comes within N seconds (30 at most) because it is on its way; the rest is left out |
 //!
 //! Served by the control node for nodes, with the same token: `POST /v1/nodes/register` ([`Register`] → [`Registered`])
 //! and `POST /v1/nodes/{id}/status` ([`NodeStatus`] → 204), plus the repository's reading half.

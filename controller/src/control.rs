@@ -15,6 +15,7 @@ use crate::netboot::files::Written;
 use crate::observed::Observed;
 use crate::planner::{Node, World};
 use crate::records::NodeRecord;
+use crate::sharing::Sharing;
 use crate::shelf::Shelf;
 use crate::store::{Change, FAILURES, NODES, Read, Snapshot, Store, StoreError, TIERS, VMS};
 
@@ -64,6 +65,8 @@ pub struct Control {
     pub shelf: Shelf,
     /// What nodes reported to this process.
     pub observed: Observed,
+    /// Which node has which chunk.
+    pub sharing: Sharing,
     /// Shown by nodes to us and by us to nodes.
     pub token: String,
     /// Where machines that boot reach us, once netboot has found out.
@@ -93,6 +96,7 @@ impl Control {
             options,
             images,
             observed: Observed::default(),
+            sharing: Sharing::default(),
             token,
             boot_address: OnceLock::new(),
             boot_files: Written::default(),

@@ -77,6 +77,7 @@ pub fn nodes(control: Arc<Control>) -> Router {
         .route("/v1/orders/{digest}", get(images::boot_order).put(images::put_boot_order))
         .route("/v1/blobs/{digest}", get(images::blob))
         .route("/v1/chunks/fetch", post(images::fetch_chunks))
+        .route("/v1/chunks/locate", post(nodes::locate))
         .merge(pulling())
         .route_layer(from_fn_with_state(Arc::clone(&control), token));
     let without = Router::new()

@@ -23,6 +23,7 @@ pub mod records;
 pub mod reports;
 pub mod routes;
 pub mod serve;
+pub mod sharing;
 pub mod shelf;
 pub mod store;
 #[cfg(test)]

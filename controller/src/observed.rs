@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use bedplate_api::Digest;
 use bedplate_api::node::NodeStatus;
 
 use crate::records::NodeNumber;
@@ -62,6 +63,12 @@ impl Observed {
     /// The last report of a node to this process.
     pub fn report(&self, node: NodeNumber) -> Option<NodeStatus> {
         self.nodes().get(&node)?.report.clone()
+    }
+
+    /// Whether the node has reported that it has the image `digest` whole.
+    pub fn has_image(&self, node: NodeNumber, digest: &Digest) -> bool {
+        let nodes = self.nodes();
+        nodes.get(&node).and_then(|seen| seen.report.as_ref()).is_some_and(|report| report.images.contains(digest))
     }
 
     /// How long ago its last word was; counted from the start of this process where there was none.

@@ -180,8 +180,12 @@ pub async fn run(args: AgentArgs) -> Result<(), ServiceError> {
     };
     // Before anything listens: who sends one has seen us, and expects it to count.
     let mut end = EndSignals::listen().map_err(ServiceError::Signals)?;
-    let (agent, handle) = Agent::open(config, Images::new(store.clone(), &state, control.clone(), limits))?;
-    let listen = listen(&args, &state, token, Node { agent: handle.clone(), store }).await?;
+    let mut images = Images::new(store, &state, control.clone(), limits);
+    if let Some(token) = &token {
+        images = images.share(id, token.reveal().to_owned());
+    }
+    let (agent, handle) = Agent::open(config, images.clone())?;
+    let listen = listen(&args, &state, token, Node { agent: handle.clone(), images }).await?;
     tracing::info!("node {id} keeps its state in {}", state.display());
     networks(&args, &state, control, &handle, listen).await?;
     let mut running = tokio::spawn(agent.run());

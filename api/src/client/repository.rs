@@ -7,7 +7,9 @@ use reqwest::Method;
 use super::{Client, ClientError, Frames, blob_path, segment};
 use crate::Digest;
 use crate::error::ErrorKind;
-use crate::image::{BootOrder, ChunkList, ImageSummary, MAX_BLOB_LEN, MAX_SIGNATURE_LEN, Sweep, Swept, Tag};
+use crate::image::{
+    BootOrder, ChunkList, ImageSummary, Locate, Located, MAX_BLOB_LEN, MAX_SIGNATURE_LEN, Sweep, Swept, Tag,
+};
 
 impl Client {
     /// Every tag of the repository.
@@ -136,6 +138,29 @@ impl Client {
     pub async fn missing_chunks(&self, digests: Vec<Digest>) -> Result<Vec<Digest>, ClientError> {
         let missing: ChunkList = self.post("/v1/chunks/missing", &ChunkList { digests }).await?;
         Ok(missing.digests)
+    }
+
+    /// Which peers to ask for chunks first.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn locate_chunks(&self, locate: &Locate) -> Result<Located, ClientError> {
+        self.post("/v1/chunks/locate", locate).await
+    }
+
+    /// Asks a node for those of `digests` (at most [`crate::image::MAX_CHUNK_LIST`]) that it has, or gets within
+    /// `wait_seconds`; otherwise as [`Client::open_chunks`].
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn open_peer_chunks(
+        &self,
+        digests: Vec<Digest>,
+        wait_seconds: u64,
+    ) -> Result<Frames<impl Stream<Item = Result<Bytes, reqwest::Error>> + Send + Unpin + use<>>, ClientError> {
+        let path = format!("/v1/chunks/fetch?wait={wait_seconds}");
+        let request = self.request(Method::POST, &path).json(&ChunkList { digests });
+        Ok(Frames::new(Box::pin(self.send(request).await?.bytes_stream())))
     }
 
     /// Asks for `digests` (at most [`crate::image::MAX_CHUNK_LIST`]) and returns the chunks as they arrive, as claimed and

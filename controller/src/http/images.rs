@@ -222,9 +222,10 @@ pub async fn put_blob(
     Ok(StatusCode::NO_CONTENT)
 }
 
-fn check(list: &ChunkList) -> Result<(), Refusal> {
-    if list.digests.len() > MAX_CHUNK_LIST {
-        let message = format!("{} digests are too many: at most {MAX_CHUNK_LIST} in one request", list.digests.len());
+/// Refuses a longer list than one request may have.
+pub(super) fn check(digests: &[Digest]) -> Result<(), Refusal> {
+    if digests.len() > MAX_CHUNK_LIST {
+        let message = format!("{} digests are too many: at most {MAX_CHUNK_LIST} in one request", digests.len());
         return Err(Refusal::new(ErrorKind::BadRequest, message));
     }
     Ok(())
@@ -232,7 +233,7 @@ fn check(list: &ChunkList) -> Result<(), Refusal> {
 
 /// `POST /v1/chunks/missing`.
 pub async fn missing_chunks(State(control): Shared, Body(list): Body<ChunkList>) -> Result<Json<ChunkList>, Refusal> {
-    check(&list)?;
+    check(&list.digests)?;
     let digests = ask(&control, move |images| Ok(images.missing(&list.digests))).await?;
     Ok(Json(ChunkList { digests }))
 }
@@ -253,7 +254,7 @@ pub async fn put_chunks(State(control): Shared, request: Request) -> Result<Stat
 /// `POST /v1/chunks/fetch`. What is missing is said before the first byte is sent; a chunk that turns out to be damaged
 /// only when it is read ends the stream early, which the reader sees.
 pub async fn fetch_chunks(State(control): Shared, Body(list): Body<ChunkList>) -> Result<Response, Refusal> {
-    check(&list)?;
+    check(&list.digests)?;
     let wanted = list.digests.clone();
     let missing = ask(&control, move |images| Ok(images.missing(&wanted))).await?;
     if let Some(first) = missing.first() {

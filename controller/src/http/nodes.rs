@@ -1,17 +1,22 @@
 //! Nodes: what they say, and what people see of them.
 
+use std::time::{Duration, Instant};
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use bedplate_api::NodeId;
-use bedplate_api::control::{NodeView, PoolEntry};
+use bedplate_api::control::{NodeState, NodeView, PoolEntry};
 use bedplate_api::error::ErrorKind;
+use bedplate_api::image::{Locate, Located};
 use bedplate_api::node::{NodeStatus, Register, Registered};
 
 use super::Shared;
 use super::answer::{Body, Path, Refusal};
+use super::images::check;
 use super::views::View;
 use crate::reports;
+use crate::sharing::Peer;
 use crate::store::{NODES, Read};
 
 /// `GET /v1/nodes`.
@@ -42,12 +47,26 @@ pub async fn status(
         return Err(Refusal::new(ErrorKind::BadRequest, message));
     }
     let node = control.read(move |s| Ok(s.all(&NODES)?.into_iter().find(|n| n.id == Some(id)))).await?;
-    let Some(node) = node else {
-        return Err(Refusal::new(
-            ErrorKind::NotFound,
-            format!("node {id} is not known here; it has to register first"),
-        ));
-    };
+    let node = node.ok_or_else(|| unknown(id))?;
     reports::accept(&control, node.number, status).await?;
     Ok(StatusCode::NO_CONTENT)
+}
+
+/// `POST /v1/chunks/locate`.
+pub async fn locate(State(control): Shared, Body(ask): Body<Locate>) -> Result<Json<Located>, Refusal> {
+    check(&ask.digests)?;
+    let nodes = control.read(|s| s.all(&NODES)).await?;
+    let asker = nodes.iter().find(|node| node.id == Some(ask.node)).ok_or_else(|| unknown(ask.node))?.number;
+    let lost_after = Duration::from_secs(control.options.lost_after);
+    let peers = nodes.into_iter().filter_map(|node| {
+        let there = node.state == NodeState::Ready && control.observed.silent(node.number) <= lost_after;
+        let address = node.endpoint.filter(|_| there)?;
+        Some(Peer { node: node.number, address, whole: control.observed.has_image(node.number, &ask.image) })
+    });
+    let peers: Vec<Peer> = peers.collect();
+    Ok(Json(control.sharing.locate(asker, &peers, &ask.digests, Instant::now())))
+}
+
+fn unknown(id: NodeId) -> Refusal {
+    Refusal::new(ErrorKind::NotFound, format!("node {id} is not known here; it has to register first"))
 }

@@ -81,7 +81,7 @@ pub(super) async fn begin(
     }
     let boot = take_inventory(store, &manifest, |part| part != DISK_PART).await?;
     if let Some(fetcher) = fetcher.filter(|_| !boot.missing.is_empty()) {
-        fetch_chunks(fetcher, &boot, Urgency::Guest, progress, content).await?;
+        fetch_chunks(fetcher, digest, &boot, Urgency::Guest, progress, content).await?;
     }
     Ok(manifest)
 }
@@ -101,7 +101,13 @@ pub(super) async fn finish(
     let mut all = take_inventory(store, manifest, |_| true).await?;
     if !all.missing.is_empty() {
         all.prefer(images.boot_order(digest).await?);
-        fetch_chunks(fetcher, &all, Urgency::Copy, progress, all.total).await?;
+        fetch_chunks(fetcher, digest, &all, Urgency::Copy, progress, all.total).await?;
+        let (repository, peers) = fetcher.received_mib();
+        tracing::info!(
+            "image {} is here whole; since its start this agent got {repository} MiB from the repository and {peers} MiB from \
+             other nodes",
+            digest.short()
+        );
     }
     let for_tag = store.clone();
     blocking(move || Ok(for_tag.set_tag(&digest.hex(), &digest)?)).await
@@ -152,9 +158,10 @@ async fn take_inventory(
     .await
 }
 
-/// Gets what `inventory` lacks; `total` is what progress is counted against.
+/// Gets what `inventory` of `image` lacks; `total` is what progress is counted against.
 async fn fetch_chunks(
     fetcher: &Fetcher,
+    image: Digest,
     inventory: &Inventory,
     urgency: Urgency,
     progress: &watch::Sender<Option<CopyProgress>>,
@@ -171,7 +178,7 @@ async fn fetch_chunks(
         let bytes = batch.iter().map(|digest| inventory.length(digest)).sum();
         let report = &report;
         async move {
-            fetcher.get(&batch, urgency).await?;
+            fetcher.get(image, &batch, urgency).await?;
             report(bytes);
             Ok::<_, ImageError>(())
         }

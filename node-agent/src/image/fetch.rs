@@ -1,18 +1,23 @@
-//! Chunks from the repository into the node's store, for everybody on this node who wants some.
+//! Chunks from peers and from the repository into the node's store, for everybody on this node who wants some.
 //!
 //! A chunk is on its way once, however many want it. What a guest waits for goes before the rest of a copy: it is asked for
 //! at once, and the next batch of a copy lets it pass. Memory is bounded by the frames in hand, one per request.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bedplate_api::Digest;
-use bedplate_api::client::Client;
+use bedplate_api::client::{Client, Frames};
+use bedplate_api::image::PeerChunks;
+use bedplate_api::{Digest, NodeId};
 use bedplate_images::Store;
+use bytes::Bytes;
+use futures_util::Stream;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use super::peers::{Peers, wait_seconds};
 use super::{ImageError, KEEP_FREE, blocking};
 
 /// How long a batch of a copy lets what guests wait for go first: a source that does not answer must not stop copies, whose
@@ -43,11 +48,24 @@ pub(super) enum Urgency {
     Copy,
 }
 
-/// The way from the repository into the store.
+/// How long a peer may be silent beyond what it waits for itself.
+const PEER_SILENCE: Duration = Duration::from_secs(2);
+
+/// Bytes that came, as they were sent.
+#[derive(Debug, Default)]
+struct Received {
+    from_peers: AtomicU64,
+    from_repository: AtomicU64,
+}
+
+/// The way from other nodes and from the repository into the store.
 #[derive(Debug)]
 pub(super) struct Fetcher {
     store: Store,
     source: Client,
+    /// Other nodes, where this one may ask them.
+    peers: Option<Peers>,
+    received: Received,
     limits: CopyLimits,
     /// Chunks on their way; who waits for one is told when that is over, well or not. Never locked over an await.
     flights: Mutex<HashMap<Digest, watch::Receiver<()>>>,
@@ -66,7 +84,28 @@ impl Fetcher {
         let (flights, next) = (Mutex::default(), Mutex::new(Instant::now()));
         let (urgent, answered) = (watch::Sender::new(0), watch::Sender::new(0));
         let held_up = watch::Sender::new((Digest::ZERO, None));
-        Self { store, source, limits, flights, urgent, answered, held_up, next }
+        let (peers, received) = (None, Received::default());
+        Self { store, source, peers, received, limits, flights, urgent, answered, held_up, next }
+    }
+
+    /// From now on others are asked first, as node `id`.
+    pub(super) fn share(&mut self, id: NodeId, token: String) {
+        self.peers = Some(Peers::new(id, token));
+    }
+
+    /// MiB that have come from the repository and from other nodes since the start.
+    pub(super) fn received_mib(&self) -> (u64, u64) {
+        let mib = |bytes: &AtomicU64| bytes.load(Ordering::Relaxed) >> 20;
+        (mib(&self.received.from_repository), mib(&self.received.from_peers))
+    }
+
+    /// Ends when chunk `digest`, if it is on its way here, has landed or failed to.
+    pub(super) async fn landing(&self, digest: &Digest) {
+        let flight = self.flights().get(digest).cloned();
+        if let Some(mut flight) = flight {
+            // The end of the flight closes the channel.
+            let _over = flight.changed().await;
+        }
     }
 
     pub(super) const fn source(&self) -> &Client {
@@ -93,9 +132,9 @@ impl Fetcher {
         self.held_up.subscribe()
     }
 
-    /// Returns when all of `wanted`, which is a batch at most, is in the store, or some of it cannot be had now. What has
-    /// landed stays.
-    pub(super) async fn get(&self, wanted: &[Digest], urgency: Urgency) -> Result<(), ImageError> {
+    /// Returns when all of `wanted`, a batch at most of chunks of `image`, is in the store, or some of it cannot be had
+    /// now. What has landed stays.
+    pub(super) async fn get(&self, image: Digest, wanted: &[Digest], urgency: Urgency) -> Result<(), ImageError> {
         loop {
             if urgency == Urgency::Copy {
                 self.give_way().await;
@@ -107,7 +146,7 @@ impl Fetcher {
             }
             let (claim, others) = self.claim(&missing);
             if !claim.mine.is_empty() {
-                self.fetch(claim, urgency).await?;
+                self.fetch(claim, image, urgency).await?;
             }
             for mut other in others {
                 // The end of the flight closes the channel. If it failed, the next round tries it here.
@@ -125,20 +164,26 @@ impl Fetcher {
         sleep_until(next).await;
     }
 
-    async fn fetch(&self, mut claim: Claim<'_>, urgency: Urgency) -> Result<(), ImageError> {
+    async fn fetch(&self, mut claim: Claim<'_>, image: Digest, urgency: Urgency) -> Result<(), ImageError> {
         let _urgent = (urgency == Urgency::Guest).then(|| Urgent::begin(&self.urgent));
         self.store.need_space("copying the image", KEEP_FREE)?;
         let asked = claim.mine.len();
-        let mut frames = self.source.open_chunks(claim.order.clone()).await?;
-        while let Some((digest, frame)) = frames.next().await.map_err(ImageError::Frames)? {
-            if !claim.mine.contains_key(&digest) {
-                return Err(ImageError::NotAsked(digest));
+        if let Some(peers) = &self.peers {
+            let located = peers.locate(&self.source, image, &claim.order).await;
+            let elsewhere: HashSet<Digest> = located.iter().flat_map(|peer| &peer.digests).copied().collect();
+            // First what only the repository has: others may wait for it here.
+            self.ask_repository(&mut claim, |digest| !elsewhere.contains(digest)).await?;
+            for peer in located {
+                let address = peer.address;
+                if let Err(e) = self.ask_peer(&mut claim, peers, peer, urgency).await {
+                    tracing::debug!("the node at {address} does not give chunks: {e}");
+                    if !e.is_no_space() {
+                        peers.rest(address);
+                    }
+                }
             }
-            self.pay(frame.len());
-            let store = self.store.clone();
-            blocking(move || Ok(store.put_frame(&digest, &frame)?)).await?;
-            claim.landed(&digest);
         }
+        self.ask_repository(&mut claim, |_| true).await?;
         match claim.mine.len() {
             0 => {
                 if urgency == Urgency::Guest {
@@ -148,6 +193,61 @@ impl Fetcher {
             }
             missing => Err(ImageError::NotSent { missing, asked }),
         }
+    }
+
+    /// Gets those of the claim that are `wanted` from the repository.
+    async fn ask_repository(&self, claim: &mut Claim<'_>, wanted: impl Fn(&Digest) -> bool) -> Result<(), ImageError> {
+        let list = claim.open(wanted);
+        if list.is_empty() {
+            return Ok(());
+        }
+        let mut frames = self.source.open_chunks(list).await?;
+        while let Some((digest, frame)) = frames.next().await.map_err(ImageError::Frames)? {
+            self.keep(claim, digest, frame, &self.received.from_repository).await?;
+        }
+        Ok(())
+    }
+
+    /// Gets what `peer` has of the claim. A peer that sends less than it was asked for has not failed.
+    async fn ask_peer(
+        &self,
+        claim: &mut Claim<'_>,
+        peers: &Peers,
+        peer: PeerChunks,
+        urgency: Urgency,
+    ) -> Result<(), ImageError> {
+        let list = claim.open(|digest| peer.digests.contains(digest));
+        if list.is_empty() {
+            return Ok(());
+        }
+        let wait = wait_seconds(urgency);
+        let patience = Duration::from_secs(wait) + PEER_SILENCE;
+        let silent = |_| ImageError::PeerSilent(peer.address);
+        let client = peers.client(peer.address)?;
+        let mut frames = timeout(patience, client.open_peer_chunks(list, wait)).await.map_err(silent)??;
+        while let Some((digest, frame)) = timeout(patience, next(&mut frames)).await.map_err(silent)?? {
+            self.keep(claim, digest, frame, &self.received.from_peers).await?;
+        }
+        Ok(())
+    }
+
+    /// Keeps a chunk that has come, if it is one that was asked for and what it says it is.
+    async fn keep(
+        &self,
+        claim: &mut Claim<'_>,
+        digest: Digest,
+        frame: Bytes,
+        counter: &AtomicU64,
+    ) -> Result<(), ImageError> {
+        if !claim.mine.contains_key(&digest) {
+            return Err(ImageError::NotAsked(digest));
+        }
+        self.pay(frame.len());
+        counter.fetch_add(frame.len() as u64, Ordering::Relaxed);
+        let store = self.store.clone();
+        blocking(move || Ok(store.put_frame(&digest, &frame)?)).await?;
+        claim.landed(&digest);
+        Ok(())
     }
 
     /// Takes note of bytes that were sent.
@@ -188,6 +288,14 @@ impl Fetcher {
     }
 }
 
+async fn next<S, E>(frames: &mut Frames<S>) -> Result<Option<(Digest, Bytes)>, ImageError>
+where
+    S: Stream<Item = Result<Bytes, E>> + Unpin,
+    E: std::fmt::Display,
+{
+    frames.next().await.map_err(ImageError::Frames)
+}
+
 /// Chunks that this request fetches, and nobody else meanwhile.
 struct Claim<'a> {
     fetcher: &'a Fetcher,
@@ -197,6 +305,11 @@ struct Claim<'a> {
 }
 
 impl Claim<'_> {
+    /// What has not landed and is `wanted`, in order.
+    fn open(&self, wanted: impl Fn(&Digest) -> bool) -> Vec<Digest> {
+        self.order.iter().filter(|digest| self.mine.contains_key(*digest) && wanted(digest)).copied().collect()
+    }
+
     fn landed(&mut self, digest: &Digest) {
         self.fetcher.flights().remove(digest);
         self.mine.remove(digest);

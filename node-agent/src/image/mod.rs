@@ -1,25 +1,28 @@
 //! Images on this node: copied from the control node as far as they lack here, verified, made ready to boot.
 //!
-//! Way through the house: repository ⇒ [`fetch`] → the node's store → disk of a VM. [`copy`] says what is fetched, and
+//! Way through the house: repository and [`peers`] ⇒ [`fetch`] → the node's store → disk of a VM. [`copy`] says what is fetched, and
 //! [`supply`] what a guest waits for. Every byte is verified by the store when it lands and again when it is read.
 
 mod copy;
 mod fetch;
 mod order;
+mod peers;
 mod room;
 pub mod supply;
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bedplate_api::Digest;
 use bedplate_api::client::{Client, ClientError, FrameError};
 use bedplate_api::image::{ImageKind, Manifest};
 use bedplate_api::node::CopyProgress;
+use bedplate_api::{Digest, NodeId};
 use bedplate_images::trust::TrustError;
 use bedplate_images::{Store, StoreError};
 use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
 
 use crate::files;
 
@@ -71,6 +74,9 @@ pub enum ImageError {
     /// The repository sent a chunk that was not asked for.
     #[error("the repository sent chunk {0}, which it was not asked for")]
     NotAsked(Digest),
+    /// Another node accepted a request and went silent.
+    #[error("the node at {0} does not answer")]
+    PeerSilent(SocketAddr),
     /// The stream of chunks broke off.
     #[error("the copy was interrupted: {0}")]
     Frames(#[source] FrameError),
@@ -105,6 +111,7 @@ impl ImageError {
             Self::File(e) => e.is_no_space(),
             Self::NotSent { .. }
             | Self::NotAsked(_)
+            | Self::PeerSilent(_)
             | Self::Frames(_)
             | Self::Client(_)
             | Self::Disk(_)
@@ -156,6 +163,42 @@ impl Images {
     pub fn new(store: Store, state: &Path, source: Option<Client>, limits: CopyLimits) -> Self {
         let fetcher = source.map(|source| Arc::new(Fetcher::new(store.clone(), source, limits)));
         Self { store, boot: state.join("boot"), state: state.to_owned(), fetcher }
+    }
+
+    /// From now on other nodes are asked before the repository, which says whom: as node `id`, showing `token`.
+    /// To be called before anything else has a copy of this.
+    #[must_use]
+    pub fn share(mut self, id: NodeId, token: String) -> Self {
+        if let Some(fetcher) = self.fetcher.as_mut().and_then(Arc::get_mut) {
+            fetcher.share(id, token);
+        }
+        self
+    }
+
+    /// Chunk `digest` as it is stored, for a peer; one that is on its way here is waited for until `deadline`. None where
+    /// it is not here then.
+    ///
+    /// # Errors
+    /// It is damaged, and was set aside; or the store fails.
+    pub async fn frame_by(&self, digest: Digest, deadline: Instant) -> Result<Option<Vec<u8>>, ImageError> {
+        if let Some(frame) = self.frame(digest).await? {
+            return Ok(Some(frame));
+        }
+        let Some(fetcher) = &self.fetcher else { return Ok(None) };
+        match timeout_at(deadline, fetcher.landing(&digest)).await {
+            Ok(()) => self.frame(digest).await,
+            Err(_late) => Ok(None),
+        }
+    }
+
+    async fn frame(&self, digest: Digest) -> Result<Option<Vec<u8>>, ImageError> {
+        let store = self.store.clone();
+        blocking(move || match store.frame(&digest) {
+            Ok(frame) => Ok(Some(frame)),
+            Err(e) if e.is_missing() => Ok(None),
+            Err(e) => Err(e.into()),
+        })
+        .await
     }
 
     /// Whether what is missing can be copied from somewhere, and copied images have names therefore.

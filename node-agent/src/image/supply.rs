@@ -287,7 +287,7 @@ impl Shelf {
         .await?;
         // An honest VMM seldom wants what is here; another one shall not have our processor for it.
         sleep(PER_CHUNK_HERE * read).await;
-        self.fetcher.get(&digests, Urgency::Guest).await
+        self.fetcher.get(self.image, &digests, Urgency::Guest).await
     }
 
     /// Gets what a guest probably wants next, one group at a time for each VM.
@@ -297,7 +297,7 @@ impl Shelf {
         let next = (last + 1..self.part.count()).take(READ_AHEAD as usize);
         let digests: Vec<Digest> = next.filter_map(|number| self.part.digest(number).ok()).collect();
         // Should it fail, it is fetched when it is wanted.
-        let _hint = self.fetcher.get(&digests, Urgency::Guest).await;
+        let _hint = self.fetcher.get(self.image, &digests, Urgency::Guest).await;
     }
 
     /// Tells the control node what the boot has read, once. Not waited for: it may be away.

@@ -1,16 +1,32 @@
 //! Chunks for peers, as they are stored.
 
+use std::time::Duration;
+
 use axum::body::Body;
 use axum::response::{IntoResponse, Response};
 use bedplate_api::client::encode_frame;
 use bedplate_api::image::{ChunkList, MAX_CHUNK_LIST};
-use bedplate_images::Store;
 use futures_util::stream;
+use serde::Deserialize;
+use tokio::time::Instant;
 
-use super::error::{Refusal, bad_request, internal, no_such};
+use super::error::{Refusal, bad_request};
+use crate::image::Images;
 
-/// Sends the chunks in the order asked, or refuses when one is not here.
-pub(super) async fn send(store: Store, list: ChunkList) -> Result<Response, Refusal> {
+/// Longest wait for chunks that are on their way here, in seconds.
+const MAX_WAIT: u64 = 30;
+
+/// What a peer may say beside the list.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Patience {
+    /// Seconds that it waits for what is on its way here.
+    #[serde(default)]
+    wait: u64,
+}
+
+/// Sends the chunks in the order asked. Those that are not here, nor come in time, are left out.
+pub(super) fn send(images: Images, list: ChunkList, patience: &Patience) -> Result<Response, Refusal> {
     let digests = list.digests;
     if digests.len() > MAX_CHUNK_LIST {
         return Err(bad_request(format!(
@@ -18,19 +34,19 @@ pub(super) async fn send(store: Store, list: ChunkList) -> Result<Response, Refu
             digests.len()
         )));
     }
-    let (all, here) = (digests.clone(), store.clone());
-    let missing = tokio::task::spawn_blocking(move || here.missing(&all)).await;
-    if let Some(first) = missing.map_err(|e| internal(e.to_string()))?.first() {
-        return Err(no_such(format!("chunk {first} is not on this node; ask the repository")));
-    }
+    let deadline = Instant::now() + Duration::from_secs(patience.wait.min(MAX_WAIT));
     // One frame at a time is in memory. One that turns out damaged breaks the stream off, and who asked asks elsewhere.
     let frames = stream::unfold(digests.into_iter(), move |mut rest| {
-        let store = store.clone();
+        let images = images.clone();
         async move {
-            let digest = rest.next()?;
-            let read = tokio::task::spawn_blocking(move || store.frame(&digest)).await;
-            let frame = read.map_err(std::io::Error::other).and_then(|r| r.map_err(std::io::Error::other));
-            Some((frame.map(|frame| encode_frame(&digest, &frame)), rest))
+            loop {
+                let digest = rest.next()?;
+                match images.frame_by(digest, deadline).await {
+                    Ok(Some(frame)) => return Some((Ok(encode_frame(&digest, &frame)), rest)),
+                    Ok(None) => {}
+                    Err(e) => return Some((Err(std::io::Error::other(e)), rest)),
+                }
+            }
         }
     });
     Ok(Body::from_stream(frames).into_response())

@@ -13,19 +13,20 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, Path, Request, State};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
 use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, middleware};
 use bedplate_api::VmId;
 use bedplate_api::node::{Desired, NodeStatus};
 use bedplate_api::vmm::Inspection;
-use bedplate_images::Store;
 use serde::de::DeserializeOwned;
 use tokio::sync::oneshot;
 use tower_http::timeout::RequestBodyTimeoutLayer;
 
 use crate::agent::{AgentHandle, Event};
+use crate::image::Images;
 use crate::vm;
 use error::{Refusal, bad_request, unavailable};
 
@@ -43,7 +44,7 @@ pub struct Node {
     /// The agent.
     pub agent: AgentHandle,
     /// The node's images, for peers.
-    pub store: Store,
+    pub images: Images,
 }
 
 /// The routes; with a `token`, every request has to show it.
@@ -97,9 +98,11 @@ async fn vm_console(State(node): State<Node>, Id(id): Id, request: Request) -> R
 
 async fn fetch_chunks(
     State(node): State<Node>,
+    patience: Result<Query<chunks::Patience>, QueryRejection>,
     body: Body<bedplate_api::image::ChunkList>,
 ) -> Result<Response, Refusal> {
-    chunks::send(node.store, body.0).await
+    let Query(patience) = patience.map_err(|e| bad_request(e.body_text()))?;
+    chunks::send(node.images, body.0, &patience)
 }
 
 /// The directory of a VM that is on this node.

@@ -1,8 +1,9 @@
 //! Images from a control node: a repository over a store, which answers as the control node's does, and can break off.
 
+use std::net::SocketAddr;
 use std::process::Command;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use axum::body::{Body, Bytes};
 use axum::extract::{Path, State};
@@ -12,7 +13,7 @@ use axum::routing::{get, post};
 use axum::{Json, Router};
 use bedplate_api::client::encode_frame;
 use bedplate_api::error::ErrorKind;
-use bedplate_api::image::{BootOrder, ChunkList};
+use bedplate_api::image::{BootOrder, ChunkList, Locate, Located, PeerChunks};
 use bedplate_api::node::{Ipv4Net, NodeStatus, Power, Register, Registered, VmPhase, VmStatus};
 use bedplate_api::{ApiError, Digest};
 use bedplate_images::Store;
@@ -27,7 +28,7 @@ pub struct Control {
     /// Requests for chunks that break off in the middle of a frame before one is served whole.
     breaks: Arc<AtomicUsize>,
     /// Requests for chunks so far.
-    fetches: Arc<AtomicUsize>,
+    pub fetches: Arc<AtomicUsize>,
     registered: watch::Sender<usize>,
     reported: watch::Sender<Option<NodeStatus>>,
     /// Reports are answered with "not found", once.
@@ -38,6 +39,10 @@ pub struct Control {
     pub lies: Arc<AtomicUsize>,
     /// What a boot reads, as a node has told it.
     pub order: watch::Sender<Vec<u64>>,
+    /// Who nodes are told has everything that they ask for.
+    pub peer: Arc<Mutex<Option<SocketAddr>>>,
+    /// While this is true, requests for chunks wait.
+    pub held: watch::Sender<bool>,
 }
 
 impl Control {
@@ -52,14 +57,17 @@ impl Control {
             largest: Arc::new(AtomicUsize::new(usize::MAX)),
             lies: Arc::default(),
             order: watch::Sender::new(Vec::new()),
+            peer: Arc::default(),
+            held: watch::Sender::new(false),
         }
     }
 
     /// Serves from now on. Returns where.
-    async fn serve(&self) -> String {
+    pub async fn serve(&self) -> String {
         let routes = Router::new()
             .route("/v1/blobs/{digest}", get(blob))
             .route("/v1/chunks/fetch", post(chunks))
+            .route("/v1/chunks/locate", post(locate))
             .route("/v1/orders/{digest}", get(order).put(put_order))
             .route("/v1/nodes/register", post(register))
             .route("/v1/nodes/{id}/status", post(report))
@@ -94,6 +102,7 @@ async fn chunks(State(control): State<Control>, Json(list): Json<ChunkList>) -> 
         return refuse(ErrorKind::Unavailable, "too busy for so much");
     }
     control.fetches.fetch_add(1, Ordering::SeqCst);
+    control.held.subscribe().wait_for(|held| !held).await.unwrap();
     let lies = |_: &Digest| control.lies.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok();
     let frame = |d: &Digest| {
         let other = lies(d).then(|| control.store.put_chunk(b"another chunk").unwrap());
@@ -109,6 +118,11 @@ async fn chunks(State(control): State<Control>, Json(list): Json<ChunkList>) -> 
         wire.push(Err(std::io::Error::other("the line is cut")));
     }
     Body::from_stream(futures_util::stream::iter(wire)).into_response()
+}
+
+async fn locate(State(control): State<Control>, Json(ask): Json<Locate>) -> Json<Located> {
+    let peer = *control.peer.lock().unwrap();
+    Json(Located { peers: peer.map(|address| PeerChunks { address, digests: ask.digests }).into_iter().collect() })
 }
 
 async fn order(State(control): State<Control>) -> Json<BootOrder> {

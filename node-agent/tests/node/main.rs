@@ -9,4 +9,5 @@ mod crash;
 mod lazy;
 mod lifecycle;
 mod network;
+mod peers;
 mod support;

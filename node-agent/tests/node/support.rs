@@ -111,13 +111,22 @@ pub struct Node {
     dir: tempfile::TempDir,
     more_args: Vec<String>,
     agent: Option<Child>,
+    /// It shares the network of the thread that starts it.
+    on_our_network: bool,
 }
 
 impl Node {
     /// A node whose agent does not run yet; `more_args` beside those that every test needs.
     pub fn new(more_args: &[&str]) -> Self {
         let dir = tempfile::Builder::new().prefix("bpn-").tempdir().unwrap();
-        Self { dir, more_args: more_args.iter().map(|a| (*a).to_owned()).collect(), agent: None }
+        Self { dir, more_args: more_args.iter().map(|a| (*a).to_owned()).collect(), agent: None, on_our_network: false }
+    }
+
+    /// The same, and its agent can be reached from the calling thread's network, which is a test's own.
+    pub fn reachable(more_args: &[&str]) -> Self {
+        let mut node = Self::new(more_args);
+        node.on_our_network = true;
+        node
     }
 
     /// A node whose agent runs.
@@ -146,7 +155,8 @@ impl Node {
             command.arg("--vmm").arg(vmm());
         }
         command.args(&self.more_args).stdin(Stdio::null());
-        if self.more_args.iter().any(|a| a == "--vm-network") && rustix::process::geteuid().is_root() {
+        let makes_links = self.more_args.iter().any(|a| a == "--vm-network") && !self.on_our_network;
+        if makes_links && rustix::process::geteuid().is_root() {
             // A bridge and taps are made: in a network of the agent's own, which is gone when it and its VMs are.
             // SAFETY: one system call between fork and exec, which touches no memory.
             unsafe { command.pre_exec(|| Ok(rustix::thread::unshare_unsafe(UnshareFlags::NEWNET)?)) };

@@ -1,0 +1,106 @@
+//! Other nodes that have what lacks here. The control node says who; where it cannot be asked, those that it named last
+//! are. A peer vouches for nothing: what it sends is verified like everything, and what it does not send is had from the
+//! repository.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bedplate_api::client::{Client, ClientError, Endpoint};
+use bedplate_api::image::{Locate, Located, PeerChunks};
+use bedplate_api::{Digest, NodeId};
+use tokio::time::Instant;
+
+use super::fetch::Urgency;
+
+/// How long a peer that failed is left alone.
+const REST: Duration = Duration::from_secs(30);
+/// Peers that are remembered, each with its connections.
+const MOST: usize = 16;
+/// Peers that are asked where the control node cannot say whom to ask.
+const BLIND: usize = 2;
+
+/// The way to other nodes.
+#[derive(Debug)]
+pub(super) struct Peers {
+    /// This node.
+    id: NodeId,
+    /// What nodes show to each other.
+    token: String,
+    known: Mutex<HashMap<SocketAddr, Known>>,
+}
+
+#[derive(Debug)]
+struct Known {
+    client: Client,
+    used: Instant,
+    /// Not before that.
+    rests_until: Option<Instant>,
+}
+
+impl Peers {
+    pub(super) fn new(id: NodeId, token: String) -> Self {
+        Self { id, token, known: Mutex::default() }
+    }
+
+    /// Whom to ask first for which of `wanted`, chunks of `image`. Some may be in no list.
+    pub(super) async fn locate(&self, control: &Client, image: Digest, wanted: &[Digest]) -> Vec<PeerChunks> {
+        let asked = control.locate_chunks(&Locate { node: self.id, image, digests: wanted.to_vec() }).await;
+        let mut peers = match asked {
+            Ok(Located { peers }) => peers,
+            Err(ClientError::Api(_)) => return Vec::new(),
+            Err(_away) => self.blindly(wanted),
+        };
+        let now = Instant::now();
+        let known = self.known();
+        peers.retain(|peer| known.get(&peer.address).and_then(|known| known.rests_until).is_none_or(|at| at <= now));
+        peers
+    }
+
+    /// All that is wanted, from one peer after the other; the later ones are asked for what the earlier ones lacked.
+    fn blindly(&self, wanted: &[Digest]) -> Vec<PeerChunks> {
+        let known = self.known();
+        let mut latest: Vec<_> = known.iter().map(|(address, known)| (known.used, *address)).collect();
+        latest.sort_unstable_by(|a, b| b.cmp(a));
+        latest.into_iter().take(BLIND).map(|(_, address)| PeerChunks { address, digests: wanted.to_vec() }).collect()
+    }
+
+    /// The client of a peer.
+    pub(super) fn client(&self, address: SocketAddr) -> Result<Client, ClientError> {
+        let now = Instant::now();
+        let mut known = self.known();
+        if let Some(known) = known.get_mut(&address) {
+            known.used = now;
+            return Ok(known.client.clone());
+        }
+        if known.len() >= MOST
+            && let Some(oldest) = known.iter().min_by_key(|(_, known)| known.used).map(|(address, _)| *address)
+        {
+            known.remove(&oldest);
+        }
+        let client = Client::new(Endpoint::Http(address.to_string()), Some(self.token.clone()))?;
+        known.insert(address, Known { client: client.clone(), used: now, rests_until: None });
+        Ok(client)
+    }
+
+    /// It failed: it is left alone for a while.
+    pub(super) fn rest(&self, address: SocketAddr) {
+        if let Some(known) = self.known().get_mut(&address) {
+            known.rests_until = Some(Instant::now() + REST);
+        }
+    }
+
+    fn known(&self) -> MutexGuard<'_, HashMap<SocketAddr, Known>> {
+        // It is whole after each statement.
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How long a peer may wait for what is on its way to it: a guest stands still meanwhile.
+pub(super) const fn wait_seconds(urgency: Urgency) -> u64 {
+    match urgency {
+        Urgency::Guest => 1,
+        Urgency::Copy => 10,
+    }
+}
