@@ -50,7 +50,7 @@ pub enum ImageError {
     NotADisk(Digest),
     /// It cannot be started directly.
     #[error(
-        "image {0} holds no kernel that was found, so it cannot be started; import it again and name kernel and initrd"
+        "image {0} holds no kernel that was found, so no node starts it; `bedplate run` does, by the disk's own boot loader"
     )]
     NotBootable(Digest),
     /// A part that the manifest should have is not there.
