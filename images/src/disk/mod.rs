@@ -16,6 +16,8 @@ mod base;
 mod map;
 mod overlay;
 #[cfg(test)]
+mod power_tests;
+#[cfg(test)]
 mod tests;
 
 use std::fs::{self, File};
