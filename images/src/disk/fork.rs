@@ -3,16 +3,17 @@
 //! The map is copied before the data. It never speaks of data that is not there, and whoever still writes the old files
 //! keeps to that too: whatever the copied map speaks of is in the data that is copied afterwards.
 
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{SeekFrom, copy_file_range, ioctl_ficlone, seek};
+use rustix::fs::{OFlags, SeekFrom, copy_file_range, ioctl_ficlone, seek};
 use rustix::io::Errno;
 
-use super::lease::{LeaseError, io_at, names, number, step};
+use super::lease::{LeaseError, step};
 use super::map::Map;
+use super::record::{names, number};
 use super::{DiskError, io_at as disk_io_at};
 use crate::store::sync_dir;
 
@@ -21,6 +22,14 @@ const STRIDE: u64 = 64 << 20;
 
 /// Copies of a map that somebody may be writing: each of its sectors is written at once, but not read at once.
 const COPIES: u32 = 8;
+
+/// To open a file of a directory that others write to: one of them may be hostile, and a link there would name a file of
+/// this host, a pipe wait for ever.
+pub(super) fn no_links() -> OpenOptions {
+    let mut options = File::options();
+    options.custom_flags((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits().cast_signed());
+    options
+}
 
 /// Path of `data` or `map`, as it was made in `epoch`.
 pub(super) fn path(dir: &Path, name: &str, epoch: u64) -> PathBuf {
@@ -53,12 +62,12 @@ pub(super) fn make(
     let map = copy_map(&path(dir, "map", from), &draft, size)?;
     step()?;
     let (old, new) = (path(dir, "data", from), path(dir, "data", to));
-    let source = File::open(&old).map_err(disk_io_at("open", &old))?;
+    let source = no_links().read(true).open(&old).map_err(disk_io_at("open", &old))?;
     let found = source.metadata().map_err(disk_io_at("examine", &old))?.len();
     if found != size {
         return Err(DiskError::Damaged { path: old, cause: format!("it has {found} bytes and should have {size}") });
     }
-    let target = File::create(&new).map_err(disk_io_at("create", &new))?;
+    let target = no_links().write(true).create(true).truncate(true).open(&new).map_err(disk_io_at("create", &new))?;
     match ioctl_ficlone(&target, &source) {
         Ok(()) => {}
         // Not this file system, or not these two files.
@@ -83,8 +92,8 @@ fn copy_map(old: &Path, draft: &Path, size: u64) -> Result<File, DiskError> {
     let damaged = |cause: String| DiskError::Damaged { path: old.to_owned(), cause };
     let mut last = 0;
     for _ in 0..COPIES {
-        let source = File::open(old).map_err(disk_io_at("open", old))?;
-        let mut target = File::options()
+        let source = no_links().read(true).open(old).map_err(disk_io_at("open", old))?;
+        let mut target = no_links()
             .read(true)
             .write(true)
             .create(true)
@@ -159,11 +168,7 @@ pub(super) fn clear(dir: &Path, files: u64, epoch: u64) -> Result<(), LeaseError
     // is about to give one its name cannot.
     old.sort_by_key(|name| (!name.ends_with(".tmp"), name.starts_with("data")));
     for name in old {
-        let path = dir.join(name);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io_at("remove", &path)(e)),
-            _ => {}
-        }
+        let _ = fs::remove_file(dir.join(name));
     }
     Ok(())
 }

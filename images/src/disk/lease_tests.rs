@@ -4,7 +4,8 @@ use std::sync::Barrier;
 use bedplate_api::Digest;
 use tempfile::TempDir;
 
-use super::super::{Disk, DiskError, Hold};
+use super::super::record::{names, utc};
+use super::super::{Disk, DiskError, Hold, Mode};
 use super::*;
 use crate::fixtures::{image, noise, store};
 use crate::{CHUNK_SIZE, Store};
@@ -377,13 +378,22 @@ fn whatever_is_wrong_with_the_directory_is_said() {
     fs::write(&map, [&[1], &original[1..]].concat()).unwrap();
     assert!(matches!(place.take_over("third"), Err(DiskError::Damaged { path, .. }) if path == map));
     fs::write(&map, original).unwrap();
+    // Another node may put links where the next files are to be made. Each attempt is an epoch of its own.
+    let (outside, epoch) = (place.dir.path().join("outside"), Token::look(&place.disk()).unwrap().epoch);
+    fs::write(&outside, "not ours").unwrap();
+    for (later, link) in (1..).zip(["holder.{}.tmp", "map.{}.tmp", "data.{}"]) {
+        let link = place.disk().join(link.replace("{}", &(epoch + later).to_string()));
+        std::os::unix::fs::symlink(&outside, link).unwrap();
+        place.take_over("third").unwrap_err();
+    }
+    assert_eq!(fs::read_to_string(&outside).unwrap(), "not ours");
     place.take_over("third").unwrap();
 }
 
 #[test]
 fn a_disk_is_shared_or_it_is_not() {
     let place = Place::new();
-    let local = Disk::create(&place.disk(), &place.store, &place.image, super::super::Mode::Persistent).unwrap();
+    let local = Disk::create(&place.disk(), &place.store, &place.image, Mode::Persistent).unwrap();
     drop(local);
     assert!(!fs::read_to_string(place.disk().join("disk.json")).unwrap().contains("shared"), "older programs read it");
     assert!(matches!(place.open("first"), Err(DiskError::NotShared { .. })));

@@ -20,6 +20,7 @@ mod map;
 mod overlay;
 #[cfg(test)]
 mod power_tests;
+mod record;
 #[cfg(test)]
 mod tests;
 
@@ -416,7 +417,13 @@ fn make_files(
 ) -> Result<Spec, DiskError> {
     for (name, len) in [("data", size), ("map", Map::file_len(size))] {
         let path = dir.join(name);
-        let made = File::create(&path).and_then(|file| file.set_len(len).and_then(|()| file.sync_all()));
+        let mut options = if shared { fork::no_links() } else { File::options() };
+        let made = options
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)
+            .and_then(|file| file.set_len(len).and_then(|()| file.sync_all()));
         made.map_err(io_at("create", &path))?;
     }
     let store = fs::canonicalize(store.dir()).map_err(io_at("examine", store.dir()))?;
@@ -432,7 +439,11 @@ fn write_spec(spec: &Spec, path: &Path) -> Result<(), DiskError> {
     bytes.push(b'\n');
     // The directory is locked, so nobody else uses this name.
     let draft = path.with_extension("json.tmp");
-    File::create(&draft)
+    fork::no_links()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&draft)
         .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()))
         .and_then(|()| fs::rename(&draft, path))
         .map_err(io_at("write", path))
@@ -462,7 +473,8 @@ fn open_overlay(dir: &Path, files: u64, spec: &Spec) -> Result<Overlay<File, bas
     }
     let file = |name: &str, len: u64| -> Result<File, DiskError> {
         let path = fork::path(dir, name, files);
-        let file = File::options().read(true).write(true).open(&path).map_err(io_at("open", &path))?;
+        let mut options = if spec.shared { fork::no_links() } else { File::options() };
+        let file = options.read(true).write(true).open(&path).map_err(io_at("open", &path))?;
         let found = file.metadata().map_err(io_at("examine", &path))?.len();
         if found != len {
             return Err(damaged(path, format!("it has {found} bytes and should have {len}")));
