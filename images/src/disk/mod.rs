@@ -7,14 +7,20 @@
 //! ```
 //!
 //! One process at a time has a disk open: the directory is locked (`flock`) while a [`Disk`] lives. The owner is one
-//! thread, the block device's. What was flushed survives `kill -9` and power cuts; how is written in `overlay.rs`.
+//! thread, the block device's. What was flushed survives `kill -9` and power cuts; how is written in `overlay.rs`. A
+//! *shared* disk is in a directory that several nodes mount; instead of the lock it has a lease, see `lease.rs`.
 //!
 //! A *non-persistent* disk starts from the image each time it is opened.
 
 mod backing;
 mod base;
+mod fork;
+mod lease;
 mod map;
 mod overlay;
+#[cfg(test)]
+mod power_tests;
+mod record;
 #[cfg(test)]
 mod tests;
 
@@ -28,6 +34,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::manifest::DISK;
 use crate::store::{Locked, Store, StoreError, sync_dir};
+pub use lease::{Holder, LeaseError};
+use lease::{IfHeld, Lease};
 use map::{CLUSTER, Map};
 use overlay::Overlay;
 
@@ -60,6 +68,9 @@ pub struct Spec {
     pub cluster: u64,
     /// Whether writes are kept.
     pub mode: Mode,
+    /// Several nodes can reach the directory: who opens the disk takes its lease. Such a disk is persistent.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shared: bool,
 }
 
 /// Why a disk cannot be made or opened.
@@ -86,6 +97,15 @@ pub enum DiskError {
         /// The directory.
         dir: PathBuf,
     },
+    /// Only a shared disk has a lease.
+    #[error("{dir} is a disk of this node alone: it can be opened here and not taken over")]
+    NotShared {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// A shared disk whose lease cannot be had.
+    #[error(transparent)]
+    Lease(#[from] LeaseError),
     /// `disk.json` does not say what it must.
     #[error("{path} is damaged or of a later version ({cause}): restore it, or remove the disk and create it again")]
     BadSpec {
@@ -118,6 +138,14 @@ fn io_at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskError
     move |cause| DiskError::Io { what, path: path.to_owned(), cause }
 }
 
+/// What keeps everybody else from the disk.
+#[derive(Debug)]
+enum Hold {
+    /// The directory itself, locked.
+    Local(#[allow(dead_code, reason = "held, not read")] Locked),
+    Shared(Lease),
+}
+
 /// An open disk.
 ///
 /// Offsets and lengths are in bytes, of any alignment. A request past the end fails with `InvalidInput` and changes
@@ -129,8 +157,8 @@ pub struct Disk {
     overlay: Overlay<File, base::Image>,
     spec: Spec,
     dir: PathBuf,
-    /// The directory itself, locked.
-    _lock: Locked,
+    /// Goes last: after it, somebody else may have the disk.
+    hold: Hold,
 }
 
 impl Disk {
@@ -144,31 +172,81 @@ impl Disk {
         if fs::exists(&spec_path).map_err(io_at("examine", &spec_path))? {
             return Err(DiskError::Exists { dir: dir.to_owned() });
         }
-        for (name, len) in [("data", size), ("map", Map::file_len(size))] {
-            let path = dir.join(name);
-            let made = File::create(&path).and_then(|file| file.set_len(len).and_then(|()| file.sync_all()));
-            made.map_err(io_at("create", &path))?;
-        }
-        let store = fs::canonicalize(store.dir()).map_err(io_at("examine", store.dir()))?;
-        let spec = Spec { schema: SCHEMA, image: *image, store, size, cluster: CLUSTER, mode };
-        write_spec(&spec, &spec_path)?;
-        sync_dir(dir)?;
-        Self::open_locked(dir, lock)
+        let spec = make_files(dir, store, image, size, mode, false)?;
+        Self::open_local(dir, spec, lock)
     }
 
-    /// Opens the disk in `dir`, which stays locked until this is dropped.
+    /// Makes the directory `dir`, which several nodes mount, a persistent disk that is a child of the image `image` of
+    /// `store`, and opens it for `holder`, as [`Disk::open_shared`] does. Each node that is to open it has that store, at
+    /// the same path. A directory left by a creation that was interrupted has to be removed.
+    pub fn create_shared(dir: &Path, store: &Store, image: &Digest, holder: &Holder) -> Result<Self, DiskError> {
+        let size = store.part(image, DISK)?.size();
+        fs::create_dir_all(dir).map_err(io_at("create", dir))?;
+        let exists = fs::exists(dir.join("disk.json")).map_err(io_at("examine", dir))?;
+        match if exists { Err(io::ErrorKind::AlreadyExists.into()) } else { Lease::create(dir) } {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+                return Err(DiskError::Exists { dir: dir.to_owned() });
+            }
+            Err(e) => return Err(io_at("create a lease in", dir)(e)),
+        }
+        make_files(dir, store, image, size, Mode::Persistent, true)?;
+        Lease::created(dir)?;
+        Self::open_shared(dir, holder)
+    }
+
+    /// Opens the disk in `dir`, which nobody else can open until this is dropped.
+    ///
+    /// A shared disk is opened for [`Holder::this_host`]. No thread is left behind: its lease is renewed by each flush and
+    /// by [`Disk::renew`] alone, and who does neither for longer than the period may find it taken over.
     pub fn open(dir: &Path) -> Result<Self, DiskError> {
+        let spec = Self::spec_of(dir)?;
+        if spec.shared {
+            return Self::open_leased(dir, spec, &Holder::this_host()?, IfHeld::Refuse, false);
+        }
         let lock = lock_dir(dir)?;
-        Self::open_locked(dir, lock)
+        Self::open_local(dir, spec, lock)
     }
 
-    fn open_locked(dir: &Path, lock: Locked) -> Result<Self, DiskError> {
-        let spec = Self::spec_of(dir)?;
+    /// Opens the shared disk in `dir` for `holder`, and renews its lease by a thread of its own. While another holder has
+    /// it, this fails with [`LeaseError::Held`]. A holder of the same name whose process is dead is no obstacle.
+    pub fn open_shared(dir: &Path, holder: &Holder) -> Result<Self, DiskError> {
+        Self::open_leased(dir, Self::spec_of(dir)?, holder, IfHeld::Refuse, true)
+    }
+
+    /// Like [`Disk::open_shared`], but where another holder has the disk, watches him for his period and takes it, with
+    /// everything that he flushed, if he gave no sign of life. He will find his flushes failing. This takes time, and where
+    /// the file system has no reflinks, space for another copy of what was written.
+    pub fn take_over(dir: &Path, holder: &Holder) -> Result<Self, DiskError> {
+        Self::open_leased(dir, Self::spec_of(dir)?, holder, IfHeld::TakeOver, true)
+    }
+
+    fn open_local(dir: &Path, spec: Spec, lock: Locked) -> Result<Self, DiskError> {
         if spec.mode == Mode::NonPersistent {
-            reset(dir, &spec)?;
+            reset(dir, 0, &spec)?;
         }
-        let overlay = open_overlay(dir, &spec)?;
-        Ok(Self { overlay, spec, dir: dir.to_owned(), _lock: lock })
+        let overlay = open_overlay(dir, 0, &spec)?;
+        Ok(Self { overlay, spec, dir: dir.to_owned(), hold: Hold::Local(lock) })
+    }
+
+    fn open_leased(dir: &Path, spec: Spec, holder: &Holder, if_held: IfHeld, timer: bool) -> Result<Self, DiskError> {
+        if !spec.shared {
+            return Err(DiskError::NotShared { dir: dir.to_owned() });
+        }
+        let mut lease = Lease::take(dir, holder, if_held)?;
+        if timer || lease.fork().is_some() {
+            lease.start_timer()?;
+        }
+        if let Some(epochs) = lease.fork() {
+            fork::make(dir, spec.size, epochs, || lease.current())?;
+        }
+        if !timer {
+            // Renewing while files were copied was all that it was there for.
+            lease.stop_timer();
+        }
+        lease.ready()?;
+        let overlay = open_overlay(dir, lease.files(), &spec)?;
+        Ok(Self { overlay, spec, dir: dir.to_owned(), hold: Hold::Shared(lease) })
     }
 
     /// What `disk.json` in `dir` says, without opening the disk: for who must know which image it needs.
@@ -188,6 +266,9 @@ impl Disk {
         }
         if spec.cluster != CLUSTER {
             return Err(bad(format!("clusters of {} bytes, and this program knows {CLUSTER}", spec.cluster)));
+        }
+        if spec.shared && spec.mode != Mode::Persistent {
+            return Err(bad("a shared disk is persistent".to_owned()));
         }
         Ok(spec)
     }
@@ -244,35 +325,67 @@ impl Disk {
 
     /// Fills `bytes` from `offset`.
     pub fn read_at(&mut self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        if let Hold::Shared(lease) = &self.hold {
+            lease.current().map_err(io::Error::other)?;
+        }
         self.overlay.read_at(bytes, offset)
     }
 
     /// Writes `bytes` at `offset`. They survive `kill -9` and power cuts after the next [`Disk::flush`].
     pub fn write_at(&mut self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.writable()?;
         self.overlay.write_at(bytes, offset)
     }
 
-    /// Returns when everything written so far survives a power cut.
+    /// Returns when everything written so far survives a power cut; on a shared disk, also whatever another node does.
+    /// There it fails for good once the disk was taken over, with a [`LeaseError`] inside.
     pub fn flush(&mut self) -> io::Result<()> {
-        self.overlay.flush()
+        let Hold::Shared(lease) = &self.hold else { return self.overlay.flush() };
+        lease.current().map_err(io::Error::other)?;
+        self.overlay.flush()?;
+        // Last: whoever claims the lease after this copies what was just synced.
+        lease.renew().map_err(io::Error::other)
     }
 
     /// Gives the space of a range back; it reads as zeros from then on.
     pub fn discard(&mut self, offset: u64, len: u64) -> io::Result<()> {
         // With a map that knows zeros there is nothing that a discard could do more cheaply.
-        self.overlay.write_zeroes(offset, len)
+        self.write_zeroes(offset, len)
     }
 
     /// Makes a range read as zeros.
     pub fn write_zeroes(&mut self, offset: u64, len: u64) -> io::Result<()> {
+        self.writable()?;
         self.overlay.write_zeroes(offset, len)
     }
 
     /// Forgets everything written: the disk is the image again.
     pub fn reset(&mut self) -> Result<(), DiskError> {
-        reset(&self.dir, &self.spec)?;
-        self.overlay = open_overlay(&self.dir, &self.spec)?;
+        let files = match &self.hold {
+            Hold::Local(_) => 0,
+            Hold::Shared(lease) => {
+                lease.writable()?;
+                lease.files()
+            }
+        };
+        reset(&self.dir, files, &self.spec)?;
+        self.overlay = open_overlay(&self.dir, files, &self.spec)?;
         Ok(())
+    }
+
+    /// Renews a shared disk's lease, which whoever opened it with [`Disk::open`] does several times per period.
+    pub fn renew(&self) -> Result<(), LeaseError> {
+        match &self.hold {
+            Hold::Local(_) => Ok(()),
+            Hold::Shared(lease) => lease.renew(),
+        }
+    }
+
+    fn writable(&self) -> io::Result<()> {
+        match &self.hold {
+            Hold::Local(_) => Ok(()),
+            Hold::Shared(lease) => lease.writable().map_err(io::Error::other),
+        }
     }
 }
 
@@ -280,7 +393,7 @@ impl Drop for Disk {
     /// A VM that ends without a last flush keeps what its disk has acknowledged, as with a file.
     fn drop(&mut self) {
         // Who needs to know whether this works calls `flush`.
-        let _ = self.overlay.flush();
+        let _ = self.flush();
     }
 }
 
@@ -293,22 +406,53 @@ fn lock_dir(dir: &Path) -> Result<Locked, DiskError> {
     lock.ok_or_else(|| DiskError::InUse { dir: dir.to_owned() })
 }
 
+/// Makes the files of a disk, `disk.json` last.
+fn make_files(
+    dir: &Path,
+    store: &Store,
+    image: &Digest,
+    size: u64,
+    mode: Mode,
+    shared: bool,
+) -> Result<Spec, DiskError> {
+    for (name, len) in [("data", size), ("map", Map::file_len(size))] {
+        let path = dir.join(name);
+        let mut options = if shared { fork::no_links() } else { File::options() };
+        let made = options
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)
+            .and_then(|file| file.set_len(len).and_then(|()| file.sync_all()));
+        made.map_err(io_at("create", &path))?;
+    }
+    let store = fs::canonicalize(store.dir()).map_err(io_at("examine", store.dir()))?;
+    let spec = Spec { schema: SCHEMA, image: *image, store, size, cluster: CLUSTER, mode, shared };
+    write_spec(&spec, &dir.join("disk.json"))?;
+    sync_dir(dir)?;
+    Ok(spec)
+}
+
 fn write_spec(spec: &Spec, path: &Path) -> Result<(), DiskError> {
     let mut bytes = serde_json::to_vec_pretty(spec)
         .map_err(|e| DiskError::BadSpec { path: path.to_owned(), cause: e.to_string() })?;
     bytes.push(b'\n');
     // The directory is locked, so nobody else uses this name.
     let draft = path.with_extension("json.tmp");
-    File::create(&draft)
+    fork::no_links()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&draft)
         .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_all()))
         .and_then(|()| fs::rename(&draft, path))
         .map_err(io_at("write", path))
 }
 
 /// The map goes first: without it, whatever is left in `data` is not looked at.
-fn reset(dir: &Path, spec: &Spec) -> Result<(), DiskError> {
+fn reset(dir: &Path, files: u64, spec: &Spec) -> Result<(), DiskError> {
     for (name, len) in [("map", Map::file_len(spec.size)), ("data", spec.size)] {
-        let path = dir.join(name);
+        let path = fork::path(dir, name, files);
         File::options()
             .write(true)
             .open(&path)
@@ -318,24 +462,29 @@ fn reset(dir: &Path, spec: &Spec) -> Result<(), DiskError> {
     Ok(())
 }
 
-fn open_overlay(dir: &Path, spec: &Spec) -> Result<Overlay<File, base::Image>, DiskError> {
+fn open_overlay(dir: &Path, files: u64, spec: &Spec) -> Result<Overlay<File, base::Image>, DiskError> {
     let reader = Store::open(&spec.store)?.part(&spec.image, DISK)?;
-    let damaged = |name: &str, cause: String| DiskError::Damaged { path: dir.join(name), cause };
+    let damaged = |path: PathBuf, cause: String| DiskError::Damaged { path, cause };
     if reader.size() != spec.size {
-        return Err(damaged("disk.json", format!("it says {} bytes and the image has {}", spec.size, reader.size())));
+        return Err(damaged(
+            dir.join("disk.json"),
+            format!("it says {} bytes and the image has {}", spec.size, reader.size()),
+        ));
     }
     let file = |name: &str, len: u64| -> Result<File, DiskError> {
-        let path = dir.join(name);
-        let file = File::options().read(true).write(true).open(&path).map_err(io_at("open", &path))?;
+        let path = fork::path(dir, name, files);
+        let mut options = if spec.shared { fork::no_links() } else { File::options() };
+        let file = options.read(true).write(true).open(&path).map_err(io_at("open", &path))?;
         let found = file.metadata().map_err(io_at("examine", &path))?.len();
         if found != len {
-            return Err(damaged(name, format!("it has {found} bytes and should have {len}")));
+            return Err(damaged(path, format!("it has {found} bytes and should have {len}")));
         }
         Ok(file)
     };
     let (data, map_file) = (file("data", spec.size)?, file("map", Map::file_len(spec.size))?);
-    let map = Map::load(&map_file, spec.size)
-        .map_err(io_at("read", &dir.join("map")))?
-        .map_err(|cluster| damaged("map", format!("the sector of cluster {cluster} fails its checksum")))?;
+    let map =
+        Map::load(&map_file, spec.size).map_err(io_at("read", &fork::path(dir, "map", files)))?.map_err(|cluster| {
+            damaged(fork::path(dir, "map", files), format!("the sector of cluster {cluster} fails its checksum"))
+        })?;
     Ok(Overlay::new(spec.size, data, map_file, map, base::Image::new(reader)))
 }
