@@ -24,7 +24,7 @@ pub fn open(drive: &DriveConfig) -> Result<(AnyMedium, Option<String>), DeviceEr
     let metadata =
         std::fs::metadata(path).map_err(|source| DeviceError::Path { id: id(), path: path.clone(), source })?;
     if metadata.is_dir() {
-        let disk = Disk::open(path).map_err(|source| DeviceError::ImageDisk { id: id(), source })?;
+        let disk = Disk::open(path).map_err(|source| DeviceError::ImageDisk { id: id(), source: Box::new(source) })?;
         let client = drive.chunk_source.as_ref().map(ChunkClient::open).transpose();
         let client = client.map_err(|source| DeviceError::Path { id: id(), path: path.clone(), source })?;
         return Ok((AnyMedium::from(Box::new(ImageDisk::new(disk, client)) as Box<dyn Backend>), None));

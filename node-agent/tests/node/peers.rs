@@ -85,7 +85,11 @@ fn what_is_on_its_way_to_a_peer_is_waited_for() {
         let manifest = control.store.manifest(&digest).unwrap();
         let mut wanted = Vec::new();
         let kernel = control.store.index(&manifest.parts["kernel"]).unwrap();
-        kernel.each(|_, chunk| Ok::<_, bedplate_images::StoreError>(wanted.push(chunk))).unwrap();
+        let note = |_, chunk| {
+            wanted.push(chunk);
+            Ok::<_, bedplate_images::StoreError>(())
+        };
+        kernel.each(note).unwrap();
         let absent = Digest::from_bytes([9; 32]);
         wanted.push(absent);
         let peer = bedplate_api::client::Client::new(

@@ -44,7 +44,7 @@ pub enum DeviceError {
         /// `drive_id`.
         id: String,
         /// Names the path.
-        source: DiskError,
+        source: Box<DiskError>,
     },
     /// Nothing is at the path.
     #[error("drive {id}: {path}: {source}; check the path and who may read it")]
