@@ -74,9 +74,10 @@ impl Known {
         if nodes.len() == MOST_NODES {
             nodes.remove(0);
         }
-        nodes.push((asker, now));
-        let again = before.is_some_and(|(_, at)| now.saturating_duration_since(at) < AGAIN);
-        chosen.filter(|_| !again).map(|peer| peer.address)
+        // Who asks again and again is sent to peers once in that time.
+        let again = before.filter(|(_, at)| now.saturating_duration_since(*at) < AGAIN);
+        nodes.push(again.unwrap_or((asker, now)));
+        chosen.filter(|_| again.is_none()).map(|peer| peer.address)
     }
 
     /// The nodes of a chunk, which is known from now on.
@@ -143,7 +144,8 @@ mod tests {
         let ask = |node: u32, at| sent_to(&sharing.locate(NodeNumber(node), &peers, &[digest(1)], at));
         assert_eq!(ask(1, now), []);
         assert_eq!(ask(2, now), [(1, 1)]);
-        assert_eq!(ask(1, now + AGAIN), [(2, 1)]);
+        assert_eq!(ask(1, now + AGAIN / 2), []);
+        assert_eq!(ask(1, now + AGAIN), [(2, 1)], "counted from the first time");
     }
 
     #[test]

@@ -26,6 +26,8 @@ use crate::{ApiError, Digest};
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest silence while an answer is being read. Not a limit on a whole transfer, which may take long.
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
+/// Most bytes that are read of an answer that is an error.
+const MAX_ERROR_LEN: usize = 64 << 10;
 /// How long our servers wait for the head of a request; a connection on which no other one begins is closed then.
 pub const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -175,7 +177,7 @@ impl Client {
 
     /// Sends, and turns an answer that is not a success into the error it carries.
     async fn send(&self, request: RequestBuilder) -> Result<Response, ClientError> {
-        let response = request.send().await.map_err(|source| ClientError::Unreachable {
+        let mut response = request.send().await.map_err(|source| ClientError::Unreachable {
             endpoint: self.endpoint.clone(),
             cause: deepest(&source),
             source,
@@ -185,7 +187,14 @@ impl Client {
             return Ok(response);
         }
         let what = format!("{} ({status})", response.url().path());
-        let body = response.bytes().await.map_err(|e| self.answer_error(&what, &e))?;
+        let mut body = Vec::new();
+        while let Some(bytes) = response.chunk().await.map_err(|e| self.answer_error(&what, &e))? {
+            body.extend_from_slice(&bytes);
+            // No error of ours is so long; who sends more may be another node that has gone bad.
+            if body.len() > MAX_ERROR_LEN {
+                break;
+            }
+        }
         match serde_json::from_slice::<ApiError>(&body) {
             Ok(error) => Err(error.into()),
             Err(_) => Err(ClientError::Answer {

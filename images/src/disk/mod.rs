@@ -25,7 +25,7 @@ mod record;
 mod tests;
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use bedplate_api::Digest;
@@ -41,6 +41,9 @@ use overlay::Overlay;
 
 /// The version of `disk.json` and `map` that this program writes and reads.
 const SCHEMA: u32 = 1;
+
+/// Bytes that are read of `disk.json`, which is far shorter: a VMM may write there, and on a shared disk other nodes.
+const MAX_SPEC: u64 = 64 << 10;
 
 /// Whether what a guest wrote is there after a restart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,6 +103,12 @@ pub enum DiskError {
     /// Only a shared disk has a lease.
     #[error("{dir} is a disk of this node alone: it can be opened here and not taken over")]
     NotShared {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// A shared disk is not reset while it is open.
+    #[error("{dir} is shared by several nodes and cannot be reset: make a new one in another directory")]
+    SharedReset {
         /// The directory.
         dir: PathBuf,
     },
@@ -223,7 +232,7 @@ impl Disk {
 
     fn open_local(dir: &Path, spec: Spec, lock: Locked) -> Result<Self, DiskError> {
         if spec.mode == Mode::NonPersistent {
-            reset(dir, 0, &spec)?;
+            reset(dir, &spec)?;
         }
         let overlay = open_overlay(dir, 0, &spec)?;
         Ok(Self { overlay, spec, dir: dir.to_owned(), hold: Hold::Local(lock) })
@@ -253,13 +262,15 @@ impl Disk {
     pub fn spec_of(dir: &Path) -> Result<Spec, DiskError> {
         let path = dir.join("disk.json");
         let bad = |cause: String| DiskError::BadSpec { path: path.clone(), cause };
-        let bytes = match fs::read(&path) {
-            Ok(bytes) => bytes,
+        let mut bytes = Vec::new();
+        let read = fork::no_links().read(true).open(&path).and_then(|file| file.take(MAX_SPEC).read_to_end(&mut bytes));
+        match read {
+            Ok(_) => {}
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
                 return Err(DiskError::NotADisk { dir: dir.to_owned() });
             }
             Err(e) => return Err(io_at("read", &path)(e)),
-        };
+        }
         let spec: Spec = serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))?;
         if spec.schema != SCHEMA {
             return Err(bad(format!("schema {}, and this program knows {SCHEMA}", spec.schema)));
@@ -359,17 +370,14 @@ impl Disk {
         self.overlay.write_zeroes(offset, len)
     }
 
-    /// Forgets everything written: the disk is the image again.
+    /// Forgets everything written: the disk is the image again. Not for a shared disk.
     pub fn reset(&mut self) -> Result<(), DiskError> {
-        let files = match &self.hold {
-            Hold::Local(_) => 0,
-            Hold::Shared(lease) => {
-                lease.writable()?;
-                lease.files()
-            }
-        };
-        reset(&self.dir, files, &self.spec)?;
-        self.overlay = open_overlay(&self.dir, files, &self.spec)?;
+        if let Hold::Shared(_) = &self.hold {
+            // It would change files under whoever takes the disk over meanwhile.
+            return Err(DiskError::SharedReset { dir: self.dir.clone() });
+        }
+        reset(&self.dir, &self.spec)?;
+        self.overlay = open_overlay(&self.dir, 0, &self.spec)?;
         Ok(())
     }
 
@@ -450,10 +458,10 @@ fn write_spec(spec: &Spec, path: &Path) -> Result<(), DiskError> {
 }
 
 /// The map goes first: without it, whatever is left in `data` is not looked at.
-fn reset(dir: &Path, files: u64, spec: &Spec) -> Result<(), DiskError> {
+fn reset(dir: &Path, spec: &Spec) -> Result<(), DiskError> {
     for (name, len) in [("map", Map::file_len(spec.size)), ("data", spec.size)] {
-        let path = fork::path(dir, name, files);
-        File::options()
+        let path = dir.join(name);
+        fork::no_links()
             .write(true)
             .open(&path)
             .and_then(|file| file.set_len(0).and_then(|()| file.set_len(len)).and_then(|()| file.sync_all()))

@@ -140,7 +140,8 @@ impl Record {
 
     /// Locks the record of `epoch`, which works when its holder was of this host and is dead.
     pub(super) fn lock_of_dead(dir: &Path, epoch: u64) -> Option<Locked> {
-        let file = fork::no_links().read(true).open(Self::path(dir, epoch)).ok()?;
+        // NFS locks exclusively only what is open for writing.
+        let file = fork::no_links().read(true).write(true).open(Self::path(dir, epoch)).ok()?;
         Locked::take(file, FlockOperation::NonBlockingLockExclusive).ok()?
     }
 }

@@ -48,8 +48,10 @@ pub(super) enum Urgency {
     Copy,
 }
 
-/// How long a peer may be silent beyond what it waits for itself.
-const PEER_SILENCE: Duration = Duration::from_secs(2);
+/// How long a guest waits for chunks that a copy is getting, perhaps from a slow peer.
+const FLIGHT: Duration = Duration::from_secs(3);
+/// How long a peer may take for a batch beyond what it waits for itself.
+const PEER_SLOWNESS: Duration = Duration::from_secs(4);
 
 /// Bytes that came, as they were sent.
 #[derive(Debug, Default)]
@@ -148,9 +150,19 @@ impl Fetcher {
             if !claim.mine.is_empty() {
                 self.fetch(claim, image, urgency).await?;
             }
-            for mut other in others {
-                // The end of the flight closes the channel. If it failed, the next round tries it here.
-                let _over = other.changed().await;
+            let land = async {
+                for mut other in others {
+                    // The end of the flight closes the channel. If it failed, the next round tries it here.
+                    let _over = other.changed().await;
+                }
+            };
+            match urgency {
+                Urgency::Copy => land.await,
+                Urgency::Guest => {
+                    if timeout(FLIGHT, land).await.is_err() {
+                        self.overtake(wanted).await?;
+                    }
+                }
             }
         }
     }
@@ -195,6 +207,23 @@ impl Fetcher {
         }
     }
 
+    /// Gets chunks from the repository although they are on their way here already: too slowly.
+    async fn overtake(&self, wanted: &[Digest]) -> Result<(), ImageError> {
+        let (store, list) = (self.store.clone(), wanted.to_vec());
+        let mut missing = blocking(move || Ok(store.missing(&list))).await?;
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let _urgent = Urgent::begin(&self.urgent);
+        let mut frames = self.source.open_chunks(missing.clone()).await?;
+        while let Some((digest, frame)) = next(&mut frames).await? {
+            let at = missing.iter().position(|other| *other == digest).ok_or(ImageError::NotAsked(digest))?;
+            missing.swap_remove(at);
+            self.put(digest, frame, &self.received.from_repository).await?;
+        }
+        Ok(())
+    }
+
     /// Gets those of the claim that are `wanted` from the repository.
     async fn ask_repository(&self, claim: &mut Claim<'_>, wanted: impl Fn(&Digest) -> bool) -> Result<(), ImageError> {
         let list = claim.open(wanted);
@@ -202,7 +231,7 @@ impl Fetcher {
             return Ok(());
         }
         let mut frames = self.source.open_chunks(list).await?;
-        while let Some((digest, frame)) = frames.next().await.map_err(ImageError::Frames)? {
+        while let Some((digest, frame)) = next(&mut frames).await? {
             self.keep(claim, digest, frame, &self.received.from_repository).await?;
         }
         Ok(())
@@ -221,14 +250,16 @@ impl Fetcher {
             return Ok(());
         }
         let wait = wait_seconds(urgency);
-        let patience = Duration::from_secs(wait) + PEER_SILENCE;
-        let silent = |_| ImageError::PeerSilent(peer.address);
-        let client = peers.client(peer.address)?;
-        let mut frames = timeout(patience, client.open_peer_chunks(list, wait)).await.map_err(silent)??;
-        while let Some((digest, frame)) = timeout(patience, next(&mut frames)).await.map_err(silent)?? {
-            self.keep(claim, digest, frame, &self.received.from_peers).await?;
-        }
-        Ok(())
+        let patience = Duration::from_secs(wait) + PEER_SLOWNESS;
+        let all = async {
+            let client = peers.client(peer.address)?;
+            let mut frames = client.open_peer_chunks(list, wait).await?;
+            while let Some((digest, frame)) = next(&mut frames).await? {
+                self.keep(claim, digest, frame, &self.received.from_peers).await?;
+            }
+            Ok(())
+        };
+        timeout(patience, all).await.unwrap_or(Err(ImageError::PeerSlow(peer.address)))
     }
 
     /// Keeps a chunk that has come, if it is one that was asked for and what it says it is.
@@ -242,12 +273,16 @@ impl Fetcher {
         if !claim.mine.contains_key(&digest) {
             return Err(ImageError::NotAsked(digest));
         }
+        self.put(digest, frame, counter).await?;
+        claim.landed(&digest);
+        Ok(())
+    }
+
+    async fn put(&self, digest: Digest, frame: Bytes, counter: &AtomicU64) -> Result<(), ImageError> {
         self.pay(frame.len());
         counter.fetch_add(frame.len() as u64, Ordering::Relaxed);
         let store = self.store.clone();
-        blocking(move || Ok(store.put_frame(&digest, &frame)?)).await?;
-        claim.landed(&digest);
-        Ok(())
+        blocking(move || Ok(store.put_frame(&digest, &frame)?)).await
     }
 
     /// Takes note of bytes that were sent.

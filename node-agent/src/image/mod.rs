@@ -74,9 +74,9 @@ pub enum ImageError {
     /// The repository sent a chunk that was not asked for.
     #[error("the repository sent chunk {0}, which it was not asked for")]
     NotAsked(Digest),
-    /// Another node accepted a request and went silent.
-    #[error("the node at {0} does not answer")]
-    PeerSilent(SocketAddr),
+    /// Another node did not send in time what it was asked for.
+    #[error("the node at {0} is too slow")]
+    PeerSlow(SocketAddr),
     /// The stream of chunks broke off.
     #[error("the copy was interrupted: {0}")]
     Frames(#[source] FrameError),
@@ -111,7 +111,7 @@ impl ImageError {
             Self::File(e) => e.is_no_space(),
             Self::NotSent { .. }
             | Self::NotAsked(_)
-            | Self::PeerSilent(_)
+            | Self::PeerSlow(_)
             | Self::Frames(_)
             | Self::Client(_)
             | Self::Disk(_)

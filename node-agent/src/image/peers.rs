@@ -10,7 +10,7 @@ use std::time::Duration;
 use bedplate_api::client::{Client, ClientError, Endpoint};
 use bedplate_api::image::{Locate, Located, PeerChunks};
 use bedplate_api::{Digest, NodeId};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 use super::fetch::Urgency;
 
@@ -18,6 +18,8 @@ use super::fetch::Urgency;
 const REST: Duration = Duration::from_secs(30);
 /// Peers that are remembered, each with its connections.
 const MOST: usize = 16;
+/// How long the control node may take to say whom to ask: a guest may wait meanwhile.
+const PATIENCE: Duration = Duration::from_secs(2);
 /// Peers that are asked where the control node cannot say whom to ask.
 const BLIND: usize = 2;
 
@@ -39,6 +41,12 @@ struct Known {
     rests_until: Option<Instant>,
 }
 
+impl Known {
+    fn rests(&self, now: Instant) -> bool {
+        self.rests_until.is_some_and(|until| now < until)
+    }
+}
+
 impl Peers {
     pub(super) fn new(id: NodeId, token: String) -> Self {
         Self { id, token, known: Mutex::default() }
@@ -46,22 +54,23 @@ impl Peers {
 
     /// Whom to ask first for which of `wanted`, chunks of `image`. Some may be in no list.
     pub(super) async fn locate(&self, control: &Client, image: Digest, wanted: &[Digest]) -> Vec<PeerChunks> {
-        let asked = control.locate_chunks(&Locate { node: self.id, image, digests: wanted.to_vec() }).await;
-        let mut peers = match asked {
-            Ok(Located { peers }) => peers,
-            Err(ClientError::Api(_)) => return Vec::new(),
-            Err(_away) => self.blindly(wanted),
+        let locate = Locate { node: self.id, image, digests: wanted.to_vec() };
+        let mut peers = match timeout(PATIENCE, control.locate_chunks(&locate)).await {
+            Ok(Ok(Located { peers })) => peers,
+            Ok(Err(ClientError::Api(_))) => return Vec::new(),
+            Ok(Err(_)) | Err(_) => self.blindly(wanted),
         };
         let now = Instant::now();
         let known = self.known();
-        peers.retain(|peer| known.get(&peer.address).and_then(|known| known.rests_until).is_none_or(|at| at <= now));
+        peers.retain(|peer| known.get(&peer.address).is_none_or(|known| !known.rests(now)));
         peers
     }
 
     /// All that is wanted, from one peer after the other; the later ones are asked for what the earlier ones lacked.
     fn blindly(&self, wanted: &[Digest]) -> Vec<PeerChunks> {
-        let known = self.known();
-        let mut latest: Vec<_> = known.iter().map(|(address, known)| (known.used, *address)).collect();
+        let (now, known) = (Instant::now(), self.known());
+        let awake = known.iter().filter(|(_, known)| !known.rests(now));
+        let mut latest: Vec<_> = awake.map(|(address, known)| (known.used, *address)).collect();
         latest.sort_unstable_by(|a, b| b.cmp(a));
         latest.into_iter().take(BLIND).map(|(_, address)| PeerChunks { address, digests: wanted.to_vec() }).collect()
     }
