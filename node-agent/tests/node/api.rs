@@ -130,9 +130,13 @@ async fn a_peer_gets_the_chunks_that_are_here() {
     let (sent, frame) = frames.next().await.unwrap().unwrap();
     assert_eq!((sent, frame.to_vec()), (digest, store.frame(&digest).unwrap()));
     assert!(frames.next().await.unwrap().is_none());
+    // What is not here is left out, and what does not parse is refused.
     let absent = bedplate_api::Digest::from_bytes([9; 32]);
-    let refused = node.client().open_chunks(vec![digest, absent]).await.err().unwrap();
-    assert_eq!(refused.kind(), Some(ErrorKind::NotFound), "{refused}");
+    let mut frames = node.client().open_peer_chunks(vec![absent, digest], 0).await.unwrap();
+    assert_eq!(frames.next().await.unwrap().unwrap().0, digest);
+    assert!(frames.next().await.unwrap().is_none());
+    let many = node.client().open_chunks(vec![absent; bedplate_api::image::MAX_CHUNK_LIST + 1]).await.err().unwrap();
+    assert_eq!(many.kind(), Some(ErrorKind::BadRequest), "{many}");
 }
 
 #[tokio::test]
