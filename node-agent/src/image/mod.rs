@@ -1,7 +1,7 @@
 //! Images on this node: copied from the control node as far as they lack here, verified, made ready to boot.
 //!
-//! Way through the house: repository and [`peers`] ⇒ [`fetch`] → the node's store → disk of a VM. [`copy`] says what is fetched, and
-//! [`supply`] what a guest waits for. Every byte is verified by the store when it lands and again when it is read.
+//! Way through the house: repository and [`peers`] ⇒ [`fetch`] → the node's store → disk of a VM. [`copy`] says what is
+//! fetched, and [`supply`] what a guest waits for. Every byte is verified by the store when it lands and again when it is read.
 
 mod copy;
 mod fetch;
@@ -71,8 +71,8 @@ pub enum ImageError {
         /// Chunks asked for.
         asked: usize,
     },
-    /// The repository sent a chunk that was not asked for.
-    #[error("the repository sent chunk {0}, which it was not asked for")]
+    /// The repository or another node sent a chunk that was not asked for.
+    #[error("chunk {0} was sent, which was not asked for")]
     NotAsked(Digest),
     /// Another node did not send in time what it was asked for.
     #[error("the node at {0} is too slow")]

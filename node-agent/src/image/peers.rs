@@ -1,5 +1,5 @@
-//! Other nodes that have what lacks here. The control node says who; where it cannot be asked, those that it named last
-//! are. A peer vouches for nothing: what it sends is verified like everything, and what it does not send is had from the
+//! Other nodes that have what lacks here. The control node says who; where it cannot be asked, those that were asked
+//! last are. A peer vouches for nothing: what it sends is verified like everything, and what it does not send is had from the
 //! repository.
 
 use std::collections::HashMap;
