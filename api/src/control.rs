@@ -13,6 +13,7 @@
 //! | `GET /v1/vms/{name}/log` | → text, from the VM's node |
 //! | `GET /v1/vms/{name}/inspect` | → [`Inspection`](crate::vmm::Inspection), likewise |
 //! | `GET /v1/vms/{name}/console` | HTTP upgrade, passed on to the VM's node |
+//! | `POST /v1/vms/{name}/capture` | [`Capture`] → a line of JSON for each [`CaptureStep`]; who hangs up ends it |
 //! | `GET /v1/events?after=N` | → `[Event]`, oldest first, with a number greater than N |
 //! | `GET /v1/plan` | → [`PlanView`]: what would be done now, and why; a dry run |
 //! | `GET /` | a page for people |
@@ -21,8 +22,9 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::image::{ImageSummary, Trace};
 use crate::node::{Capacity, CopyProgress, DiskMode, VmPhase};
-use crate::{Digest, NodeId, VmId};
+use crate::{ApiError, Digest, NodeId, VmId};
 
 /// A physical machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -180,4 +182,80 @@ pub struct Event {
 pub struct PlanView {
     /// One line per action, each with its reason.
     pub actions: Vec<String>,
+}
+
+/// Asks for an image of a running VM's disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Capture {
+    /// Tag that shall point to the image; one that is there is moved.
+    pub image: String,
+    /// What belongs to this one machine stays in it.
+    #[serde(default)]
+    pub keep_identity: bool,
+}
+
+/// How a capture goes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CaptureStep {
+    /// It is under way.
+    Progress {
+        /// With what.
+        phase: CapturePhase,
+        /// Bytes done.
+        done: u64,
+        /// Of so many; 0 where nobody knows.
+        total: u64,
+    },
+    /// The last line: it is done.
+    Captured(Captured),
+    /// The last line: there is no image.
+    Failed(ApiError),
+}
+
+/// What a capture does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CapturePhase {
+    /// The guest is brought to rest and its disk copied aside.
+    Snapshot,
+    /// What was written to the disk comes to the control node.
+    Fetch,
+    /// Image and what was written become one.
+    Merge,
+    /// What belongs to one machine is removed.
+    Clean,
+    /// Chunks that are not there yet are kept.
+    Store,
+}
+
+/// A captured image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Captured {
+    /// It.
+    pub image: ImageSummary,
+    /// Why the guest's file systems are as after a power cut, where they were not brought to rest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unfrozen: Option<String>,
+    /// What belonged to that one machine and is not in the image.
+    pub removed: Vec<Trace>,
+    /// What belongs to it and is still in the image, and why.
+    pub left: Vec<LeftTrace>,
+    /// What else to know, one line each.
+    pub notes: Vec<String>,
+    /// Chunks that the image has.
+    pub chunks: u64,
+    /// Those of them that were there before.
+    pub reused: u64,
+}
+
+/// Something that stays in an image although it belongs to one machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeftTrace {
+    /// What.
+    #[serde(flatten)]
+    pub trace: Trace,
+    /// Why it stays.
+    pub why: String,
 }

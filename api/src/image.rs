@@ -17,7 +17,7 @@
 //! | `POST /v1/gc` | `Sweep` → `Swept`; removes what no name, no tier and no VM needs | people |
 //! | `POST /v1/chunks` | frames → 204; every chunk is verified before it is kept | people |
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use serde::{Deserialize, Serialize};
@@ -70,9 +70,28 @@ pub struct Manifest {
     /// Which firmware starts the disk's own boot loader. Looked for, and present, only where `boot` is absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub firmware: Option<Firmware>,
+    /// Where it comes from, if it was captured from a VM's disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
     /// Free text by key, for people: what was imported, from where, by which version.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
+}
+
+/// What a captured image was made of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Origin {
+    /// The image that the VM's disk was a child of. It need not be there any more: nothing is read from it.
+    pub parent: Digest,
+    /// Name of the VM, or of the disk's directory.
+    pub captured_from: String,
+    /// The guest's file systems were written out and held still for it. Otherwise they are as after a power cut.
+    pub at_rest: bool,
+    /// What is in it that belongs to that one machine; empty where all that is known of was removed. Absent where nobody
+    /// could look.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unique: Option<BTreeSet<TraceKind>>,
 }
 
 /// One address space made of chunks.
@@ -110,6 +129,36 @@ pub enum Firmware {
     Uefi,
     /// The disk has both.
     Either,
+}
+
+/// Something in a disk that belongs to the one machine that ran from it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Trace {
+    /// What it is.
+    pub kind: TraceKind,
+    /// Its file as that machine calls it, for example `/etc/machine-id`. Bytes that are no plain text are escaped.
+    pub path: String,
+}
+
+/// What belongs to one machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TraceKind {
+    /// The number by which systemd and D-Bus know the machine.
+    MachineId,
+    /// A key by which an SSH server proves who it is.
+    HostKey,
+    /// An address that a DHCP server gave, or what a DHCP client calls itself.
+    Lease,
+    /// A log, or the dump of a crashed process.
+    Log,
+    /// What cloud-init remembers of the machine that it set up.
+    CloudInit,
+    /// Randomness that was kept for the next boot, or a secret that was made of it.
+    Seed,
+    /// What somebody typed or looked at.
+    History,
 }
 
 /// A name and what it points to.

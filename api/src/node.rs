@@ -10,6 +10,7 @@
 //! | `GET /v1/vms/{id}/log` | → text: the last 64 KiB of the serial console |
 //! | `GET /v1/vms/{id}/inspect` | → [`Inspection`](crate::vmm::Inspection); 503 where the VM does not run |
 //! | `GET /v1/vms/{id}/console` | HTTP upgrade to `bedplate-console`: raw bytes of the serial console both ways |
+//! | `POST /v1/vms/{id}/capture` | → the disk as it is now, as `bedplate_images::disk` sends it; the header [`UNFROZEN`] says whether its file systems had come to rest |
 //! | `POST /v1/chunks/fetch?wait=N` | as in [`crate::image`], for peers: what is here, or comes within N seconds (30 at most) because it is on its way; the rest is left out |
 //!
 //! Served by the control node for nodes, with the same token: `POST /v1/nodes/register` ([`Register`] → [`Registered`])
@@ -23,6 +24,9 @@ use crate::{Digest, NodeId, VmId};
 
 /// Name of the protocol that a console connection is upgraded to.
 pub const CONSOLE_PROTOCOL: &str = "bedplate-console";
+
+/// Header of a captured disk: why its file systems are as after a power cut; empty where they were brought to rest.
+pub const UNFROZEN: &str = "bedplate-unfrozen";
 
 /// Everything that shall run on one node. The node agent makes it so, whatever it finds.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]

@@ -5,7 +5,8 @@
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-pub mod console;
+pub mod capture;
+mod console;
 pub mod control;
 pub mod doctor;
 pub mod image;

@@ -28,7 +28,7 @@ pub const DISK: &str = "disk";
 
 /// A directory that cannot be made.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {what} {}: {source}; --store names another place", path.display())]
+#[error("cannot {what} {}: {source}", path.display())]
 pub struct RunDirError {
     what: &'static str,
     path: PathBuf,
@@ -77,9 +77,43 @@ impl Drop for RunDir {
     }
 }
 
-/// Where the persistent disk of the VM `name` is.
-pub fn persistent_disk(store: &Path, name: &str) -> PathBuf {
-    store.join(DISKS).join(name)
+/// Where the persistent disk of the VM `name` is, or will be.
+///
+/// # Errors
+/// It is a shared one, which cannot be reached.
+pub fn persistent_disk(store: &Path, name: &str) -> Result<PathBuf, RunDirError> {
+    let path = store.join(DISKS).join(name);
+    match fs::read_link(&path) {
+        Ok(shared) => fs::canonicalize(&shared).map_err(|source| RunDirError { what: "reach", path: shared, source }),
+        Err(_) => Ok(path),
+    }
+}
+
+/// Makes the directory `shared`, which other machines mount too, that of the persistent disk of the VM `name`: a link among
+/// the disks keeps its image alive here.
+///
+/// # Errors
+/// The VM has another disk; a file system refuses.
+pub fn shared_disk(store: &Path, name: &str, shared: &Path) -> Result<PathBuf, RunDirError> {
+    let failed = |what, path: &Path| {
+        let path = path.to_owned();
+        move |source| RunDirError { what, path, source }
+    };
+    fs::create_dir_all(shared).map_err(failed("create", shared))?;
+    let real = fs::canonicalize(shared).map_err(failed("reach", shared))?;
+    let link = store.join(DISKS).join(name);
+    fs::create_dir_all(store.join(DISKS)).map_err(failed("create", &store.join(DISKS)))?;
+    match std::os::unix::fs::symlink(&real, &link) {
+        Ok(()) => Ok(real),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && fs::read_link(&link).is_ok_and(|old| old == real) => {
+            Ok(real)
+        }
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+            let other = io::Error::new(e.kind(), "the VM of this name has another disk, so choose another with --name");
+            Err(failed("make", &link)(other))
+        }
+        Err(e) => Err(failed("make", &link)(e)),
+    }
 }
 
 /// Where the persistent disk of the VM `name` in the lab is: another format, so another disk.
@@ -100,10 +134,29 @@ fn sweep(store: &Path) {
 }
 
 /// The images that disks of VMs are children of: besides names, what keeps content alive.
-pub fn images_in_use(store: &Store) -> Vec<Digest> {
+///
+/// # Errors
+/// A shared disk cannot be read, so that nobody knows what it needs.
+pub fn images_in_use(store: &Store) -> Result<Vec<Digest>, RunDirError> {
     let runs = children(&store.dir().join(RUNS)).into_iter().map(|dir| dir.join(DISK));
     let disks = children(&store.dir().join(DISKS));
-    runs.chain(disks).filter_map(|dir| Disk::spec_of(&dir).ok()).map(|spec| spec.image).collect()
+    let mut images = Vec::new();
+    for dir in runs.chain(disks) {
+        match Disk::spec_of(&dir) {
+            Ok(spec) => images.push(spec.image),
+            // A directory that is no disk, whole, needs nothing; behind a link may be a file system that is not mounted.
+            Err(error) if dir.is_symlink() => {
+                let message = format!("{error}; mount what it is on, or remove the link if the disk is gone");
+                return Err(RunDirError {
+                    what: "know what image is needed by",
+                    path: dir,
+                    source: io::Error::other(message),
+                });
+            }
+            Err(_) => {}
+        }
+    }
+    Ok(images)
 }
 
 fn children(dir: &Path) -> Vec<PathBuf> {
@@ -113,6 +166,23 @@ fn children(dir: &Path) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_shared_disk_needs_stays_also_while_it_cannot_be_reached() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::create(dir.path().join("store")).unwrap();
+        let mounted = dir.path().join("mounted");
+        let real = shared_disk(store.dir(), "db", &mounted).unwrap();
+        assert_eq!(real, fs::canonicalize(&mounted).unwrap());
+        assert_eq!(persistent_disk(store.dir(), "db").unwrap(), real);
+        shared_disk(store.dir(), "db", &mounted).unwrap();
+        let other = shared_disk(store.dir(), "db", &dir.path().join("other")).unwrap_err().to_string();
+        assert!(other.contains("another disk"), "{other}");
+        fs::remove_dir(&mounted).unwrap();
+        assert!(persistent_disk(store.dir(), "db").unwrap_err().to_string().contains("cannot reach"));
+        let refused = images_in_use(&store).unwrap_err().to_string();
+        assert!(refused.contains("mount what it is on"), "{refused}");
+    }
 
     #[test]
     fn a_run_leaves_nothing_and_a_killed_one_is_swept() {

@@ -9,6 +9,9 @@
 
 pub mod answer;
 mod boot;
+mod capture;
+#[cfg(test)]
+mod capture_tests;
 mod images;
 mod nodes;
 mod peers;
@@ -47,6 +50,7 @@ pub fn people(control: Arc<Control>) -> Router {
         .route("/v1/tiers", get(tiers::list).post(tiers::create))
         .route("/v1/tiers/{name}", get(tiers::show).put(tiers::put).delete(tiers::delete))
         .route("/v1/vms/{name}/console", get(vms::console))
+        .route("/v1/vms/{name}/capture", post(capture::capture))
         .route("/v1/images", get(images::list))
         .route("/v1/images/{name}", get(images::show).put(images::tag).delete(images::untag))
         .route("/v1/signatures/{digest}", get(images::signature))

@@ -9,13 +9,15 @@ use std::time::{Duration, Instant};
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, put};
+use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use bedplate_api::client::{Client, Endpoint, encode_frame};
 use bedplate_api::control::{Event, TierSpec};
 use bedplate_api::error::ErrorKind;
 use bedplate_api::image::{BootData, ImageKind, Manifest, Part};
-use bedplate_api::node::{Capacity, Desired, DiskMode, Ipv4Net, NodeStatus, Register, Registered, VmPhase, VmStatus};
+use bedplate_api::node::{
+    Capacity, Desired, DiskMode, Ipv4Net, NodeStatus, Register, Registered, UNFROZEN, VmPhase, VmStatus,
+};
 use bedplate_api::vmm::{Inspection, RunState};
 use bedplate_api::{ApiError, Digest, NodeId};
 use bedplate_images::index::Index;
@@ -113,7 +115,9 @@ pub fn image(store: &Store, seed: &str, kind: ImageKind) -> Digest {
     let names: &[&str] = if kind == ImageKind::Disk { &["disk", "kernel", "initrd"] } else { &["kernel", "initrd"] };
     let part = |name: &str| {
         let text = format!("{seed}/{name} ").repeat(12_000);
-        let bytes = [text.as_bytes(), &vec![0; 2 * CHUNK_SIZE]].concat();
+        let mut bytes = [text.as_bytes(), &vec![0; 2 * CHUNK_SIZE]].concat();
+        // Disks consist of sectors.
+        bytes.resize(bytes.len().next_multiple_of(512), 0);
         let digests: Vec<Digest> = bytes.chunks(CHUNK_SIZE).map(|chunk| store.put_chunk(chunk).unwrap()).collect();
         let size = bytes.len() as u64;
         let index = store.put_blob(&Index::new(size, digests).unwrap().encode()).unwrap();
@@ -122,7 +126,15 @@ pub fn image(store: &Store, seed: &str, kind: ImageKind) -> Digest {
     let boot = BootData { kernel: "kernel".into(), initrd: Some("initrd".into()), cmdline: "root=/dev/vda1".into() };
     let parts = names.iter().map(|name| part(name)).collect();
     store
-        .put_manifest(&Manifest { schema: 1, kind, parts, boot: Some(boot), firmware: None, labels: BTreeMap::new() })
+        .put_manifest(&Manifest {
+            schema: 1,
+            kind,
+            parts,
+            boot: Some(boot),
+            firmware: None,
+            origin: None,
+            labels: BTreeMap::new(),
+        })
         .unwrap()
 }
 
@@ -161,6 +173,8 @@ pub struct Heard {
     pub refuse: u32,
     /// VMs of these names cannot run.
     pub fail: Vec<String>,
+    /// What it sends as the disk of whichever VM.
+    pub disk: Vec<u8>,
 }
 
 /// A node without a hypervisor.
@@ -195,6 +209,7 @@ impl SmallNode {
             .route("/v1/vms/{id}/log", get(log))
             .route("/v1/vms/{id}/inspect", get(inspect))
             .route("/v1/vms/{id}/console", get(console))
+            .route("/v1/vms/{id}/capture", post(capture))
             .with_state(small);
         let server = tokio::spawn(async move { axum::serve(listener, router).await.unwrap() });
         Self { id, address, heard, server }
@@ -279,6 +294,10 @@ async fn inspect() -> Json<Inspection> {
 
 async fn log(Path(id): Path<String>) -> String {
     format!("log of {id}")
+}
+
+async fn capture(State(small): State<Small>) -> Response {
+    ([(UNFROZEN, "no agent")], small.heard.lock().unwrap().disk.clone()).into_response()
 }
 
 /// Greets, then sends everything back in capitals.

@@ -18,7 +18,7 @@ use crate::tiny::load_list;
 use crate::{Kernel, Result, Workshop};
 
 /// Files of the image, by path: those that Debian's packages do not have.
-const FILES: [(&str, &str); 9] = [
+const FILES: [(&str, &str); 10] = [
     // The root file system is mounted by the initramfs, as the kernel's command line says; there is no other.
     ("etc/fstab", ""),
     ("etc/hostname", "web\n"),
@@ -28,6 +28,7 @@ const FILES: [(&str, &str); 9] = [
     ("etc/systemd/system/systemd-udev-trigger.service.d/coldplug.conf", include_str!("../files/web/coldplug.conf")),
     ("etc/systemd/journald.conf.d/volatile.conf", include_str!("../files/web/journald.conf")),
     ("etc/systemd/system/serial-getty@.service.d/autologin.conf", include_str!("../files/web/autologin.conf")),
+    ("etc/systemd/system/guest-agent.service", include_str!("../files/web/guest-agent.service")),
     ("etc/nginx/sites-available/default", include_str!("../files/web/site.conf")),
     ("var/www/html/index.html", include_str!("../files/web/index.html")),
 ];
@@ -199,6 +200,8 @@ fn configure(root: &Path) -> Result<()> {
     }
     let networkd = "/lib/systemd/system/systemd-networkd.service";
     link(networkd, &units.join("multi-user.target.wants/systemd-networkd.service"))?;
+    // Not the package's own, which waits for a device that QEMU has.
+    link("../guest-agent.service", &units.join("multi-user.target.wants/guest-agent.service"))?;
     // Tells systemd that /etc and /var are as this version of /usr wants them, so that nothing is rebuilt at boot.
     for stamp in ["etc/.updated", "var/.updated"] {
         write(&root.join(stamp), "")?;

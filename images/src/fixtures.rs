@@ -39,6 +39,7 @@ pub(crate) fn image(store: &Store, bytes: &[u8]) -> Digest {
         parts: [(DISK.to_owned(), part(store, bytes))].into(),
         boot: None,
         firmware: None,
+        origin: None,
         labels: Default::default(),
     };
     store.put_manifest(&manifest).unwrap()

@@ -7,12 +7,14 @@
 //! Absences: no async runtime, no network, nothing that knows KVM. The VMM links this crate for [`disk`] alone.
 
 pub mod boot;
+pub mod capture;
 pub mod digest;
 pub mod disk;
 pub mod export;
 #[cfg(test)]
 mod fixtures;
 pub mod frame;
+pub mod identity;
 pub mod import;
 pub mod index;
 pub mod manifest;

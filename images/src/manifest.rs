@@ -160,7 +160,7 @@ pub fn summary(name: &str, digest: Digest, manifest: &Manifest) -> ImageSummary 
 mod tests {
     use std::collections::BTreeMap;
 
-    use bedplate_api::image::BootData;
+    use bedplate_api::image::{BootData, Origin, TraceKind};
 
     use super::*;
 
@@ -172,6 +172,7 @@ mod tests {
             parts: [DISK, KERNEL].map(|name| (name.to_owned(), part(10))).into(),
             boot: Some(BootData { kernel: KERNEL.to_owned(), initrd: None, cmdline: "root=/dev/vda ro".to_owned() }),
             firmware: None,
+            origin: None,
             labels: BTreeMap::from([("source".to_owned(), "a.raw".to_owned())]),
         }
     }
@@ -190,6 +191,21 @@ mod tests {
     fn golden_firmware() {
         let golden = include_bytes!("../golden/manifest-v1-firmware.json");
         let manifest = Manifest { boot: None, firmware: Some(bedplate_api::image::Firmware::Either), ..sample() };
+        assert_eq!(String::from_utf8_lossy(&encode(&manifest).unwrap()), String::from_utf8_lossy(golden));
+        assert_eq!(parse(golden).unwrap(), manifest);
+    }
+
+    /// A disk that was captured from a VM.
+    #[test]
+    fn golden_captured() {
+        let golden = include_bytes!("../golden/manifest-v1-captured.json");
+        let origin = Origin {
+            parent: Digest::from_bytes([2; 32]),
+            captured_from: "web-1".to_owned(),
+            at_rest: true,
+            unique: Some([TraceKind::HostKey, TraceKind::MachineId].into()),
+        };
+        let manifest = Manifest { origin: Some(origin), ..sample() };
         assert_eq!(String::from_utf8_lossy(&encode(&manifest).unwrap()), String::from_utf8_lossy(golden));
         assert_eq!(parse(golden).unwrap(), manifest);
     }

@@ -10,8 +10,12 @@ use crate::{Console, Process};
 /// Set to `kvm` or `tcg` to choose without a trial.
 pub const CHOICE: &str = "BEDPLATE_LAB_ACCEL";
 
-/// How long the firmware may take to find that there is nothing to boot: a fraction of a second on real KVM.
-const TRIAL: Duration = Duration::from_secs(10);
+/// How long the firmware may take to say its first word: where KVM cannot run it, that never comes.
+const FIRST_WORD: Duration = Duration::from_secs(10);
+
+/// How long it may take from there until it finds that there is nothing to boot: a fraction of a second on real KVM, many
+/// seconds where this machine is itself emulated.
+const TO_THE_END: Duration = Duration::from_secs(60);
 
 /// What runs a machine's processors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -85,6 +89,11 @@ fn kvm_can_nest() -> bool {
     })
 }
 
+fn firmware_ends(console: &Console) -> bool {
+    console.wait_for("SeaBIOS (version", FIRST_WORD).is_ok()
+        && console.wait_for("No bootable device", TO_THE_END).is_ok()
+}
+
 /// Starts a machine without disks and sees whether its firmware gets to the point of saying so.
 fn kvm_runs_firmware() -> bool {
     let dir = std::env::temp_dir().join(format!("bedplate-kvm-trial-{}", std::process::id()));
@@ -94,8 +103,7 @@ fn kvm_runs_firmware() -> bool {
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
     let Ok(mut trial) = Process::start("KVM trial", command) else { return false };
     let Some(output) = trial.take_stdout() else { return false };
-    let booted = Console::new("KVM trial", &dir, output, None)
-        .is_ok_and(|console| console.wait_for("No bootable device", TRIAL).is_ok());
+    let booted = Console::new("KVM trial", &dir, output, None).is_ok_and(|console| firmware_ends(&console));
     let _ = fs::remove_file(&dir);
     booted
 }

@@ -10,6 +10,7 @@ use bedplate_lab::Firmware;
 use bedplate_tests::cluster::Vm;
 use bedplate_tests::patience::until;
 use bedplate_tests::{Artifacts, Cluster, http};
+use serde_json::Value;
 
 /// For emulated machines to boot, and for VMs to boot in them, several at a time on two processors.
 const PATIENCE: Duration = Duration::from_secs(420);
@@ -62,6 +63,7 @@ fn life_of_a_tier(cluster: &mut Cluster, artifacts: &Artifacts) -> Result<()> {
     let nodes: BTreeSet<_> = first.iter().map(|vm| &vm.node).collect();
     ensure!(nodes.len() == 2, "a tier is spread over the nodes, but all its VMs are on {nodes:?}");
 
+    a_vm_becomes_an_image(cluster, &first)?;
     vms_go_on_without_a_control_node(cluster, &first)?;
     survivors_stay_when_a_node_dies(cluster, &first)?;
 
@@ -99,6 +101,23 @@ fn pages_name_their_vms(cluster: &Cluster, vms: &[Vm]) -> Result<()> {
         ensure!(page.trim() == format!("tiny {}", vm.name), "the page of {} is {page:?}", vm.name);
     }
     Ok(())
+}
+
+/// A running VM is captured and goes on, and another one boots from what was captured.
+fn a_vm_becomes_an_image(cluster: &Cluster, vms: &[Vm]) -> Result<()> {
+    let (control, vm) = (cluster.control()?, vms.first().context("no VM")?);
+    // The tiny image's disk holds a kernel and no system that could have an identity.
+    let said = control.run(&["-o", "json", "vm", "capture", &vm.name, "golden", "--keep-identity"])?;
+    let captured: Value = serde_json::from_str(&said).with_context(|| format!("what capture said: {said}"))?;
+    ensure!(captured["image"]["direct_boot"] == true, "what was captured does not boot: {captured}");
+    pages_name_their_vms(cluster, vms).context("after the capture")?;
+    let create = ["tier", "create", "golden", "--image", "golden", "--target", "1", "--memory", "256M", "--active"];
+    control.run(&create)?;
+    let all = cluster.wait_for_vms(TARGET + 1, PATIENCE)?;
+    let golden = all.iter().find(|vm| vm.name.starts_with("golden")).context("no VM of the captured image")?;
+    pages_name_their_vms(cluster, std::slice::from_ref(golden))?;
+    control.run(&["tier", "rm", "golden"])?;
+    cluster.wait_for_vms(TARGET, PATIENCE).map(drop)
 }
 
 fn vms_go_on_without_a_control_node(cluster: &mut Cluster, before: &[Vm]) -> Result<()> {

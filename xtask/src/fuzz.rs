@@ -95,6 +95,9 @@ impl Target {
         let corpus = dir.join("corpus");
         fs::create_dir_all(&corpus).with_context(|| format!("make {}", corpus.display()))?;
         let log = dir.join("log");
+        // Files that a target makes are there, and go with it.
+        let files = dir.join("files");
+        fs::create_dir_all(&files).with_context(|| format!("make {}", files.display()))?;
         let mut child = Command::new("nice")
             .args(["-n", "19"])
             .arg(&self.program)
@@ -105,6 +108,7 @@ impl Target {
             .arg(format!("-artifact_prefix={}/", corpus.display()))
             .arg("-print_final_stats=1")
             .arg(&corpus)
+            .env("TMPDIR", &files)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -122,7 +126,9 @@ impl Target {
                 edges = count.to_owned();
             }
         }
-        if !child.wait()?.success() {
+        let ended = child.wait();
+        fs::remove_dir_all(&files).with_context(|| format!("remove {}", files.display()))?;
+        if !ended?.success() {
             let shown = fs::read_to_string(&log)?;
             let panic = shown.lines().find(|line| line.contains("panicked at") || line.starts_with("SUMMARY"));
             bail!(

@@ -127,9 +127,9 @@ fn run_suite(suite: &Suite, artifacts: &Artifacts, totals: &mut Totals) -> Resul
     println!("\n     {}", suite.name);
     let mut command = Command::new(&suite.program);
     command.arg("--show-output").current_dir(&suite.package_dir).stdout(Stdio::piped()).stdin(Stdio::null());
+    artifacts.tell(&mut command);
     if is_lab(suite) {
         command.arg("--test-threads=1");
-        artifacts.tell(&mut command);
     }
     let mut child = command.spawn().with_context(|| format!("run {}", suite.program.display()))?;
     let lines = BufReader::new(child.stdout.take().context("no pipe from the tests")?);

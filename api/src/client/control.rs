@@ -4,9 +4,14 @@ use reqwest::Method;
 
 use super::{Client, ClientError, segment};
 use crate::NodeId;
-use crate::control::{Event, NodeView, PlanView, PoolEntry, TierSpec, TierView, VmView};
+use crate::control::{
+    Capture, CapturePhase, CaptureStep, Captured, Event, NodeView, PlanView, PoolEntry, TierSpec, TierView, VmView,
+};
 use crate::node::{NodeStatus, Register, Registered};
 use crate::vmm::Inspection;
+
+/// The last line of a capture lists the files that were removed.
+const MAX_CAPTURE_LINE: usize = 64 << 20;
 
 impl Client {
     /// Every physical machine that the control node knows.
@@ -95,6 +100,39 @@ impl Client {
     /// See [`ClientError`].
     pub async fn vm_console(&self, name: &str) -> Result<reqwest::Upgraded, ClientError> {
         self.console(&format!("/v1/vms/{}/console", segment(name))).await
+    }
+
+    /// Makes an image of a running VM's disk. `step` is told each step but the last.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn capture_vm(
+        &self,
+        name: &str,
+        capture: &Capture,
+        mut step: impl FnMut(CapturePhase, u64, u64),
+    ) -> Result<Captured, ClientError> {
+        let path = format!("/v1/vms/{}/capture", segment(name));
+        let mut response = self.send(self.request(Method::POST, &path).json(capture)).await?;
+        let bad = |cause: String| ClientError::Answer { endpoint: self.endpoint.clone(), what: path.clone(), cause };
+        let (mut pending, mut seen) = (Vec::new(), 0);
+        while let Some(bytes) = response.chunk().await.map_err(|e| self.answer_error(&path, &e))? {
+            pending.extend_from_slice(&bytes);
+            if pending.len() > MAX_CAPTURE_LINE {
+                return Err(bad(format!("a line of more than {MAX_CAPTURE_LINE} bytes")));
+            }
+            while let Some(end) = pending[seen..].iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = pending.drain(..=seen + end).collect();
+                seen = 0;
+                match serde_json::from_slice(&line).map_err(|e| bad(e.to_string()))? {
+                    CaptureStep::Progress { phase, done, total } => step(phase, done, total),
+                    CaptureStep::Captured(captured) => return Ok(captured),
+                    CaptureStep::Failed(error) => return Err(error.into()),
+                }
+            }
+            seen = pending.len();
+        }
+        Err(bad("it ended before the capture did".to_owned()))
     }
 
     /// Events with a number greater than `after`, oldest first.

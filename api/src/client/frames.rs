@@ -64,6 +64,8 @@ where
             return Err(FrameError::TooLong(len));
         }
         if self.pending.len() < FRAME_HEADER_LEN + len {
+            // At once, so that what is there is not moved again with each piece that comes.
+            self.pending.reserve(FRAME_HEADER_LEN + len - self.pending.len());
             return Ok(None);
         }
         self.pending.advance(FRAME_HEADER_LEN);

@@ -143,10 +143,18 @@ impl Client {
     /// # Errors
     /// The HTTP stack could not be set up.
     pub fn new(endpoint: Endpoint, token: Option<String>) -> Result<Self, ClientError> {
+        Self::patient(endpoint, token, READ_TIMEOUT)
+    }
+
+    /// The same, which bears `silence` before and within an answer.
+    ///
+    /// # Errors
+    /// The HTTP stack could not be set up.
+    pub fn patient(endpoint: Endpoint, token: Option<String>, silence: Duration) -> Result<Self, ClientError> {
         let mut builder = plain_http()
             .redirect(reqwest::redirect::Policy::none())
             .connect_timeout(CONNECT_TIMEOUT)
-            .read_timeout(READ_TIMEOUT)
+            .read_timeout(silence)
             // A caller that works for long between two calls would meet a connection that the server has closed.
             .pool_idle_timeout(HEAD_TIMEOUT / 2);
         if let Endpoint::Unix(path) = &endpoint {

@@ -1,8 +1,14 @@
 //! Calls of [`crate::node`]: the control node's way into a node agent.
 
+use std::io;
+
+use bytes::Bytes;
+use futures_util::{Stream, TryStreamExt};
+use reqwest::Method;
+
 use super::{Client, ClientError};
 use crate::VmId;
-use crate::node::{Desired, NodeStatus};
+use crate::node::{Desired, NodeStatus, UNFROZEN};
 use crate::vmm::Inspection;
 
 impl Client {
@@ -44,6 +50,23 @@ impl Client {
     /// See [`ClientError`]; "unavailable" where it does not run.
     pub async fn node_vm_inspect(&self, id: VmId) -> Result<Inspection, ClientError> {
         self.fetch(&format!("/v1/vms/{id}/inspect")).await
+    }
+
+    /// The disk of a running VM as it is now: why its file systems were not brought to rest first, if they were not, and
+    /// the disk as `bedplate_images::disk` sends it. Nothing is heard while it is being copied.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn node_vm_capture(
+        &self,
+        id: VmId,
+    ) -> Result<(Option<String>, impl Stream<Item = io::Result<Bytes>> + Unpin + Send + use<>), ClientError> {
+        let response = self.send(self.request(Method::POST, &format!("/v1/vms/{id}/capture"))).await?;
+        // Part of it may be a guest's words.
+        let plain = |why: &[u8]| String::from_utf8_lossy(why).chars().filter(|c| !c.is_control()).collect::<String>();
+        let unfrozen = response.headers().get(UNFROZEN).map(|why| plain(why.as_bytes()));
+        let disk = Box::pin(response.bytes_stream().map_err(io::Error::other));
+        Ok((unfrozen.filter(|why| !why.is_empty()), disk))
     }
 
     /// A VM's console: raw bytes both ways.

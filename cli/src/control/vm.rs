@@ -1,11 +1,12 @@
 //! `bedplate vm`: virtual machines of a cluster.
 
-use bedplate_api::control::VmView;
+use bedplate_api::control::{Capture, VmView};
 use bedplate_api::node::VmPhase;
 use clap::Subcommand;
 use comfy_table::Cell;
 
 use super::{ControlArgs, Error, Session, inspect};
+use crate::capture::{self, Bars};
 use crate::console::{self, End, Keys};
 use crate::output::{self, Format, Health, PrintError};
 use crate::terminal;
@@ -15,7 +16,7 @@ const KEYS: Keys = Keys { leave: "leaves; the VM goes on", power_button: false }
 /// `bedplate vm …`
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Examples:\n  bedplate vm ls\n  bedplate vm log web-1\n  bedplate vm console web-1   # Ctrl-A X leaves\n  bedplate vm inspect web-1   # what its vCPUs and virtqueues do"
+    after_help = "Examples:\n  bedplate vm ls\n  bedplate vm log web-1\n  bedplate vm capture web-1 web-golden\n  bedplate vm console web-1   # Ctrl-A X leaves\n  bedplate vm inspect web-1   # what its vCPUs and virtqueues do"
 )]
 pub struct Args {
     #[command(flatten)]
@@ -41,6 +42,18 @@ enum Action {
     Inspect {
         /// Its name
         name: String,
+    },
+    /// Make an image of a VM's disk as it is now, without what belongs to this one machine. The guest stands still while
+    /// what it has written is copied; its file systems are brought to rest by the QEMU guest agent, if it has one on vsock
+    /// port 9100
+    Capture {
+        /// The VM's name
+        name: String,
+        /// Name to give the image, which is taken from the image that has it
+        image: String,
+        /// Leave machine id, host keys, leases, logs and the like in it
+        #[arg(long)]
+        keep_identity: bool,
     },
     /// Connect this terminal to a VM's console; Ctrl-A X leaves, the VM goes on
     Console {
@@ -74,6 +87,14 @@ pub fn run(args: Args, format: Format) -> Result<(), Error> {
                 Format::Json => output::json(&seen)?,
                 Format::Table => inspect::print(&name, &seen)?,
             }
+        }
+        Action::Capture { name, image, keep_identity } => {
+            let bars = Bars::default();
+            let capture = Capture { image, keep_identity };
+            let call = session.client.capture_vm(&name, &capture, |phase, done, total| bars.set(phase, done, total));
+            let captured = session.wait(call)?;
+            bars.finish();
+            capture::print(&captured, &name, format)?;
         }
         Action::Console { name } => return attach(&session, name),
     }

@@ -20,7 +20,7 @@ const STDIN: &str = "-";
 /// # Errors
 /// See [`ImportError`].
 pub fn disk(store: &Store, file: &Path, tag: Option<&str>, allow: &[PathBuf]) -> Result<Imported, ImportError> {
-    let options = Options { tag, allow };
+    let options = Options { tag, allow, origin: None };
     let shown = if file == Path::new(STDIN) { Path::new("standard input") } else { file };
     let progress = begin(shown);
     let mut told = |done, total| {
@@ -65,7 +65,7 @@ pub(super) fn run(
     let imported = match file.to_str().filter(|text| text.starts_with(SCHEME)) {
         Some(from) => {
             let progress = begin(file);
-            let options = Options { tag: Some(name), allow };
+            let options = Options { tag: Some(name), allow, origin: None };
             let imported = registry::import(store, from, registry, options, &progress)?;
             end(progress, &imported);
             imported

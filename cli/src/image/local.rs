@@ -85,6 +85,19 @@ pub(super) fn inspect(store: &Store, name: &str, format: Format) -> Result<(), E
         let (size, content) = (output::bytes(part.size), output::bytes(part.content));
         text += &format!("\npart      {name}: {size}, {content} of content");
     }
+    if let Some(origin) = &manifest.origin {
+        let rest = if origin.at_rest { "at rest" } else { "as after a power cut" };
+        let from = origin.captured_from.chars().filter(|c| !c.is_control()).collect::<String>();
+        text += &format!("\norigin    captured from {from}, a child of {}, file systems {rest}", origin.parent.short());
+        text += &match &origin.unique {
+            None => "\nunique    nobody could look for what belongs to that machine alone".to_owned(),
+            Some(kinds) if kinds.is_empty() => "\nunique    nothing that is known of".to_owned(),
+            Some(kinds) => {
+                let kinds: Vec<String> = kinds.iter().map(output::word).collect();
+                format!("\nunique    {}: it belongs to that machine alone", kinds.join(", "))
+            }
+        };
+    }
     match &manifest.boot {
         Some(boot) => {
             let initrd = boot.initrd.as_ref().map(|part| format!(" with part {part}")).unwrap_or_default();
@@ -109,7 +122,7 @@ pub(super) fn inspect(store: &Store, name: &str, format: Format) -> Result<(), E
 }
 
 pub(super) fn gc(store: &Store, grace: Duration, format: Format) -> Result<(), Error> {
-    let swept = store.gc_with(grace, || Ok::<_, StoreError>(rundir::images_in_use(store)))?;
+    let swept = store.gc_with(grace, || Ok::<_, Error>(rundir::images_in_use(store)?))?;
     print_swept(&swept, format)
 }
 
@@ -139,6 +152,8 @@ pub(super) fn verify(store: &Store, name: Option<String>, format: Format) -> Res
     for image in names {
         match verify_one(store, &image) {
             Ok(summary) => images.push(Verified::Good(summary)),
+            // Removed since the names were listed.
+            Err(StoreError::TagMissing { .. }) if name.is_none() => {}
             Err(error) => {
                 if name.is_none() {
                     note(&format!("{image}: {error}"));
@@ -161,6 +176,8 @@ pub(super) fn verify(store: &Store, name: Option<String>, format: Format) -> Res
 }
 
 fn verify_one(store: &Store, name: &str) -> Result<ImageSummary, StoreError> {
+    // What is being read must not be removed meanwhile. A store that may only be read has nobody who would.
+    let _lease = store.lease().ok();
     let image = store.summary(name)?;
     let progress = Progress::new(format!("verify {name}"), image.content);
     store.verify(&image.digest)?;
@@ -179,6 +196,8 @@ pub(super) fn export(
         return Err(Error::Exists(file));
     }
     let by_name = || if file.extension().is_some_and(|e| e == "qcow2") { FileFormat::Qcow2 } else { FileFormat::Raw };
+    // As for `verify`.
+    let _lease = store.lease().ok();
     let digest = store.resolve(name)?;
     let progress = Progress::new(format!("export {name}"), 0);
     let format = format.unwrap_or_else(by_name);

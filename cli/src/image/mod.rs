@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use bedplate_api::Digest;
 use bedplate_api::client::Endpoint;
+use bedplate_images::capture::CaptureError;
+use bedplate_images::disk::DiskError;
 use bedplate_images::import::ImportError;
 use bedplate_images::{Store, StoreError, export};
 use clap::Subcommand;
@@ -12,10 +14,12 @@ use clap::Subcommand;
 use crate::control::{self, CONTROL_VARIABLE, DEFAULT_CONTROL, Session};
 use crate::output::{self, Format, PrintError};
 use crate::place::{PlaceError, StoreArgs};
+use crate::rundir::RunDirError;
 use registry::RegistryArgs;
 pub use registry::RegistryError;
 pub use sign::SignError;
 
+mod capture;
 pub(crate) mod import;
 mod local;
 mod pull;
@@ -37,6 +41,7 @@ mod sign;
   bedplate image import oci://quay.io/containerdisks/debian:12 --name debian
   bedplate image ls --control
   bedplate image verify web
+  bedplate image capture my-web web-golden
   bedplate image export web web.qcow2")]
 pub struct Args {
     #[command(flatten)]
@@ -186,6 +191,16 @@ enum Action {
         #[arg(long, value_name = "FILE", conflicts_with = "key")]
         signature: Option<PathBuf>,
     },
+    /// Make an image of the disk that a VM of `bedplate run --persistent` left, without what belongs to that one machine
+    Capture {
+        /// The VM's name, or the directory of a disk
+        vm: String,
+        /// Name to give the image, which is taken from the image that has it
+        name: String,
+        /// Leave machine id, host keys, leases, logs and the like in it
+        #[arg(long)]
+        keep_identity: bool,
+    },
     /// Write a part of an image to a file
     Export {
         /// Its name or digest
@@ -213,6 +228,30 @@ pub enum Error {
     /// The file is no image.
     #[error(transparent)]
     Import(#[from] ImportError),
+    /// A VM's disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// What was to be made of it.
+    #[error(transparent)]
+    Capture(#[from] CaptureError),
+    /// Where a VM's disk should be.
+    #[error(transparent)]
+    RunDir(#[from] RunDirError),
+    /// Not captured, because it is not there.
+    #[error(
+        "{vm:?} has no persistent disk ({} is none); `bedplate run --persistent` makes them, and those of `--lab` cannot be \
+         captured",
+        dir.display()
+    )]
+    NoDisk {
+        /// As given.
+        vm: String,
+        /// Where it was looked for.
+        dir: PathBuf,
+    },
+    /// A disk that is its image again at each start.
+    #[error("{} is not persistent: what its VM wrote is not kept, so there is nothing to capture", .0.display())]
+    NotKept(PathBuf),
     /// The control node.
     #[error(transparent)]
     Control(#[from] control::Error),
@@ -323,6 +362,9 @@ pub fn run(args: Args, format: Format) -> Result<(), Error> {
             // The command line asks for one of them.
             (None, None) => {}
         },
+        Action::Capture { vm, name, keep_identity } => {
+            capture::run(&Store::open(dir)?, &vm, &name, keep_identity, format)?;
+        }
         Action::Export { name, file, part, format } => local::export(&Store::open(dir)?, &name, &part, file, format)?,
     }
     Ok(())

@@ -34,6 +34,7 @@ const KEYS: Keys = Keys { leave: "stops the VM at once", power_button: true };
   bedplate run debian-12.qcow2
   bedplate run debian-12.qcow2 --cpus 2 --memory 2G --net
   bedplate run web --persistent --name my-web
+  bedplate run web --persistent --name db --shared /mnt/vms/db
   bedplate run rootfs.ext4 --kernel bzImage --cmdline 'quiet'
   bedplate run debian-12.raw --firmware /usr/share/seabios/bios-256k.bin   # by the disk's own boot loader
   bedplate run debian-12.qcow2 --lab      # where KVM cannot run guests
@@ -69,6 +70,14 @@ pub struct Args {
     /// Keep what the guest writes, under the VM's name; without it, each run starts from the image
     #[arg(long)]
     persistent: bool,
+    /// Keep it in this directory, which other machines mount too: only one of them at a time can run the VM. Each has the
+    /// image in a store at the same path
+    #[arg(long, value_name = "DIR", requires = "persistent", conflicts_with = "lab")]
+    shared: Option<PathBuf>,
+    /// Take a shared disk from a machine that is dead: watch the disk for 15 s first, and keep that machine from writing
+    /// to it from then on
+    #[arg(long, requires = "persistent", conflicts_with = "lab")]
+    take_over: bool,
     /// Name of the VM: letters, digits and hyphens [default: from the image]
     #[arg(long, value_parser = source::parse_name)]
     name: Option<String>,
@@ -149,7 +158,7 @@ pub fn run(args: Args) -> Result<u8, Error> {
     let run_dir = RunDir::create(store.dir(), &name)?;
     match program {
         Some(program) => {
-            let disk = source.disk(&store, &run_dir, &name, args.persistent)?;
+            let disk = source.disk(&store, &run_dir, &name, &args)?;
             // From here on the disk keeps its image alive.
             drop(lease);
             on_kvm(&args, &program, &store, &source, &name, &run_dir, disk)

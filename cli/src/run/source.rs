@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 
 use bedplate_api::Digest;
 use bedplate_api::image::{ImageKind, Manifest};
-use bedplate_images::disk::{Disk, Mode};
+use bedplate_images::disk::{Disk, DiskError, Holder, Mode};
 use bedplate_images::import::format::Format;
 use bedplate_images::import::{self, ImportError};
 use bedplate_images::{Store, StoreError};
 
-use super::Error;
+use super::{Args, Error};
 use crate::image;
+use crate::output::note;
 use crate::rundir::{self, RunDir};
 
 /// Longest label of a host name.
@@ -47,6 +48,20 @@ pub enum SourceError {
         /// What was asked for now.
         wanted: String,
         /// The disk.
+        dir: PathBuf,
+    },
+    /// Nothing keeps a second machine from it.
+    #[error(
+        "{dir} has a disk that is not shared: another machine could run it at the same time; give --shared another directory"
+    )]
+    NotShared {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// There is no disk.
+    #[error("there is no disk in {dir} to take over: is the right file system mounted there?")]
+    NothingToTake {
+        /// The directory.
         dir: PathBuf,
     },
     /// Not a host name.
@@ -108,16 +123,36 @@ impl Source {
     }
 
     /// The directory of the VM's disk, which is made where it is not there.
-    pub fn disk(&self, store: &Store, run: &RunDir, name: &str, persistent: bool) -> Result<PathBuf, Error> {
-        let dir = if persistent { rundir::persistent_disk(store.dir(), name) } else { run.path().join(rundir::DISK) };
+    pub fn disk(&self, store: &Store, run: &RunDir, name: &str, args: &Args) -> Result<PathBuf, Error> {
+        let persistent = args.persistent;
+        let dir = match &args.shared {
+            _ if !persistent => run.path().join(rundir::DISK),
+            None => rundir::persistent_disk(store.dir(), name)?,
+            Some(shared) => rundir::shared_disk(store.dir(), name, shared)?,
+        };
         if persistent && dir.join("disk.json").exists() {
             let spec = Disk::spec_of(&dir)?;
+            if args.shared.is_some() && !spec.shared {
+                return Err(SourceError::NotShared { dir }.into());
+            }
             if spec.image != self.digest {
                 let (found, wanted) = (spec.image.short(), self.digest.short());
                 return Err(SourceError::OtherImage { name: name.to_owned(), found, wanted, dir }.into());
             }
-            // That nobody else has it open is better said now than by the VMM.
-            drop(Disk::open(&dir)?);
+            if args.take_over {
+                note(&format!("Watching {} for {} s …", dir.display(), Holder::PERIOD.as_secs()));
+                drop(Disk::take_over(&dir, &Holder::this_host().map_err(DiskError::from)?)?);
+            } else {
+                // That nobody else has it open is better said now than by the VMM.
+                drop(Disk::open(&dir)?);
+            }
+            return Ok(dir);
+        }
+        if args.take_over {
+            return Err(SourceError::NothingToTake { dir }.into());
+        }
+        if args.shared.is_some() {
+            drop(Disk::create_shared(&dir, store, &self.digest, &Holder::this_host().map_err(DiskError::from)?)?);
             return Ok(dir);
         }
         let mode = if persistent { Mode::Persistent } else { Mode::NonPersistent };

@@ -15,6 +15,7 @@ use bedplate_api::image::{
     BootOrder, ChunkList, ImageKind, ImageSummary, MAX_BLOB_LEN, MAX_BOOT_ORDER, MAX_CHUNK_LIST, Sweep, Swept, Tag,
 };
 use bedplate_api::{ApiError, Digest};
+use bedplate_images::frame::chunk_buffer;
 use bedplate_images::trust::TrustError;
 use bedplate_images::{Store, StoreError};
 use bytes::Bytes;
@@ -264,8 +265,9 @@ pub async fn fetch_chunks(State(control): Shared, Body(list): Body<ChunkList>) -
     let (sender, receiver) = mpsc::channel::<Result<Bytes, StoreError>>(READ_AHEAD);
     let shared = Arc::clone(&control);
     tokio::task::spawn_blocking(move || {
+        let mut scratch = chunk_buffer();
         for digest in list.digests.iter().filter(|d| **d != Digest::ZERO) {
-            let frame = shared.images.frame(digest).map(|frame| encode_frame(digest, &frame));
+            let frame = shared.images.frame_with(digest, &mut scratch).map(|frame| encode_frame(digest, &frame));
             let broken = frame.is_err();
             if let Err(error) = &frame {
                 tracing::error!("a chunk could not be sent: {error}");

@@ -7,12 +7,12 @@ use axum::Json;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use bedplate_api::VmId;
 use bedplate_api::client::{Client, Endpoint};
 use bedplate_api::control::VmView;
 use bedplate_api::error::ErrorKind;
-use bedplate_api::node::CONSOLE_PROTOCOL;
+use bedplate_api::node::{CONSOLE_PROTOCOL, VmSpec};
 use bedplate_api::vmm::Inspection;
+use bedplate_api::{Digest, VmId};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 
@@ -29,14 +29,14 @@ pub async fn list(State(control): Shared) -> Result<Json<Vec<VmView>>, Refusal> 
 
 /// `GET /v1/vms/{name}/log`.
 pub async fn log(State(control): Shared, Path(name): Path<String>) -> Result<Response, Refusal> {
-    let (client, id) = find(&control, name).await?;
+    let (client, id) = find(&control, name).await?.client(&control)?;
     let log = client.node_vm_log(id).await?;
     Ok(([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], log).into_response())
 }
 
 /// `GET /v1/vms/{name}/inspect`.
 pub async fn inspect(State(control): Shared, Path(name): Path<String>) -> Result<Json<Inspection>, Refusal> {
-    let (client, id) = find(&control, name).await?;
+    let (client, id) = find(&control, name).await?.client(&control)?;
     Ok(Json(client.node_vm_inspect(id).await?))
 }
 
@@ -50,7 +50,7 @@ pub async fn console(
         let message = format!("a console is an HTTP upgrade: send Connection: upgrade and Upgrade: {CONSOLE_PROTOCOL}");
         return Err(Refusal::new(ErrorKind::BadRequest, message));
     }
-    let (client, id) = find(&control, name).await?;
+    let (client, id) = find(&control, name).await?.client(&control)?;
     let node = client.node_vm_console(id).await?;
     let person = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
@@ -80,27 +80,46 @@ fn asks_for_console(headers: &HeaderMap) -> bool {
     headers.get(header::UPGRADE).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(CONSOLE_PROTOCOL.as_bytes()))
 }
 
-/// The agent that has the VM called `name`, or with that id, and its id.
-async fn find(control: &Arc<Control>, name: String) -> Result<(Client, VmId), Refusal> {
+/// A VM, and the agent that has it.
+pub(super) struct Found {
+    /// The VM's name.
+    pub name: String,
+    /// This incarnation.
+    pub id: VmId,
+    /// The image that its disk is a child of.
+    pub image: Digest,
+    /// Its agent.
+    pub endpoint: Endpoint,
+}
+
+impl Found {
+    /// A client of the agent, and the VM's id.
+    fn client(self, control: &Control) -> Result<(Client, VmId), Refusal> {
+        Ok((Client::new(self.endpoint, Some(control.token.clone()))?, self.id))
+    }
+}
+
+/// The VM called `name`, or with that id.
+pub(super) async fn find(control: &Arc<Control>, name: String) -> Result<Found, Refusal> {
     let wanted = name.clone();
-    let found: Option<(VmId, Option<SocketAddr>)> = control
+    let found: Option<(VmSpec, Option<SocketAddr>)> = control
         .read(move |snapshot| {
             let mut vms = snapshot.all(&VMS)?;
             vms.retain(|a| a.vm.name == wanted || a.vm.id.to_string() == wanted);
             // While a VM is being replaced there are two of one name: people mean the one that stays.
             vms.sort_by_key(|a| !a.wanted());
-            let Some(first) = vms.first() else { return Ok(None) };
+            let Some(first) = vms.into_iter().next() else { return Ok(None) };
             let node = snapshot.all(&NODES)?.into_iter().find(|n| n.number == first.node);
-            Ok(Some((first.vm.id, node.and_then(|n| n.endpoint))))
+            Ok(Some((first.vm, node.and_then(|n| n.endpoint))))
         })
         .await?;
-    let Some((id, endpoint)) = found else {
+    let Some((vm, endpoint)) = found else {
         return Err(Refusal::new(ErrorKind::NotFound, format!("no VM is called {name:?}; see `bedplate vm ls`")));
     };
     let Some(endpoint) = endpoint else {
         return Err(Refusal::new(ErrorKind::Unavailable, format!("the node of {name} has no agent at the moment")));
     };
-    Ok((Client::new(Endpoint::Http(endpoint.to_string()), Some(control.token.clone()))?, id))
+    Ok(Found { name: vm.name, id: vm.id, image: vm.image, endpoint: Endpoint::Http(endpoint.to_string()) })
 }
 
 #[cfg(test)]

@@ -18,29 +18,29 @@ const TABLE_BUDGET: u64 = 16 << 20;
 
 /// A part of the disk that may hold a file system.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Extent {
+pub(crate) struct Extent {
     /// Number of the partition; `None` for the whole disk.
-    pub(super) number: Option<u32>,
+    pub(crate) number: Option<u32>,
     /// First byte.
-    pub(super) start: u64,
+    pub(crate) start: u64,
     /// Length in bytes.
-    pub(super) len: u64,
+    pub(crate) len: u64,
     /// What Linux calls it by.
-    pub(super) partuuid: Option<String>,
+    pub(crate) partuuid: Option<String>,
 }
 
 /// A disk's partitions, or the whole disk as one.
 #[derive(Debug)]
-pub(super) struct Layout {
+pub(crate) struct Layout {
     /// "GPT", "MBR partition table", "no partition table".
-    pub(super) name: &'static str,
-    pub(super) extents: Vec<Extent>,
+    pub(crate) name: &'static str,
+    pub(crate) extents: Vec<Extent>,
     /// Which firmware finds a boot loader on it, by what is in its first sector and its partitions' types.
-    pub(super) firmware: Option<Firmware>,
+    pub(crate) firmware: Option<Firmware>,
 }
 
 /// Reads the partition table of `source`. A table that speaks of more than there is means that the file `path` was cut off.
-pub(super) fn read(source: &Shared, path: &Path) -> Result<Layout, ImportError> {
+pub(crate) fn read(source: &Shared, path: &Path) -> Result<Layout, ImportError> {
     let size = source.borrow().size();
     let first = sector(source, 0)?;
     let (name, extents, esp) = match read_gpt(source)? {

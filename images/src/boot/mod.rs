@@ -6,11 +6,11 @@
 
 pub mod bls;
 pub mod grub;
-mod layout;
+pub(crate) mod layout;
 pub mod mbr;
-mod search;
+pub(crate) mod search;
 mod version;
-mod volume;
+pub(crate) mod volume;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -80,7 +80,8 @@ fn look(source: &Shared, path: &Path) -> Result<Found, ImportError> {
                 found.report.push(format!("{place} holds an ext4 file system"));
                 volumes.push(volume);
             }
-            Content::Other(what) => found.report.push(format!("{place} holds {what}")),
+            Content::Swap => found.report.push(format!("{place} holds swap")),
+            Content::Unreadable(what) | Content::Other(what) => found.report.push(format!("{place} holds {what}")),
         }
     }
     if let Some(name) = volumes.iter().find(|volume| search::is_root(volume)).and_then(system_name) {

@@ -164,7 +164,7 @@ fn complete(volumes: &[Volume], volume: &Volume, given: Option<&str>, initrd: bo
 }
 
 /// Whether a system lives here, rather than only what starts it.
-pub(super) fn is_root(volume: &Volume) -> bool {
+pub(crate) fn is_root(volume: &Volume) -> bool {
     ["/etc/os-release", "/usr/lib/os-release", "/sbin/init", "/etc/fstab"].iter().any(|path| volume.has(path))
 }
 

@@ -1,11 +1,11 @@
-//! File systems on a disk, read-only, for finding what boots it.
+//! File systems on a disk, read-only, for finding what boots it and what belongs to one machine.
 //!
 //! The file system was made by who knows whom. `ext4-view` is safe Rust, and what it trusts is checked or limited here: the
 //! superblock's sizes before it is opened, the bytes read in all, the length of every file and link before it is read.
 
 use std::path::Path;
 
-use ext4_view::{Ext4, Ext4Error, Ext4Read};
+use ext4_view::{DirEntry, Ext4, Ext4Error, Ext4Read, FileType, Metadata, PathBuf};
 
 use super::Shared;
 use super::layout::Extent;
@@ -27,15 +27,43 @@ const MAX_LINK_LEN: u64 = 4096;
 const MAX_GROUPS: u64 = 1 << 20;
 
 /// An ext2, ext3 or ext4 file system.
-pub(super) struct Volume {
+pub(crate) struct Volume {
     fs: Ext4,
-    pub(super) extent: Extent,
+    pub(crate) extent: Extent,
+}
+
+/// What a directory has under one name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A regular file of so many bytes.
+    File(u64),
+    /// A directory.
+    Directory,
+    /// A symbolic link.
+    Link,
+    /// A device, a pipe or a socket.
+    Other,
+}
+
+impl Kind {
+    fn of(meta: &Metadata) -> Self {
+        match meta.file_type() {
+            FileType::Regular => Self::File(meta.len()),
+            FileType::Directory => Self::Directory,
+            FileType::Symlink => Self::Link,
+            _ => Self::Other,
+        }
+    }
 }
 
 /// What is at an extent.
-pub(super) enum Content {
+pub(crate) enum Content {
     /// Something that can be looked into.
     Volume(Volume),
+    /// An ext2, ext3 or ext4 file system that is damaged, or has what the library does not know, in a few words.
+    Unreadable(String),
+    /// Swap space.
+    Swap,
     /// Something else, in a few words.
     Other(String),
 }
@@ -46,13 +74,14 @@ fn number(bytes: &[u8], at: usize, len: usize) -> u64 {
 
 impl Volume {
     /// Looks at `extent` of the disk. A file system larger than its place means that the file `path` was cut off.
-    pub(super) fn probe(source: &Shared, extent: &Extent, path: &Path) -> Result<Content, ImportError> {
+    pub(crate) fn probe(source: &Shared, extent: &Extent, path: &Path) -> Result<Content, ImportError> {
         let mut head = vec![0; 0x1_1000];
         // A short extent is followed by zeros here.
         let len = extent.len.min(head.len() as u64) as usize;
         source.borrow_mut().read_at(&mut head[..len], extent.start)?;
         if number(&head, 0x438, 2) != 0xef53 {
-            return Ok(Content::Other(other_content(&head).to_owned()));
+            let swap = head[0xff6..].starts_with(b"SWAPSPACE2");
+            return Ok(if swap { Content::Swap } else { Content::Other(other_content(&head).to_owned()) });
         }
         if let Some(end) = claimed_end(&head)
             && end > extent.len
@@ -65,17 +94,17 @@ impl Volume {
             return Err(ImportError::Truncated { path: path.to_owned(), what, end, size });
         }
         if !plausible_groups(&head) {
-            return Ok(Content::Other("a damaged ext4 file system".to_owned()));
+            return Ok(Content::Unreadable("a damaged ext4 file system".to_owned()));
         }
         let window = Window { source: source.clone(), start: extent.start, len: extent.len, budget: READ_BUDGET };
         Ok(match Ext4::load(Box::new(window)) {
             Ok(fs) => Content::Volume(Self { fs, extent: extent.clone() }),
-            Err(e) => Content::Other(format!("an ext4 file system that cannot be read ({e})")),
+            Err(e) => Content::Unreadable(format!("an ext4 file system that cannot be read ({e})")),
         })
     }
 
     /// The file system's UUID.
-    pub(super) fn uuid(&self) -> String {
+    pub(crate) fn uuid(&self) -> String {
         self.fs.uuid().to_string()
     }
 
@@ -119,7 +148,7 @@ impl Volume {
 
     /// The bytes of the file at `path`, links followed; `None` when there is none. An error, in words, when it is longer
     /// than `most`, or cannot be read.
-    pub(super) fn read(&self, path: &str, most: u64) -> Result<Option<Vec<u8>>, String> {
+    pub(crate) fn read(&self, path: &str, most: u64) -> Result<Option<Vec<u8>>, String> {
         let failed = |e: Ext4Error| format!("{path} cannot be read ({e})");
         let Some(real) = self.resolve(path).map_err(failed)? else { return Ok(None) };
         let mut file = match self.fs.open(real.as_str()) {
@@ -144,14 +173,14 @@ impl Volume {
     }
 
     /// A short text file; `None` when it is not there or no text.
-    pub(super) fn text(&self, path: &str) -> Option<String> {
+    pub(crate) fn text(&self, path: &str) -> Option<String> {
         // The longest grub.cfg of a distribution has some tens of KiB.
         let bytes = self.read(path, 4 << 20).ok()??;
         Some(String::from_utf8_lossy(&bytes).into_owned())
     }
 
     /// Names in the directory `path`; none when it is none.
-    pub(super) fn names(&self, path: &str) -> Vec<String> {
+    pub(crate) fn names(&self, path: &str) -> Vec<String> {
         let Ok(Some(real)) = self.resolve(path) else { return Vec::new() };
         let Ok(entries) = self.fs.read_dir(real.as_str()) else { return Vec::new() };
         entries
@@ -161,8 +190,32 @@ impl Volume {
             .collect()
     }
 
+    /// What is at `path`, an absolute path as bytes whose directories are no links; the last name is not followed either.
+    pub(crate) fn kind(&self, path: &[u8]) -> Result<Option<Kind>, Ext4Error> {
+        match self.fs.symlink_metadata(&PathBuf::try_from(path).map_err(|_| Ext4Error::MalformedPath)?) {
+            Ok(meta) => Ok(Some(Kind::of(&meta))),
+            Err(Ext4Error::NotFound | Ext4Error::NotADirectory) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Everything in the directory `path`, a path as for [`Self::kind`], but itself and its parent. It may be without end;
+    /// who takes the entries says how many.
+    pub(crate) fn entries(
+        &self,
+        path: &[u8],
+    ) -> Result<impl Iterator<Item = Result<(Vec<u8>, Kind), Ext4Error>>, Ext4Error> {
+        let dir = PathBuf::try_from(path).map_err(|_| Ext4Error::MalformedPath)?;
+        let named = |entry: Result<DirEntry, Ext4Error>| {
+            let entry = entry?;
+            Ok((entry.file_name().as_ref().to_vec(), Kind::of(&entry.metadata()?)))
+        };
+        let itself = |name: &[u8]| matches!(name, b"." | b"..");
+        Ok(self.fs.read_dir(&dir)?.map(named).filter(move |entry| !entry.as_ref().is_ok_and(|(name, _)| itself(name))))
+    }
+
     /// Whether there is anything at `path`.
-    pub(super) fn has(&self, path: &str) -> bool {
+    pub(crate) fn has(&self, path: &str) -> bool {
         matches!(self.resolve(path), Ok(Some(_)))
     }
 }
@@ -178,7 +231,6 @@ fn other_content(head: &[u8]) -> &'static str {
         () if at(0, b"hsqs") => "a squashfs file system, which is not looked into",
         () if at(0x218, b"LVM2 001") => "an LVM volume, which is not looked into",
         () if at(0x8001, b"CD001") => "an ISO 9660 file system, which is not looked into",
-        () if at(0xff6, b"SWAPSPACE2") => "swap",
         () => "nothing that is known here",
     }
 }

@@ -61,21 +61,8 @@ pub(super) fn make(
     let draft = dir.join(format!("map.{to}.tmp"));
     let map = copy_map(&path(dir, "map", from), &draft, size)?;
     step()?;
-    let (old, new) = (path(dir, "data", from), path(dir, "data", to));
-    let source = no_links().read(true).open(&old).map_err(disk_io_at("open", &old))?;
-    let found = source.metadata().map_err(disk_io_at("examine", &old))?.len();
-    if found != size {
-        return Err(DiskError::Damaged { path: old, cause: format!("it has {found} bytes and should have {size}") });
-    }
-    let target = no_links().write(true).create(true).truncate(true).open(&new).map_err(disk_io_at("create", &new))?;
-    match ioctl_ficlone(&target, &source) {
-        Ok(()) => {}
-        // Not this file system, or not these two files.
-        Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS) => {
-            copy_data(&source, &target, size, &new, &ours)?;
-        }
-        Err(e) => return Err(disk_io_at("copy to", &new)(e.into())),
-    }
+    let new = path(dir, "data", to);
+    let target = copy_data(&path(dir, "data", from), &new, size, || Ok(ours()?))?;
     step()?;
     target.sync_all().and_then(|()| map.sync_all()).map_err(disk_io_at("sync", &new))?;
     step()?;
@@ -88,7 +75,8 @@ pub(super) fn make(
     Ok(step()?)
 }
 
-fn copy_map(old: &Path, draft: &Path, size: u64) -> Result<File, DiskError> {
+/// Copies a map, which somebody may be writing.
+pub(super) fn copy_map(old: &Path, draft: &Path, size: u64) -> Result<File, DiskError> {
     let damaged = |cause: String| DiskError::Damaged { path: old.to_owned(), cause };
     let mut last = 0;
     for _ in 0..COPIES {
@@ -114,13 +102,38 @@ fn copy_map(old: &Path, draft: &Path, size: u64) -> Result<File, DiskError> {
     Err(damaged(format!("the sector of cluster {last} fails its checksum")))
 }
 
-/// Copies what is not a hole.
-fn copy_data(
+/// Copies the clusters of `old`, a file of `size` bytes, to the new file `new`: by reference where the file system can,
+/// else what is not a hole. `ours` says from time to time whether to go on.
+pub(super) fn copy_data(
+    old: &Path,
+    new: &Path,
+    size: u64,
+    ours: impl Fn() -> Result<(), DiskError>,
+) -> Result<File, DiskError> {
+    let source = no_links().read(true).open(old).map_err(disk_io_at("open", old))?;
+    let found = source.metadata().map_err(disk_io_at("examine", old))?.len();
+    if found != size {
+        let cause = format!("it has {found} bytes and should have {size}");
+        return Err(DiskError::Damaged { path: old.to_owned(), cause });
+    }
+    let target = no_links().write(true).create(true).truncate(true).open(new).map_err(disk_io_at("create", new))?;
+    match ioctl_ficlone(&target, &source) {
+        Ok(()) => {}
+        // Not this file system, or not these two files.
+        Err(Errno::OPNOTSUPP | Errno::XDEV | Errno::INVAL | Errno::NOTTY | Errno::NOSYS) => {
+            copy_content(&source, &target, size, new, &ours)?;
+        }
+        Err(e) => return Err(disk_io_at("copy to", new)(e.into())),
+    }
+    Ok(target)
+}
+
+fn copy_content(
     source: &File,
     target: &File,
     size: u64,
     path: &Path,
-    ours: impl Fn() -> Result<(), LeaseError>,
+    ours: impl Fn() -> Result<(), DiskError>,
 ) -> Result<(), DiskError> {
     let failed = |e: Errno| disk_io_at("copy to", path)(e.into());
     target.set_len(size).map_err(disk_io_at("resize", path))?;

@@ -250,7 +250,14 @@ impl Lease {
         // At most an hour.
         let (name, period_ms) = (holder.name.clone(), holder.period.as_millis() as u64);
         let mut record = Record { schema: SCHEMA, holder: name, since, period_ms, locked: false, forks };
-        let lock = record.publish(dir, epoch)?;
+        let lock = record.publish(dir, epoch).inspect_err(|_| {
+            // Such as on a full disk: nobody shall have to wait for a holder that never was. Where old files are still to
+            // be copied, whoever comes next must know.
+            if !forks {
+                let [from, to] = [Some(0), None].map(|count| Token { epoch, count }.path(dir));
+                let _ = fs::rename(from, to);
+            }
+        })?;
         step()?;
         let files = fork::published(dir, epoch)?;
         let state = AtomicU8::new(State::Current as u8);
@@ -306,6 +313,11 @@ impl Lease {
     /// Raises the count. That works exactly while nobody else has claimed the lease.
     pub(super) fn renew(&self) -> Result<(), LeaseError> {
         self.shared.renew()
+    }
+
+    /// How often.
+    pub(super) fn renewal(&self) -> Duration {
+        self.shared.period / RENEWALS
     }
 }
 

@@ -147,6 +147,18 @@ fn a_second_node_is_refused_until_the_first_closes() {
 }
 
 #[test]
+fn an_opening_that_fails_holds_nothing() {
+    let place = Place::new();
+    drop(place.create("first/boot"));
+    // As a full disk does: the claim has its name already, its holder gets none.
+    let in_the_way = place.disk().join("holder.2.tmp");
+    fs::create_dir(&in_the_way).unwrap();
+    assert!(matches!(refused(place.open("second/boot")), LeaseError::Io { .. }));
+    fs::remove_dir(in_the_way).unwrap();
+    place.open("third/boot").unwrap();
+}
+
+#[test]
 fn a_process_that_was_killed_is_followed_at_once_on_its_own_host_only() {
     let place = Place::new();
     let mut disk = place.create("host/boot");

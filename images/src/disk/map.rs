@@ -135,6 +135,14 @@ impl Map {
         Ok(())
     }
 
+    /// Calls `visit` with each sector of the file, in order, as this map would have it.
+    pub(super) fn each_sector(&self, mut visit: impl FnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
+        self.sectors.iter().enumerate().try_for_each(|(number, body)| match body {
+            Some(body) => visit(&encode(number, body)),
+            None => visit(&[0; SECTOR]),
+        })
+    }
+
     /// Number of clusters whose bytes are in `data`.
     pub(super) fn data_clusters(&self) -> u64 {
         // A body has the low bit of a pair set exactly for State::Data.

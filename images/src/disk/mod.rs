@@ -21,12 +21,14 @@ mod overlay;
 #[cfg(test)]
 mod power_tests;
 mod record;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use bedplate_api::Digest;
 use rustix::fs::FlockOperation;
@@ -38,6 +40,7 @@ pub use lease::{Holder, LeaseError};
 use lease::{IfHeld, Lease};
 use map::{CLUSTER, Map};
 use overlay::Overlay;
+pub use snapshot::ReceiveError;
 
 /// The version of `disk.json` and `map` that this program writes and reads.
 const SCHEMA: u32 = 1;
@@ -112,6 +115,12 @@ pub enum DiskError {
         /// The directory.
         dir: PathBuf,
     },
+    /// Whoever has it open may write to it.
+    #[error("{dir} is shared by several nodes and cannot be copied while it is in use: open it, and capture that")]
+    SharedSnapshot {
+        /// The directory.
+        dir: PathBuf,
+    },
     /// A shared disk whose lease cannot be had.
     #[error(transparent)]
     Lease(#[from] LeaseError),
@@ -141,6 +150,17 @@ pub enum DiskError {
         /// Why not.
         cause: io::Error,
     },
+}
+
+impl DiskError {
+    /// Whether a file system is full.
+    pub fn is_full(&self) -> bool {
+        match self {
+            Self::Store(error) => error.is_full(),
+            Self::Io { cause, .. } => matches!(cause.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded),
+            _ => false,
+        }
+    }
 }
 
 fn io_at(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskError {
@@ -379,6 +399,14 @@ impl Disk {
         reset(&self.dir, &self.spec)?;
         self.overlay = open_overlay(&self.dir, 0, &self.spec)?;
         Ok(())
+    }
+
+    /// How often [`Disk::renew`] is to be called; `None` for a disk of this node alone.
+    pub fn renewal(&self) -> Option<Duration> {
+        match &self.hold {
+            Hold::Local(_) => None,
+            Hold::Shared(lease) => Some(lease.renewal()),
+        }
     }
 
     /// Renews a shared disk's lease, which whoever opened it with [`Disk::open`] does several times per period.

@@ -53,6 +53,10 @@ impl<F: Backing, B: Base> Overlay<F, B> {
         &self.map
     }
 
+    pub(super) const fn data(&self) -> &F {
+        &self.data
+    }
+
     pub(super) const fn base(&self) -> &B {
         &self.base
     }

@@ -28,7 +28,7 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use bedplate_api::Digest;
-use bedplate_api::image::{BootData, ImageKind, Manifest, Part};
+use bedplate_api::image::{BootData, ImageKind, Manifest, Origin, Part};
 use rustix::fs::{SeekFrom, seek};
 
 use crate::boot::{self, MAX_INITRD_LEN, MAX_KERNEL_LEN};
@@ -39,8 +39,8 @@ use crate::{CHUNK_SIZE, MAX_FRAME_LEN, Store, StoreError};
 use cut::{Holey, Kept, put_part};
 pub use error::ImportError;
 use format::{Format, HEAD_LEN, detect};
-pub(crate) use source::Source;
-use source::{Bytes, RawSource, open_file, read_ends};
+use source::{Bytes, open_file, read_ends};
+pub(crate) use source::{RawSource, Source};
 pub use stream::import_stream;
 
 /// Largest disk that is imported: 4 TiB, whose index has 2 GiB. A qcow2 file of a few hundred bytes may claim any size.
@@ -58,6 +58,8 @@ pub type Progress<'a> = dyn FnMut(u64, u64) -> ControlFlow<()> + 'a;
 pub struct Options<'a> {
     /// Tag that shall point to the image.
     pub tag: Option<&'a str>,
+    /// Where the disk comes from, if it was captured.
+    pub origin: Option<&'a Origin>,
     /// Files outside the image's own folder that it may refer to as backing or data files.
     pub allow: &'a [PathBuf],
 }
@@ -113,6 +115,18 @@ pub fn import_disk(
     }
 }
 
+/// Imports the file at `path` byte for byte, whatever it looks like: a disk whose guest decided what it begins with.
+pub(crate) fn import_raw(
+    store: &Store,
+    path: &Path,
+    options: Options<'_>,
+    progress: &mut Progress<'_>,
+) -> Result<Imported, ImportError> {
+    check_tag(options.tag)?;
+    let source = RawSource::new(open_file(path, DISK_IMAGE)?, path)?;
+    import_source(store, Box::new(source), Format::Raw, path, options, progress)
+}
+
 fn import_source(
     store: &Store,
     source: Box<dyn Source>,
@@ -152,9 +166,12 @@ impl Disk {
                 Some(put?.0)
             }
         };
-        label_source(&mut labels, path);
-        let manifest =
-            Manifest { schema: SCHEMA, kind: ImageKind::Disk, parts, boot, firmware: found.firmware, labels };
+        // The file of a captured disk has a name that nobody gave it.
+        if options.origin.is_none() {
+            label_source(&mut labels, path);
+        }
+        let (kind, origin) = (ImageKind::Disk, options.origin.cloned());
+        let manifest = Manifest { schema: SCHEMA, kind, parts, boot, firmware: found.firmware, origin, labels };
         let counts = (kept.chunks, kept.reused);
         publish(store, manifest, options.tag, found.report, counts, path)
     }
@@ -181,7 +198,15 @@ pub fn import_files(
     let (boot, counts) = put_boot(store, &mut parts, &kernel_bytes, Some(&initrd_bytes), cmdline.to_owned(), stopped)?;
     let mut labels = BTreeMap::new();
     label_source(&mut labels, kernel);
-    let manifest = Manifest { schema: SCHEMA, kind: ImageKind::Vmm, parts, boot: Some(boot), firmware: None, labels };
+    let manifest = Manifest {
+        schema: SCHEMA,
+        kind: ImageKind::Vmm,
+        parts,
+        boot: Some(boot),
+        firmware: None,
+        origin: None,
+        labels,
+    };
     publish(store, manifest, tag, Vec::new(), counts, kernel)
 }
 

@@ -26,14 +26,14 @@ pub(crate) trait Source {
 }
 
 /// A file or block device whose bytes are the disk.
-pub(super) struct RawSource {
+pub(crate) struct RawSource {
     file: File,
     size: u64,
     path: PathBuf,
 }
 
 impl RawSource {
-    pub(super) fn new(file: File, path: &Path) -> Result<Self, ImportError> {
+    pub(crate) fn new(file: File, path: &Path) -> Result<Self, ImportError> {
         // A block device has a length only for who seeks.
         let size = seek(&file, SeekFrom::End(0)).map_err(|e| ImportError::io("examine", path)(e.into()))?;
         Ok(Self { file, size, path: path.to_owned() })

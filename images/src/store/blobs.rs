@@ -38,7 +38,7 @@ impl Store {
         let mut draft = self.draft()?;
         draft.write(bytes)?;
         draft.sync()?;
-        self.publish(draft, &path)
+        draft.publish_within(&path)
     }
 
     /// Whether the blob is there. It is verified when it is read.

@@ -53,7 +53,7 @@ impl Store {
     fn keep_frame(&self, digest: &Digest, bytes: &[u8]) -> Result<(), StoreError> {
         let mut draft = self.draft()?;
         draft.write(bytes)?;
-        self.publish(draft, &self.content_path("chunks", digest))
+        draft.publish_within(&self.content_path("chunks", digest))
     }
 
     /// Whether the chunk is there. It is verified when it is read.
@@ -75,7 +75,12 @@ impl Store {
 
     /// The frame of a chunk as it is stored, verified: what is sent to who lacks it.
     pub fn frame(&self, digest: &Digest) -> Result<Vec<u8>, StoreError> {
-        self.read_frame(digest, &mut frame::chunk_buffer()).map(|(frame, _)| frame)
+        self.frame_with(digest, &mut frame::chunk_buffer())
+    }
+
+    /// [`Store::frame`] for many chunks in a row: `scratch` is only room to work in.
+    pub fn frame_with(&self, digest: &Digest, scratch: &mut [u8; CHUNK_SIZE]) -> Result<Vec<u8>, StoreError> {
+        self.read_frame(digest, scratch).map(|(frame, _)| frame)
     }
 
     fn read_frame(&self, digest: &Digest, plain: &mut [u8; CHUNK_SIZE]) -> Result<(Vec<u8>, usize), StoreError> {
@@ -86,9 +91,11 @@ impl Store {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(missing()),
             Err(e) => return Err(StoreError::io("read", &path)(e)),
         };
-        // One byte more than allowed is enough to know that it is too long.
-        let mut bytes = Vec::with_capacity(8 << 10);
-        (&file).take(MAX_FRAME_LEN as u64 + 1).read_to_end(&mut bytes).map_err(StoreError::io("read", &path))?;
+        // One byte more than allowed is enough to know that it is too long. With room for all of it from the start it is
+        // read in one piece.
+        let most = MAX_FRAME_LEN + 1;
+        let mut bytes = Vec::with_capacity(most);
+        (&file).take(most as u64).read_to_end(&mut bytes).map_err(StoreError::io("read", &path))?;
         if bytes.is_empty() {
             return Err(missing());
         }

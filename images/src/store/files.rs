@@ -52,7 +52,23 @@ impl Draft {
 
     /// Gives the file the name `target`, replacing what has it.
     pub(crate) fn publish(mut self, target: &Path) -> Result<(), StoreError> {
-        fs::rename(&self.path, target).map_err(StoreError::io("write", target))?;
+        self.rename(target).map_err(StoreError::io("write", target))
+    }
+
+    /// The same, and makes the directory that `target` is in where that lacks.
+    pub(crate) fn publish_within(mut self, target: &Path) -> Result<(), StoreError> {
+        match (self.rename(target), target.parent()) {
+            // Nearly always it is there, and to ask first would cost as much as the renaming.
+            (Err(e), Some(parent)) if e.kind() == io::ErrorKind::NotFound => {
+                make_dir(parent)?;
+                self.publish(target)
+            }
+            (renamed, _) => renamed.map_err(StoreError::io("write", target)),
+        }
+    }
+
+    fn rename(&mut self, target: &Path) -> io::Result<()> {
+        fs::rename(&self.path, target)?;
         self.published = true;
         Ok(())
     }

@@ -36,6 +36,7 @@ impl Store {
         let Some(_lock) = self.lock(FlockOperation::NonBlockingLockExclusive)? else {
             return Err(StoreError::Busy { dir: self.dir().to_owned() }.into());
         };
+        self.clear_scratch()?;
         let live = live()?;
         Ok(self.sweep_all(&live, grace)?)
     }

@@ -24,6 +24,7 @@ mod gc;
 mod materialise;
 mod order;
 mod parts;
+mod scratch;
 mod tags;
 #[cfg(test)]
 mod tests;
@@ -40,6 +41,7 @@ use rustix::fs::FlockOperation;
 pub use error::StoreError;
 pub(crate) use files::{Draft, Locked, free_space, make_dir, need_space, sync_dir};
 pub use parts::{Missing, PartReader};
+pub use scratch::Scratch;
 pub use tags::{FoundTag, is_tag_name};
 
 const FORMAT: &str = "bedplate-images 1";
@@ -169,14 +171,6 @@ impl Store {
         path.push(&hex[..2]);
         path.push(hex);
         path
-    }
-
-    /// Publishes a draft as content, making the directory that it goes to on first use.
-    fn publish(&self, draft: Draft, target: &Path) -> Result<(), StoreError> {
-        if let Some(parent) = target.parent() {
-            make_dir(parent)?;
-        }
-        draft.publish(target)
     }
 
     /// Moves damaged content out of the way, so that it counts as missing. `read` is the file that was found damaged: what

@@ -163,6 +163,7 @@ fn a_chunk_in_a_place_of_another_length_is_refused() {
         parts: [("disk".to_owned(), part)].into(),
         boot: None,
         firmware: None,
+        origin: None,
         labels: Default::default(),
     };
     let image = store.put_manifest(&manifest).unwrap();

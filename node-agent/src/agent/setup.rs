@@ -20,6 +20,7 @@ use crate::clock::{self, Millis};
 use crate::files::{self, FileError};
 use crate::host;
 use crate::image::Images;
+use crate::vm::capture;
 use crate::vm::cgroup::Cgroups;
 use crate::vm::dir::VmDir;
 use crate::vm::outcome::Records;
@@ -129,6 +130,7 @@ impl Agent {
                 // What its boot reads first was read already, or is lost.
                 self.supply(id, false);
             }
+            capture::abandon(&dir);
             // A removal that was cut short is done again.
             if self.vms.get(&id).is_some_and(|vm| vm.step == Step::Removing) {
                 self.change(id, |vm: &mut Vm| vm.step = Step::Off);

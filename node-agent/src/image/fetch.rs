@@ -1,7 +1,7 @@
 //! Chunks from peers and from the repository into the node's store, for everybody on this node who wants some.
 //!
 //! A chunk is on its way once, however many want it. What a guest waits for goes before the rest of a copy: it is asked for
-//! at once, and the next batch of a copy lets it pass. Memory is bounded by the frames in hand, one per request.
+//! at once, and the next batch of a copy lets it pass. Memory is bounded by the frames in hand, [`STEP`] per request.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,9 +11,9 @@ use std::time::Duration;
 use bedplate_api::client::{Client, Frames};
 use bedplate_api::image::PeerChunks;
 use bedplate_api::{Digest, NodeId};
-use bedplate_images::Store;
+use bedplate_images::{Store, frame};
 use bytes::Bytes;
-use futures_util::Stream;
+use futures_util::{FutureExt, Stream};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -23,6 +23,10 @@ use super::{ImageError, KEEP_FREE, blocking};
 /// How long a batch of a copy lets what guests wait for go first: a source that does not answer must not stop copies, whose
 /// failure says so.
 const GIVE_WAY: Duration = Duration::from_secs(1);
+
+/// Chunks that are kept in one step at most: with four batches in flight 4 MiB. A step is another thread's; with a chunk in each,
+/// waking it and waiting for it took 8 in 100 of what a node does for a copy.
+const STEP: usize = 16;
 
 /// How much a node may copy at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -219,7 +223,7 @@ impl Fetcher {
         while let Some((digest, frame)) = next(&mut frames).await? {
             let at = missing.iter().position(|other| *other == digest).ok_or(ImageError::NotAsked(digest))?;
             missing.swap_remove(at);
-            self.put(digest, frame, &self.received.from_repository).await?;
+            self.put(vec![(digest, frame)], &self.received.from_repository).await?.1?;
         }
         Ok(())
     }
@@ -231,10 +235,7 @@ impl Fetcher {
             return Ok(());
         }
         let mut frames = self.source.open_chunks(list).await?;
-        while let Some((digest, frame)) = next(&mut frames).await? {
-            self.keep(claim, digest, frame, &self.received.from_repository).await?;
-        }
-        Ok(())
+        self.keep(claim, &mut frames, &self.received.from_repository).await
     }
 
     /// Gets what `peer` has of the claim. A peer that sends less than it was asked for has not failed.
@@ -254,35 +255,60 @@ impl Fetcher {
         let all = async {
             let client = peers.client(peer.address)?;
             let mut frames = client.open_peer_chunks(list, wait).await?;
-            while let Some((digest, frame)) = next(&mut frames).await? {
-                self.keep(claim, digest, frame, &self.received.from_peers).await?;
-            }
-            Ok(())
+            self.keep(claim, &mut frames, &self.received.from_peers).await
         };
         timeout(patience, all).await.unwrap_or(Err(ImageError::PeerSlow(peer.address)))
     }
 
-    /// Keeps a chunk that has come, if it is one that was asked for and what it says it is.
-    async fn keep(
+    /// Keeps the chunks of the claim that come, until no more do or one is not what was asked for or what it says it is.
+    async fn keep<S, E>(
         &self,
         claim: &mut Claim<'_>,
-        digest: Digest,
-        frame: Bytes,
+        frames: &mut Frames<S>,
         counter: &AtomicU64,
-    ) -> Result<(), ImageError> {
-        if !claim.mine.contains_key(&digest) {
-            return Err(ImageError::NotAsked(digest));
+    ) -> Result<(), ImageError>
+    where
+        S: Stream<Item = Result<Bytes, E>> + Unpin,
+        E: std::fmt::Display,
+    {
+        loop {
+            let (mut step, mut end) = arrived(frames).await;
+            if let Some(at) = step.iter().position(|(digest, _)| !claim.mine.contains_key(digest)) {
+                end = Some(Err(ImageError::NotAsked(step[at].0)));
+                step.truncate(at);
+            }
+            // Whatever ends it, what came before that has landed.
+            let (landed, kept) = self.put(step, counter).await?;
+            landed.iter().for_each(|digest| claim.landed(digest));
+            kept?;
+            if let Some(end) = end {
+                return end;
+            }
         }
-        self.put(digest, frame, counter).await?;
-        claim.landed(&digest);
-        Ok(())
     }
 
-    async fn put(&self, digest: Digest, frame: Bytes, counter: &AtomicU64) -> Result<(), ImageError> {
-        self.pay(frame.len());
-        counter.fetch_add(frame.len() as u64, Ordering::Relaxed);
+    /// Verifies chunks and puts them into the store, up to the first that cannot be: those that are in, and why not the others.
+    async fn put(
+        &self,
+        step: Vec<(Digest, Bytes)>,
+        counter: &AtomicU64,
+    ) -> Result<(Vec<Digest>, Result<(), ImageError>), ImageError> {
+        let bytes = step.iter().map(|(_, frame)| frame.len()).sum();
+        self.pay(bytes);
+        counter.fetch_add(bytes as u64, Ordering::Relaxed);
         let store = self.store.clone();
-        blocking(move || Ok(store.put_frame(&digest, &frame)?)).await
+        blocking(move || {
+            let mut scratch = frame::chunk_buffer();
+            let mut landed = Vec::with_capacity(step.len());
+            for (digest, frame) in step {
+                if let Err(e) = store.put_frame_with(&digest, &frame, &mut scratch) {
+                    return Ok((landed, Err(e.into())));
+                }
+                landed.push(digest);
+            }
+            Ok((landed, Ok(())))
+        })
+        .await
     }
 
     /// Takes note of bytes that were sent.
@@ -329,6 +355,30 @@ where
     E: std::fmt::Display,
 {
     frames.next().await.map_err(ImageError::Frames)
+}
+
+/// The next chunk and those that have come with it, [`STEP`] at most: one that a guest waits for does not wait for others. Also
+/// how the stream ended, if it did.
+async fn arrived<S, E>(frames: &mut Frames<S>) -> (Vec<(Digest, Bytes)>, Option<Result<(), ImageError>>)
+where
+    S: Stream<Item = Result<Bytes, E>> + Unpin,
+    E: std::fmt::Display,
+{
+    let mut step = Vec::new();
+    let mut frame = Some(next(frames).await);
+    loop {
+        match frame {
+            Some(Ok(Some(frame))) => step.push(frame),
+            Some(Ok(None)) => return (step, Some(Ok(()))),
+            Some(Err(e)) => return (step, Some(Err(e))),
+            None => return (step, None),
+        }
+        if step.len() == STEP {
+            return (step, None);
+        }
+        // What has come of a frame so far stays with `frames` when this gives up.
+        frame = next(frames).now_or_never();
+    }
 }
 
 /// Chunks that this request fetches, and nobody else meanwhile.

@@ -27,7 +27,7 @@ impl IntoResponse for Refusal {
     }
 }
 
-fn refusal(kind: ErrorKind, message: impl Into<String>) -> Refusal {
+pub(super) fn refusal(kind: ErrorKind, message: impl Into<String>) -> Refusal {
     ApiError::new(kind, message).into()
 }
 

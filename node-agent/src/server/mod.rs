@@ -3,6 +3,7 @@
 //! Two listeners with the same routes: TCP, where every request shows the token, and a Unix socket for root alone.
 
 mod auth;
+mod capture;
 mod chunks;
 mod console;
 mod error;
@@ -55,6 +56,7 @@ pub fn router(node: Node, token: Option<Token>) -> Router {
         .route("/v1/vms/{id}/log", get(vm_log))
         .route("/v1/vms/{id}/console", get(vm_console))
         .route("/v1/vms/{id}/inspect", get(vm_inspect))
+        .route("/v1/vms/{id}/capture", post(vm_capture))
         .route("/v1/chunks/fetch", post(fetch_chunks))
         .fallback(error::not_found)
         .method_not_allowed_fallback(error::method_not_allowed)
@@ -94,6 +96,10 @@ async fn vm_inspect(State(node): State<Node>, Id(id): Id) -> Result<Json<Inspect
 
 async fn vm_console(State(node): State<Node>, Id(id): Id, request: Request) -> Result<Response, Refusal> {
     console::upgrade(&known(&node, id)?, request).await
+}
+
+async fn vm_capture(State(node): State<Node>, Id(id): Id) -> Result<Response, Refusal> {
+    capture::send(known(&node, id)?).await
 }
 
 async fn fetch_chunks(

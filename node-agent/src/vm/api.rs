@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use bedplate_api::vmm::{Fault, Inspection, RunState, Status};
+use bedplate_api::vmm::{Fault, Inspection, RunState, Status, TargetState, VmStateChange};
 use serde::de::DeserializeOwned;
 
 use crate::files;
@@ -39,8 +39,16 @@ pub enum VmmError {
 /// # Errors
 /// See [`VmmError`].
 pub async fn is_running(socket: &Path) -> Result<bool, VmmError> {
+    Ok(state(socket).await? == RunState::Running)
+}
+
+/// Where the VM stands.
+///
+/// # Errors
+/// See [`VmmError`].
+pub async fn state(socket: &Path) -> Result<RunState, VmmError> {
     let status: Status = get(socket, "http://localhost/bedplate/status").await?;
-    Ok(status.state == RunState::Running)
+    Ok(status.state)
 }
 
 /// What the VM does at this moment.
@@ -49,6 +57,22 @@ pub async fn is_running(socket: &Path) -> Result<bool, VmmError> {
 /// See [`VmmError`].
 pub async fn inspect(socket: &Path) -> Result<Inspection, VmmError> {
     get(socket, "http://localhost/bedplate/inspect").await
+}
+
+/// Stops the vCPUs; devices may go on with what they were asked for.
+///
+/// # Errors
+/// See [`VmmError`].
+pub async fn pause(socket: &Path) -> Result<(), VmmError> {
+    change_state(socket, TargetState::Paused).await
+}
+
+/// Lets the vCPUs go on; harmless where they do.
+///
+/// # Errors
+/// See [`VmmError`].
+pub async fn resume(socket: &Path) -> Result<(), VmmError> {
+    change_state(socket, TargetState::Resumed).await
 }
 
 /// Presses the power button.
@@ -65,6 +89,11 @@ pub async fn power_button(socket: &Path) -> Result<(), VmmError> {
 /// See [`VmmError`].
 pub async fn stop(socket: &Path) -> Result<(), VmmError> {
     put(socket, "http://localhost/bedplate/stop").await
+}
+
+async fn change_state(socket: &Path, state: TargetState) -> Result<(), VmmError> {
+    let request = client(socket)?.patch("http://localhost/vm").json(&VmStateChange { state });
+    checked(request.send().await?).await.map(drop)
 }
 
 async fn get<T: DeserializeOwned>(socket: &Path, url: &str) -> Result<T, VmmError> {

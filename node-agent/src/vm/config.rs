@@ -4,19 +4,23 @@ use std::path::Path;
 
 use bedplate_api::node::VmSpec;
 use bedplate_api::vmm::{
-    BootSource, CacheType, ChunkSource, Drive, Entropy, MachineConfig, NetworkInterface, VmConfig,
+    BootSource, CacheType, ChunkSource, Drive, Entropy, MachineConfig, NetworkInterface, VmConfig, Vsock,
 };
 
 use crate::identity::format_mac;
 use crate::image::Bootable;
 use crate::net::vms::Nic;
 
-/// The configuration of the VM of `spec`, which boots `boot` from the disk in the directory `disk` and gets what that
-/// lacks from `chunk_source`.
+/// Each VM's sockets are a directory of its own, so that all may have the same number.
+const GUEST_CID: u32 = 3;
+
+/// The configuration of the VM of `spec`, which boots `boot` from the disk in the directory `disk`, gets what that
+/// lacks from `chunk_source`, and is talked to through `vsock`.
 pub fn vm_config(
     spec: &VmSpec,
     boot: &Bootable,
     disk: &Path,
+    vsock: &Path,
     nic: Option<&Nic>,
     chunk_source: Option<ChunkSource>,
 ) -> VmConfig {
@@ -54,6 +58,7 @@ pub fn vm_config(
             })
             .into_iter()
             .collect(),
+        vsock: Some(Vsock { guest_cid: GUEST_CID, uds_path: text(vsock), vsock_id: None }),
         entropy: Some(Entropy::default()),
         ..Default::default()
     }
@@ -103,12 +108,19 @@ mod tests {
     #[test]
     fn the_guest_is_told_its_name_its_console_and_its_root() {
         let nic = Nic { tap: "bp-00000000".into(), mac: [2, 0, 0, 0, 0, 1] };
-        let config = vm_config(&spec(), &boot("ro console=tty0 root=UUID=x"), Path::new("/d"), Some(&nic), None);
+        let config = vm_config(
+            &spec(),
+            &boot("ro console=tty0 root=UUID=x"),
+            Path::new("/d"),
+            Path::new("/v"),
+            Some(&nic),
+            None,
+        );
         let args = config.boot_source.unwrap().boot_args.unwrap();
         assert_eq!(args, "ro root=UUID=x quiet console=ttyS0 systemd.hostname=web-1");
         assert!(!config.drives[0].is_root_device);
         assert_eq!(config.network_interfaces[0].guest_mac.as_deref(), Some("02:00:00:00:00:01"));
-        let bare = vm_config(&spec(), &boot(""), Path::new("/d"), None, None);
+        let bare = vm_config(&spec(), &boot(""), Path::new("/d"), Path::new("/v"), None, None);
         assert!(bare.drives[0].is_root_device && bare.network_interfaces.is_empty());
     }
 }

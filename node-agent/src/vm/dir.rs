@@ -49,6 +49,11 @@ impl VmDir {
         self.0.join("disk")
     }
 
+    /// A copy of the disk, while it is captured.
+    pub fn capture(&self) -> PathBuf {
+        self.0.join("capture")
+    }
+
     /// Where the VMM asks for what the disk's image lacks: beside the disk, where the VMM itself can make nothing.
     pub fn chunks(&self) -> PathBuf {
         self.disk().join("chunks.sock")
@@ -68,6 +73,11 @@ impl VmDir {
     /// The VMM's API.
     pub fn api(&self) -> PathBuf {
         self.vmm().join("api.sock")
+    }
+
+    /// Sockets between host and guest.
+    pub fn vsock(&self) -> PathBuf {
+        self.vmm().join("vsock.sock")
     }
 
     /// The serial console.

@@ -125,7 +125,7 @@ impl Start {
         let chunk_source = self
             .chunk_wait
             .map(|wait_seconds| ChunkSource { socket: self.dir.chunks().to_string_lossy().into_owned(), wait_seconds });
-        let config = vm_config(&self.spec, &self.boot, &disk, self.nic.as_ref(), chunk_source);
+        let config = vm_config(&self.spec, &self.boot, &disk, &self.dir.vsock(), self.nic.as_ref(), chunk_source);
         Ok(files::write_json(&self.dir.config(), &config)?)
     }
 

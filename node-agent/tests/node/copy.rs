@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::process::Command;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use axum::body::{Body, Bytes};
@@ -29,6 +29,9 @@ pub struct Control {
     breaks: Arc<AtomicUsize>,
     /// Requests for chunks so far.
     pub fetches: Arc<AtomicUsize>,
+    /// Bytes of blobs and chunks, and how many chunks, that were given out so far.
+    pub sent: Arc<AtomicU64>,
+    pub sent_chunks: Arc<AtomicU64>,
     registered: watch::Sender<usize>,
     reported: watch::Sender<Option<NodeStatus>>,
     /// Reports are answered with "not found", once.
@@ -51,6 +54,8 @@ impl Control {
             store,
             breaks: Arc::default(),
             fetches: Arc::default(),
+            sent: Arc::default(),
+            sent_chunks: Arc::default(),
             registered: watch::Sender::new(0),
             reported: watch::Sender::new(None),
             forget: Arc::default(),
@@ -92,7 +97,10 @@ fn refuse(kind: ErrorKind, message: &str) -> Response {
 
 async fn blob(State(control): State<Control>, Path(digest): Path<String>) -> Response {
     match control.store.blob(&digest.parse().unwrap()) {
-        Ok(bytes) => bytes.into_response(),
+        Ok(bytes) => {
+            control.sent.fetch_add(bytes.len() as u64, Ordering::SeqCst);
+            bytes.into_response()
+        }
         Err(_) => refuse(ErrorKind::NotFound, "no such blob"),
     }
 }
@@ -110,6 +118,9 @@ async fn chunks(State(control): State<Control>, Json(list): Json<ChunkList>) -> 
     };
     let mut wire: Vec<Result<Bytes, std::io::Error>> =
         list.digests.iter().map(|d| Ok(encode_frame(d, &frame(d)))).collect();
+    let bytes: usize = wire.iter().flatten().map(Bytes::len).sum();
+    control.sent.fetch_add(bytes as u64, Ordering::SeqCst);
+    control.sent_chunks.fetch_add(wire.len() as u64, Ordering::SeqCst);
     if control.breaks.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok() {
         let half = wire.len() / 2;
         let cut = wire[half].as_ref().unwrap().slice(..10);

@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod api;
+mod capture;
 mod copy;
 mod crash;
 mod lazy;
@@ -11,3 +12,4 @@ mod lifecycle;
 mod network;
 mod peers;
 mod support;
+mod update;

@@ -60,6 +60,7 @@ pub fn image_with(store: &Store, code: &[&[u8]], disk: &[u8]) -> Digest {
         parts: [("disk".to_owned(), part(store, disk)), ("kernel".to_owned(), part(store, &kernel(code)))].into(),
         boot: Some(BootData { kernel: "kernel".to_owned(), initrd: None, cmdline: "quiet".to_owned() }),
         firmware: None,
+        origin: None,
         labels: Default::default(),
     };
     store.put_manifest(&manifest).unwrap()

@@ -6,14 +6,15 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use bedplate_api::Digest;
 use bedplate_images::Store;
-use bedplate_images::disk::{Disk, Mode};
+use bedplate_images::disk::{Disk, Holder, Mode};
 use bedplate_images::import::{self, Options};
 use bedplate_tests::inside::guest::GuestSpec;
 use bedplate_tests::inside::tools::{numbered_file, same_bytes};
 use bedplate_tests::inside::{DISK, guest::Guest};
+use bedplate_tests::patience::until;
 use serde_json::json;
 
 const MIB: u64 = 48;
@@ -176,5 +177,34 @@ pub fn survives_kill() -> Result<()> {
     drop(guest);
     let guest = GuestSpec::new("kill").drive(&disk, false).boot()?;
     ensure!(guest.run("dd if=/dev/vda bs=4k skip=100 count=200 2>/dev/null | md5sum")? == sum, "synced data is lost");
+    Ok(())
+}
+
+/// A disk in a directory that several nodes could mount: held while its guest runs, idle or not, and free after it.
+pub fn shared() -> Result<()> {
+    let dir = dir("shared")?;
+    let (store, digest, _) = child(&dir, Mode::Persistent)?;
+    let disk = dir.join("held");
+    drop(Disk::create_shared(&disk, &store, &digest, &Holder::this_host()?)?);
+    let lease = || -> Result<String> {
+        let names =
+            fs::read_dir(&disk)?.map(|entry| entry.map(|entry| entry.file_name().to_string_lossy().into_owned()));
+        let names: Vec<String> = names.collect::<Result<_, _>>()?;
+        names.into_iter().find(|name| name.starts_with("lease.")).context("the disk has no lease")
+    };
+    let mut guest = GuestSpec::new("shared").drive(&disk, false).boot()?;
+    let sum = overwrite(&guest)?;
+    let idle = lease()?;
+    until("an idle guest's lease to be renewed", Duration::from_secs(120), || Ok((lease()? != idle).then_some(())))?;
+    let elsewhere = Holder::named("another-host")?;
+    for refused in [Disk::open_shared(&disk, &elsewhere), Disk::take_over(&disk, &elsewhere)] {
+        let said = refused.err().context("two hosts have one disk")?.to_string();
+        ensure!(said.contains("is held by") || said.contains("sign of life"), "{said}");
+    }
+    ensure!(guest.run("dd if=/dev/vda bs=4k skip=100 count=200 2>/dev/null | md5sum")? == sum);
+    guest.begin("poweroff -f")?;
+    guest.ended_well("guest_power_off")?;
+    ensure!(lease()?.ends_with(".free"), "the lease is {} after the guest has ended", lease()?);
+    ensure!(Disk::open_shared(&disk, &elsewhere)?.written() > 0, "nothing was kept");
     Ok(())
 }

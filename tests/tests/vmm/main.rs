@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         Scenario { name: "a_read_only_disk_refuses_writes", run: block::read_only },
         Scenario { name: "a_copy_on_write_disk_leaves_its_image_alone", run: block::copy_on_write },
         Scenario { name: "synced_data_survives_kill_9", run: block::survives_kill },
+        Scenario { name: "a_shared_disk_is_held_by_an_idle_guest_and_free_after_it", run: block::shared },
         Scenario { name: "free_pages_go_back_to_the_node", run: balloon::reports_free_pages },
         Scenario { name: "a_balloon_is_inflated_and_says_how_it_is", run: balloon::inflates_and_says_how_it_is },
         Scenario { name: "memory_is_added_and_taken_away", run: hotplug::grows_and_shrinks },

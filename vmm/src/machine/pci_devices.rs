@@ -46,6 +46,12 @@ pub enum DeviceError {
         /// Names the path.
         source: Box<DiskError>,
     },
+    /// Chunks come to a node's own disks only.
+    #[error("drive {id}: a disk that several nodes share needs its whole image here: leave chunk_source out")]
+    SharedChunks {
+        /// `drive_id`.
+        id: String,
+    },
     /// Nothing is at the path.
     #[error("drive {id}: {path}: {source}; check the path and who may read it")]
     Path {
