@@ -182,21 +182,20 @@ impl Receiver {
     /// Returns as many chains as a frame of `len` bytes, which is in the buffers, has filled; how many bytes it had without
     /// its header.
     fn complete(&mut self, len: usize, queue: &mut Virtqueue, counts: &NetMetrics) -> usize {
-        let mut left = len;
-        let mut chains = 0;
+        let (mut left, mut chains, mut pieces) = (len, 0, 0);
         while left > 0 {
             left = left.saturating_sub(self.held[chains].len);
+            pieces += self.held[chains].pieces;
             chains += 1;
         }
         if let Some((_, count)) = self.buffers.view().split_at(NUM_BUFFERS) {
             count.copy_from(&(chains as u16).to_le_bytes());
         }
         let mut left = len;
-        let mut pieces = 0;
+        // A broken ring takes none of them; they are out of hand all the same.
         queue.push_all(self.held.drain(..chains).map(|held| {
             let used = left.min(held.len);
             left -= used;
-            pieces += held.pieces;
             (held.head, used as u32)
         }));
         self.buffers.drop_front(pieces);
@@ -215,7 +214,7 @@ impl Receiver {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::{Bytes, GuestAddress};
+    use vm_memory::{Address, Bytes, GuestAddress};
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     use super::*;
@@ -254,5 +253,37 @@ mod tests {
         }
         assert_eq!(run(), (Next::Buffers, OFFERED));
         assert!(notify.read().is_err(), "the driver will notify");
+    }
+
+    #[test]
+    fn a_ring_that_breaks_with_buffers_in_hand_takes_no_more_frames() {
+        let machine = Machine::new();
+        let (wire, peer, _) = Wire::new();
+        let mut config = QueueConfig::new(16);
+        (config.enabled, config.descriptors, config.driver, config.device) = (true, 0x1000, 0x6000, 0x8000);
+        // Two chains of one buffer each, to be written.
+        for head in 0..2u64 {
+            let at = GuestAddress(0x1000 + 16 * head);
+            machine.memory.write_obj(0x10_0000 + head * 0x1_0000, at).unwrap();
+            machine.memory.write_obj([0xc000u32, 2], at.unchecked_add(8)).unwrap();
+            machine.memory.write_obj(head as u16, GuestAddress(0x6004 + 2 * head)).unwrap();
+        }
+        machine.memory.write_obj(2u16, GuestAddress(0x6002)).unwrap();
+        let ring = config.activate(&machine.memory, false).unwrap();
+        let notify = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+        let (metrics, counts) = (Arc::<DeviceMetrics>::default(), NetMetrics::default());
+        let mut queue = Virtqueue::new(0, ring, &machine.memory, notify, Arc::new(Silent), Arc::clone(&metrics));
+        let mut receiver = Receiver::new(&machine.memory, true);
+        let mut limiter = Limiter::open(LimiterConfig::NONE).unwrap();
+        let mut run = || receiver.run(&wire, &mut queue, &mut limiter, &metrics, &counts);
+        assert_eq!(run(), Next::Frame);
+        // More chains than the ring has places for.
+        machine.memory.write_obj(0x4000u16, GuestAddress(0x6002)).unwrap();
+        for _ in 0..3 {
+            peer.send(&[0; 0xc000]).unwrap();
+            run();
+        }
+        assert_eq!(counts.rx_frames.value(), 2, "there were two buffers");
+        assert_eq!(machine.memory.read_obj::<u16>(GuestAddress(0x8002)).unwrap(), 0, "a broken ring was written to");
     }
 }
