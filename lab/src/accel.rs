@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::{Console, Process};
 
-/// Set to `kvm` or `tcg` to choose without a trial.
+/// Set to `kvm`, `tcg` or `counted` to choose without a trial.
 pub const CHOICE: &str = "BEDPLATE_LAB_ACCEL";
 
 /// How long the firmware may take to say its first word: where KVM cannot run it, that never comes.
@@ -24,6 +24,9 @@ pub enum Accel {
     Kvm,
     /// Emulation of an AMD processor with virtualization of its own. Much slower, everything works.
     Tcg,
+    /// Emulation whose clock counts instructions, 2 ns each, and jumps to the next timer when there is nothing to do: the same
+    /// work takes the same time, whatever else the host does. For measuring only: guests stand still in it now and then.
+    Counted,
 }
 
 impl Accel {
@@ -34,17 +37,21 @@ impl Accel {
         *BEST.get_or_init(|| match std::env::var(CHOICE).as_deref() {
             Ok("kvm") => Self::Kvm,
             Ok("tcg") => Self::Tcg,
+            Ok("counted") => Self::Counted,
             _ if kvm_can_nest() && kvm_runs_firmware() => Self::Kvm,
             _ => Self::Tcg,
         })
     }
 
     /// QEMU's arguments for it.
-    pub(crate) fn args(self) -> [&'static str; 4] {
+    pub(crate) const fn args(self) -> &'static [&'static str] {
         match self {
-            Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
+            Self::Kvm => &["-accel", "kvm", "-cpu", "host"],
             // QEMU emulates AMD's virtualization only, hence an AMD processor.
-            Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "EPYC"],
+            Self::Tcg => &["-accel", "tcg,thread=multi", "-cpu", "EPYC"],
+            Self::Counted => {
+                &["-accel", "tcg,thread=single", "-icount", "shift=1,align=off,sleep=off", "-cpu", "EPYC"]
+            }
         }
     }
 
@@ -56,7 +63,7 @@ impl Accel {
     pub const fn cpus(self, asked: u8) -> u8 {
         match self {
             Self::Kvm => asked,
-            Self::Tcg => 1,
+            Self::Tcg | Self::Counted => 1,
         }
     }
 
@@ -70,6 +77,8 @@ impl Accel {
         match self {
             Self::Kvm => "",
             Self::Tcg => "kvm_amd.npt=0 nohz=off highres=off",
+            // The time-stamp counter is the clock that counts; nothing else is as even.
+            Self::Counted => "kvm_amd.npt=0 nohz=off highres=off tsc=reliable",
         }
     }
 
@@ -78,6 +87,7 @@ impl Accel {
         match self {
             Self::Kvm => "KVM, nested",
             Self::Tcg => "emulation (no KVM here that can run a whole node)",
+            Self::Counted => "emulation with a clock that counts instructions",
         }
     }
 }

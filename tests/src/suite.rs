@@ -35,6 +35,9 @@ pub struct NodeSpec {
 const MODULES: [&str; 8] =
     ["virtio_pci", "virtio-rng", "kvm-amd", "kvm-intel", "tun", "bridge", "vhost_vsock", "button"];
 
+/// In the environment: how many times a scenario that measures takes each figure. Once is enough to see that it works.
+pub const ROUNDS: &str = "BEDPLATE_TEST_ROUNDS";
+
 /// For an emulated machine to get to its init.
 const BOOT: Duration = Duration::from_secs(180);
 
@@ -133,7 +136,9 @@ fn boot(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenario]
     let initrd = dir.path().join("initrd");
     std::fs::write(&initrd, archive.bytes())?;
     let names: Vec<&str> = chosen.iter().map(|scenario| scenario.name).collect();
-    let cmdline = format!("console=ttyS0 panic=-1 quiet {}{}", inside::CHOICE, names.join(","));
+    let rounds = std::env::var(ROUNDS).unwrap_or_default();
+    let cmdline =
+        format!("console=ttyS0 panic=-1 quiet {}{} {}{rounds}", inside::CHOICE, names.join(","), inside::ROUNDS);
     let spec = MachineSpec::new(format!("node-of-{name}"), &artifacts.logs).memory_mib(node.memory_mib);
     let machine = spec.kernel(&artifacts.vmm_kernel, &initrd, &cmdline).start()?;
     machine.wait_for(inside::UP, BOOT)?;

@@ -36,6 +36,8 @@ pub(crate) const DONE: &str = "INSIDE done ";
 pub(crate) const FIGURE: &str = "INSIDE figure ";
 /// On the kernel's command line: names of scenarios.
 pub(crate) const CHOICE: &str = "inside=";
+/// On the kernel's command line: how many times a figure is taken.
+pub(crate) const ROUNDS: &str = "rounds=";
 
 /// Prepares the node, runs the chosen scenarios one after the other, powers off.
 pub(crate) fn run(scenarios: &[Scenario]) -> ! {
@@ -86,6 +88,13 @@ fn prepare() -> Result<Vec<String>> {
     anyhow::ensure!(Path::new("/dev/kvm").exists(), "the node has no /dev/kvm");
     let chosen = cmdline.split_whitespace().find_map(|word| word.strip_prefix(CHOICE)).unwrap_or_default();
     Ok(chosen.split(',').map(str::to_owned).collect())
+}
+
+/// How many times a figure is to be taken.
+pub fn rounds() -> usize {
+    let words = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let asked = words.split_whitespace().find_map(|word| word.strip_prefix(ROUNDS)?.parse().ok());
+    asked.unwrap_or(1)
 }
 
 /// Says a figure, which is printed outside, too.
