@@ -166,6 +166,12 @@ impl Client {
         }
     }
 
+    /// The same with connections of its own and the usual patience; where the HTTP stack cannot be set up once more, a copy.
+    #[must_use]
+    pub fn another(&self) -> Self {
+        Self::new(self.endpoint.clone(), self.token.clone()).unwrap_or_else(|_| self.clone())
+    }
+
     /// Whom this client calls.
     pub const fn endpoint(&self) -> &Endpoint {
         &self.endpoint

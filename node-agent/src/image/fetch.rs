@@ -69,6 +69,8 @@ struct Received {
 pub(super) struct Fetcher {
     store: Store,
     source: Client,
+    /// The same place by connections of their own, which run on the threads of copies.
+    source_of_copies: Client,
     /// Other nodes, where this one may ask them.
     peers: Option<Peers>,
     received: Received,
@@ -91,7 +93,8 @@ impl Fetcher {
         let (urgent, answered) = (watch::Sender::new(0), watch::Sender::new(0));
         let held_up = watch::Sender::new((Digest::ZERO, None));
         let (peers, received) = (None, Received::default());
-        Self { store, source, peers, received, limits, flights, urgent, answered, held_up, next }
+        let source_of_copies = source.another();
+        Self { store, source, source_of_copies, peers, received, limits, flights, urgent, answered, held_up, next }
     }
 
     /// From now on others are asked first, as node `id`.
@@ -116,6 +119,13 @@ impl Fetcher {
 
     pub(super) const fn source(&self) -> &Client {
         &self.source
+    }
+
+    const fn source_for(&self, urgency: Urgency) -> &Client {
+        match urgency {
+            Urgency::Guest => &self.source,
+            Urgency::Copy => &self.source_of_copies,
+        }
     }
 
     pub(super) const fn limits(&self) -> CopyLimits {
@@ -185,10 +195,10 @@ impl Fetcher {
         self.store.need_space("copying the image", KEEP_FREE)?;
         let asked = claim.mine.len();
         if let Some(peers) = &self.peers {
-            let located = peers.locate(&self.source, image, &claim.order).await;
+            let located = peers.locate(self.source_for(urgency), image, &claim.order).await;
             let elsewhere: HashSet<Digest> = located.iter().flat_map(|peer| &peer.digests).copied().collect();
             // First what only the repository has: others may wait for it here.
-            self.ask_repository(&mut claim, |digest| !elsewhere.contains(digest)).await?;
+            self.ask_repository(&mut claim, urgency, |digest| !elsewhere.contains(digest)).await?;
             for peer in located {
                 let address = peer.address;
                 if let Err(e) = self.ask_peer(&mut claim, peers, peer, urgency).await {
@@ -199,7 +209,7 @@ impl Fetcher {
                 }
             }
         }
-        self.ask_repository(&mut claim, |_| true).await?;
+        self.ask_repository(&mut claim, urgency, |_| true).await?;
         match claim.mine.len() {
             0 => {
                 if urgency == Urgency::Guest {
@@ -229,12 +239,17 @@ impl Fetcher {
     }
 
     /// Gets those of the claim that are `wanted` from the repository.
-    async fn ask_repository(&self, claim: &mut Claim<'_>, wanted: impl Fn(&Digest) -> bool) -> Result<(), ImageError> {
+    async fn ask_repository(
+        &self,
+        claim: &mut Claim<'_>,
+        urgency: Urgency,
+        wanted: impl Fn(&Digest) -> bool,
+    ) -> Result<(), ImageError> {
         let list = claim.open(wanted);
         if list.is_empty() {
             return Ok(());
         }
-        let mut frames = self.source.open_chunks(list).await?;
+        let mut frames = self.source_for(urgency).open_chunks(list).await?;
         self.keep(claim, &mut frames, &self.received.from_repository).await
     }
 
@@ -253,7 +268,7 @@ impl Fetcher {
         let wait = wait_seconds(urgency);
         let patience = Duration::from_secs(wait) + PEER_SLOWNESS;
         let all = async {
-            let client = peers.client(peer.address)?;
+            let client = peers.client(peer.address, urgency)?;
             let mut frames = client.open_peer_chunks(list, wait).await?;
             self.keep(claim, &mut frames, &self.received.from_peers).await
         };

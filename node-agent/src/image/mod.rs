@@ -3,6 +3,7 @@
 //! Way through the house: repository and [`peers`] ⇒ [`fetch`] → the node's store → disk of a VM. [`copy`] says what is
 //! fetched, and [`supply`] what a guest waits for. Every byte is verified by the store when it lands and again when it is read.
 
+mod background;
 mod copy;
 mod fetch;
 mod order;
@@ -247,7 +248,9 @@ impl Images {
         manifest: &Manifest,
         progress: &watch::Sender<Option<CopyProgress>>,
     ) -> Result<(), ImageError> {
-        copy::finish(self, digest, manifest, progress).await
+        let (images, manifest, progress) = (self.clone(), manifest.clone(), progress.clone());
+        let copy = async move { copy::finish(&images, digest, &manifest, &progress).await };
+        background::run(copy).await?
     }
 
     /// Returns when a guest got something that lacked here, so that the source is there; never without a source.

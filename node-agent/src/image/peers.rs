@@ -36,12 +36,21 @@ pub(super) struct Peers {
 #[derive(Debug)]
 struct Known {
     client: Client,
+    /// With connections on the threads of copies.
+    client_of_copies: Client,
     used: Instant,
     /// Not before that.
     rests_until: Option<Instant>,
 }
 
 impl Known {
+    fn client_for(&self, urgency: Urgency) -> Client {
+        match urgency {
+            Urgency::Guest => self.client.clone(),
+            Urgency::Copy => self.client_of_copies.clone(),
+        }
+    }
+
     fn rests(&self, now: Instant) -> bool {
         self.rests_until.is_some_and(|until| now < until)
     }
@@ -75,13 +84,13 @@ impl Peers {
         latest.into_iter().take(BLIND).map(|(_, address)| PeerChunks { address, digests: wanted.to_vec() }).collect()
     }
 
-    /// The client of a peer.
-    pub(super) fn client(&self, address: SocketAddr) -> Result<Client, ClientError> {
+    /// The client of a peer, for who is in such a hurry.
+    pub(super) fn client(&self, address: SocketAddr, urgency: Urgency) -> Result<Client, ClientError> {
         let now = Instant::now();
         let mut known = self.known();
         if let Some(known) = known.get_mut(&address) {
             known.used = now;
-            return Ok(known.client.clone());
+            return Ok(known.client_for(urgency));
         }
         if known.len() >= MOST
             && let Some(oldest) = known.iter().min_by_key(|(_, known)| known.used).map(|(address, _)| *address)
@@ -89,7 +98,9 @@ impl Peers {
             known.remove(&oldest);
         }
         let client = Client::new(Endpoint::Http(address.to_string()), Some(self.token.clone()))?;
-        known.insert(address, Known { client: client.clone(), used: now, rests_until: None });
+        let new = Known { client_of_copies: client.another(), client, used: now, rests_until: None };
+        let client = new.client_for(urgency);
+        known.insert(address, new);
         Ok(client)
     }
 
