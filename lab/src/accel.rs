@@ -49,9 +49,7 @@ impl Accel {
             Self::Kvm => &["-accel", "kvm", "-cpu", "host"],
             // QEMU emulates AMD's virtualization only, hence an AMD processor.
             Self::Tcg => &["-accel", "tcg,thread=multi", "-cpu", "EPYC"],
-            Self::Counted => {
-                &["-accel", "tcg,thread=single", "-icount", "shift=1,align=off,sleep=off", "-cpu", "EPYC"]
-            }
+            Self::Counted => &["-accel", "tcg,thread=single", "-icount", "shift=1,align=off,sleep=off", "-cpu", "EPYC"],
         }
     }
 

@@ -78,7 +78,7 @@ fn outside(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenar
     for scenario in chosen {
         let done = format!("{}{} ", inside::DONE, scenario.name);
         // The word after the name, to the end of the line: `ok`, or why not.
-        let heard = machine.wait_for(&done, node.patience).and_then(|_| machine.wait_for("\n", BOOT));
+        let heard = until_done(&machine, &done, node.patience).and_then(|()| machine.wait_for("\n", BOOT));
         let why = match heard {
             Ok(line) => line.trim_end().rsplit(&done).next().unwrap_or_default().to_owned(),
             Err(error) => error.to_string(),
@@ -100,6 +100,12 @@ fn outside(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenar
         println!("the node's console is in {}", machine.console().log().display());
     }
     failures
+}
+
+/// Waits for the end of a scenario. One that measures says its figures as it has them, and has as long for the next.
+fn until_done(machine: &Machine, done: &str, patience: Duration) -> bedplate_lab::Result<()> {
+    while machine.console().wait_for_any(&[done, inside::FIGURE], patience)?.0 != 0 {}
+    Ok(())
 }
 
 fn boot(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenario]) -> Result<Machine> {

@@ -1,5 +1,6 @@
 //! `cargo xtask`: build, check, test and show everything. Each command installs the Debian packages that it needs.
 
+mod bench;
 mod build;
 mod check;
 mod demo;
@@ -19,6 +20,8 @@ usage: cargo xtask COMMAND
            every test, from units to clusters of emulated machines; or of one program, such as tests/vmm
   fuzz [TARGET] [--seconds N]
            each fuzz target, or those whose names contain TARGET, for a minute or N seconds
+  bench [NAME] [--rounds N]
+           figures of whole nodes, 5 times or N times each, by a clock that counts instructions
   images   the VMM image, the sample image `web`, the tiny test image, into target/guest-images
   check    formatting, lints, and the rules of ARCHITECTURE.md
   setup    installs the Debian packages that the others need
@@ -32,9 +35,13 @@ fn main() -> ExitCode {
             Some(options) => demo::run(&options),
             None => return usage(),
         },
-        ["fuzz", ref rest @ ..] => match fuzz_options(rest) {
+        ["fuzz", ref rest @ ..] => match filter_and_number(rest, "--seconds", fuzz::A_MINUTE) {
             Some((filter, seconds)) => fuzz::run(filter, seconds),
             None => return usage(),
+        },
+        ["bench", ref rest @ ..] => match filter_and_number(rest, "--rounds", bench::A_FEW) {
+            Some((filter, rounds @ 1..)) => bench::run(filter, rounds),
+            _ => return usage(),
         },
         ["images"] => setup::run().and_then(|()| images::run()),
         ["test"] => test::run(None),
@@ -52,15 +59,15 @@ fn main() -> ExitCode {
     }
 }
 
-/// Which targets, and for how many seconds each.
-fn fuzz_options<'a>(words: &[&'a str]) -> Option<(Option<&'a str>, u32)> {
+/// A part of a name, if there is one, and the number after `option`, or else `usual`.
+fn filter_and_number<'a>(words: &[&'a str], option: &str, usual: u32) -> Option<(Option<&'a str>, u32)> {
     let (filter, words) = match *words {
         [filter, ref rest @ ..] if !filter.starts_with('-') => (Some(filter), rest),
         _ => (None, words),
     };
     match *words {
-        [] => Some((filter, fuzz::A_MINUTE)),
-        ["--seconds", seconds] => seconds.parse().ok().map(|seconds| (filter, seconds)),
+        [] => Some((filter, usual)),
+        [name, number] if name == option => number.parse().ok().map(|number| (filter, number)),
         _ => None,
     }
 }

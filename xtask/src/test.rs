@@ -18,10 +18,21 @@ use serde_json::Value;
 use crate::{build, fuzz, images, setup};
 
 /// A test program.
-struct Suite {
+pub struct Suite {
     package_dir: PathBuf,
-    name: String,
+    /// The package's folder, a slash, the program's name.
+    pub name: String,
     program: PathBuf,
+}
+
+impl Suite {
+    /// The program as it is to be run: where, and told of `artifacts`.
+    pub fn command(&self, artifacts: &Artifacts) -> Command {
+        let mut command = Command::new(&self.program);
+        command.current_dir(&self.package_dir).stdin(Stdio::null());
+        artifacts.tell(&mut command);
+        command
+    }
 }
 
 #[derive(Default)]
@@ -82,7 +93,7 @@ pub fn run(filter: Option<&str>) -> Result<()> {
 }
 
 /// Builds every program and test of the workspace, and lists the tests.
-fn build_all() -> Result<Vec<Suite>> {
+pub fn build_all() -> Result<Vec<Suite>> {
     let mut child = build::cargo_command(&[
         "build",
         "--release",
@@ -125,9 +136,8 @@ fn is_lab(suite: &Suite) -> bool {
 /// Runs one program; prints its tests, and of what they printed only why one was skipped or failed.
 fn run_suite(suite: &Suite, artifacts: &Artifacts, totals: &mut Totals) -> Result<()> {
     println!("\n     {}", suite.name);
-    let mut command = Command::new(&suite.program);
-    command.arg("--show-output").current_dir(&suite.package_dir).stdout(Stdio::piped()).stdin(Stdio::null());
-    artifacts.tell(&mut command);
+    let mut command = suite.command(artifacts);
+    command.arg("--show-output").stdout(Stdio::piped());
     if is_lab(suite) {
         command.arg("--test-threads=1");
     }

@@ -18,9 +18,7 @@ const WORKERS: usize = 1;
 const MOST_WRITERS: usize = 4;
 
 /// Runs `work` on these threads; it ends when who waits for it does.
-pub(super) async fn run<T: Send + 'static>(
-    work: impl Future<Output = T> + Send + 'static,
-) -> Result<T, ImageError> {
+pub(super) async fn run<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> Result<T, ImageError> {
     static RUNTIME: OnceLock<Option<Runtime>> = OnceLock::new();
     let task = match RUNTIME.get_or_init(runtime) {
         Some(runtime) => runtime.spawn(work),
