@@ -103,7 +103,15 @@ pub fn capture(
         let (captured_from, at_rest) = (request.captured_from.to_owned(), request.at_rest);
         let origin = Origin { parent, captured_from, at_rest, unique };
         let options = Options { tag: Some(request.tag), origin: Some(&origin), ..Options::default() };
-        let imported = import_raw(store, &raw, options, &mut |done, total| told(CapturePhase::Store, done, total))?;
+        // A name that does not point to anything readable has nothing worth telling.
+        let before = store.tag(request.tag).ok();
+        let mut imported = import_raw(store, &raw, options, &mut |done, total| told(CapturePhase::Store, done, total))?;
+        if let Some(before) = before.filter(|before| *before != imported.digest) {
+            let tag = request.tag;
+            imported
+                .report
+                .push(format!("{tag} was {before} before; tag that again to keep it from garbage collection"));
+        }
         Ok((imported, report))
     })();
     if stopped { Err(CaptureError::Stopped) } else { captured }
@@ -256,6 +264,12 @@ mod tests {
         let (made, report) = capture(&store, &mut disk, scratch.path(), request(true), &mut go_on).unwrap();
         assert_eq!((report.removed.len(), report.left.len()), (0, 1));
         assert_eq!(made.manifest.origin.unwrap().unique, Some([TraceKind::HostKey].into()));
+        assert!(!made.report.iter().any(|note| note.starts_with("golden was")), "{:?}", made.report);
+        // The name moves on, and where it was is told.
+        let scratch = store.scratch().unwrap();
+        let (later, _) = capture(&store, &mut disk, scratch.path(), request(false), &mut go_on).unwrap();
+        let moved = format!("golden was {} before;", made.digest);
+        assert!(later.report.iter().any(|note| note.starts_with(&moved)), "{:?}", later.report);
     }
 
     #[test]

@@ -68,6 +68,9 @@ pub(crate) enum Content {
     Other(String),
 }
 
+/// What swap space has at the end of its first page: as made, and with a system in it that hibernates.
+const SWAP: [&[u8]; 3] = [b"SWAPSPACE2", b"S1SUSPEND\0", b"S2SUSPEND\0"];
+
 fn number(bytes: &[u8], at: usize, len: usize) -> u64 {
     bytes[at..at + len].iter().rev().fold(0, |n, byte| n << 8 | u64::from(*byte))
 }
@@ -80,7 +83,7 @@ impl Volume {
         let len = extent.len.min(head.len() as u64) as usize;
         source.borrow_mut().read_at(&mut head[..len], extent.start)?;
         if number(&head, 0x438, 2) != 0xef53 {
-            let swap = head[0xff6..].starts_with(b"SWAPSPACE2");
+            let swap = SWAP.iter().any(|magic| head[0xff6..].starts_with(magic));
             return Ok(if swap { Content::Swap } else { Content::Other(other_content(&head).to_owned()) });
         }
         if let Some(end) = claimed_end(&head)

@@ -23,6 +23,7 @@ mod walk;
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::rc::Rc;
@@ -106,6 +107,8 @@ pub fn remove(disk: &Path) -> Result<Report, IdentityError> {
         // The first page says that it is swap space, and its UUID.
         let content = place.extent.start + 4096..place.extent.start + place.extent.len;
         ext::clear(&file, content).map_err(IdentityError::io("clear", disk))?;
+        // Should a system have hibernated into it, nothing is to wake up.
+        file.write_all_at(b"SWAPSPACE2", place.extent.start + 0xff6).map_err(IdentityError::io("clear", disk))?;
         notes.push(format!("the swap space in {} was cleared", place.name));
     }
     let left = leftovers(&file, disk, &complaints)?;

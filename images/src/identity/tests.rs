@@ -371,7 +371,8 @@ fn a_var_of_its_own_and_swap_are_cleared() {
     let disk = File::options().read(true).write(true).open(maker.disk()).unwrap();
     let swap = START + 3 * LEN;
     ext::clear(&disk, swap..swap + LEN).unwrap();
-    disk.write_all_at(b"SWAPSPACE2", swap + 0xff6).unwrap();
+    // A system that hibernates in it.
+    disk.write_all_at(b"S1SUSPEND\0", swap + 0xff6).unwrap();
     disk.write_all_at(SECRET.as_bytes(), swap + 5 * MIB).unwrap();
     disk.write_all_at(b"after", swap + LEN).unwrap();
 
@@ -379,7 +380,7 @@ fn a_var_of_its_own_and_swap_are_cleared() {
     let report = remove(&maker.disk()).unwrap();
     assert_eq!(sorted(report.removed), expected());
     assert!(report.notes.iter().any(|note| note == "the swap space in partition 4 was cleared"), "{:?}", report.notes);
-    assert!(!maker.has(SECRET) && maker.has("SWAPSPACE2") && maker.has("after"));
+    assert!(!maker.has(SECRET) && maker.has("SWAPSPACE2") && !maker.has("S1SUSPEND") && maker.has("after"));
     assert!(maker.is_clean());
     assert_eq!(remove(&maker.disk()).unwrap().removed, []);
 }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
-use rustix::process::{Resource, Rlimit, geteuid, setrlimit};
+use rustix::process::{Resource, Rlimit, Signal, geteuid, set_parent_process_death_signal, setrlimit};
 use rustix::thread::set_no_new_privs;
 
 use super::IdentityError;
@@ -113,6 +113,8 @@ fn run_within(
         command.pre_exec(move || {
             // In the child alone: in ours, another thread's child could inherit the disk.
             fcntl_setfd(&inherited, FdFlags::empty())?;
+            // Nobody would wait for it any more. It is this thread's, which waits as long as the program runs.
+            set_parent_process_death_signal(Some(Signal::KILL))?;
             set_no_new_privs(true)?;
             for (resource, limit) in [
                 (Resource::As, MEMORY),
