@@ -120,6 +120,34 @@ fn a_disk_that_firmware_starts_is_marked() {
 }
 
 #[test]
+fn an_image_gets_one_more_name_and_who_had_that_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    disk(dir.path(), "disk.raw");
+    fs::write(dir.path().join("other.raw"), [3; 4096]).unwrap();
+    ok(dir.path(), &["image", "import", "disk.raw", "--name", "one"]);
+    ok(dir.path(), &["image", "import", "other.raw", "--name", "other"]);
+    let digest = |name: &str| {
+        let text = ok(dir.path(), &["image", "inspect", name, "-o", "json"]);
+        serde_json::from_str::<serde_json::Value>(&text).unwrap()["digest"].as_str().unwrap().to_owned()
+    };
+    let (one, other) = (digest("one"), digest("other"));
+    assert!(ok(dir.path(), &["image", "tag", "one", "two"]).contains("two"));
+    assert_eq!((digest("one"), digest("two")), (one.clone(), one.clone()));
+    let moved = bedplate(dir.path(), &["image", "tag", &one, "other"]);
+    assert!(moved.status.success());
+    let said = String::from_utf8_lossy(&moved.stderr).into_owned();
+    assert!(said.contains(&format!("other was {other} before")), "{said}");
+    assert_eq!(digest("other"), one);
+    // What lost its name is there until the next gc.
+    ok(dir.path(), &["image", "tag", &other, "back"]);
+    assert_eq!(digest("back"), other);
+    for (name, new, why) in [("nobody", "x", "nobody"), ("one", "No/Name", "No/Name")] {
+        let said = fails(dir.path(), &["image", "tag", name, new]);
+        assert!(said.contains(why), "{said}");
+    }
+}
+
+#[test]
 fn a_name_goes_at_once_and_its_content_with_the_next_gc() {
     let dir = tempfile::tempdir().unwrap();
     disk(dir.path(), "disk.raw");

@@ -8,7 +8,7 @@ use bedplate_images::Store;
 use bedplate_images::capture::{Request, capture};
 use bedplate_images::disk::{Disk, DiskError, Mode};
 
-use super::{Error, note_moved};
+use super::Error;
 use crate::capture::{Bars, print};
 use crate::output::Format;
 use crate::rundir;
@@ -29,7 +29,6 @@ pub(super) fn run(store: &Store, vm: &str, tag: &str, keep_identity: bool, forma
     let mut disk = Disk::open(&dir)?;
     // The disk knows which store has its image; it may be another one.
     let store = Store::open(&disk.spec().store)?;
-    let before = store.tag(tag).ok();
     let name = Path::new(vm).file_name().map_or_else(|| vm.to_owned(), |name| name.to_string_lossy().into_owned());
     // A guest that was shut down has written everything; of another one nobody knows.
     let request = Request { tag, captured_from: &name, at_rest: false, keep_identity };
@@ -41,7 +40,6 @@ pub(super) fn run(store: &Store, vm: &str, tag: &str, keep_identity: bool, forma
     };
     let (imported, report) = capture(&store, &mut disk, scratch.path(), request, &mut progress)?;
     bars.finish();
-    note_moved(tag, before, &imported.digest);
     let left = report.left.into_iter().map(|left| LeftTrace { trace: left.trace, why: left.why }).collect();
     let mut notes = report.notes;
     notes.extend(imported.report);

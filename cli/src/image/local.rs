@@ -10,7 +10,7 @@ use comfy_table::Cell;
 use serde::Serialize;
 use serde_json::json;
 
-use super::{Error, FileFormat};
+use super::{Error, FileFormat, note_moved, print_one};
 use crate::output::{self, Format, PrintError, note};
 use crate::progress::Progress;
 use crate::rundir;
@@ -67,6 +67,17 @@ pub(super) fn print(images: &[ImageSummary], format: Format, empty: &str) -> Res
             Cell::new(boot),
         ]
     })
+}
+
+pub(super) fn tag(store: &Store, name: &str, new: &str, format: Format) -> Result<(), Error> {
+    // What is found stays until it has the name.
+    let lease = store.lease()?;
+    let digest = store.resolve(name)?;
+    let before = store.tag(new).ok();
+    store.set_tag(new, &digest)?;
+    drop(lease);
+    note_moved(new, before, &digest);
+    Ok(print_one(&store.summary(new)?, format)?)
 }
 
 pub(super) fn inspect(store: &Store, name: &str, format: Format) -> Result<(), Error> {

@@ -39,6 +39,7 @@ mod sign;
   bedplate image push web oci://registry.example:5000/team/web:2
   bedplate image pull oci://registry.example:5000/team/web:2 --as web
   bedplate image import oci://quay.io/containerdisks/debian:12 --name debian
+  bedplate image tag web web-before-update
   bedplate image ls --control
   bedplate image verify web
   bedplate image capture my-web web-golden
@@ -125,6 +126,15 @@ enum Action {
     Inspect {
         /// Its name or digest; the first 12 digits that `ls` shows are enough, here and wherever a digest is asked for
         name: String,
+    },
+    /// Give an image another name, and take that from the image that has it; the names it has stay
+    Tag {
+        /// Its name or digest
+        name: String,
+        /// The other name
+        new: String,
+        #[command(flatten)]
+        remote: Remote,
     },
     /// Remove a name; what no other name needs goes with the next `gc`
     Rm {
@@ -327,6 +337,18 @@ pub fn run(args: Args, format: Format) -> Result<(), Error> {
         }
         Action::Ls { .. } => local::ls(dir, format)?,
         Action::Inspect { name } => local::inspect(&Store::open(dir)?, &name, format)?,
+        Action::Tag { name, new, remote: Remote { control: Some(endpoint) } } => {
+            let session = session(endpoint)?;
+            let (before, image) = session.run(async |client| {
+                let digest = client.image(&name).await?.digest;
+                // One that cannot be told is not worth stopping for.
+                let before = client.image(&new).await.ok().map(|image| image.digest);
+                Ok::<_, Error>((before, client.tag_image(&new, digest).await?))
+            })?;
+            note_moved(&new, before, &image.digest);
+            print_one(&image, format)?;
+        }
+        Action::Tag { name, new, .. } => local::tag(&Store::open(dir)?, &name, &new, format)?,
         Action::Rm { name, remote: Remote { control: Some(endpoint) } } => {
             let session = session(endpoint)?;
             session.wait(session.client.untag_image(&name))?;

@@ -28,6 +28,8 @@ use crate::{CHUNK_SIZE, StoreError};
 
 const MAGIC: &[u8; 8] = b"bpdisk1\n";
 const HEAD_LEN: usize = 48;
+/// A copy leaves so much of the file system free: the guests write there, too.
+const KEEP_FREE: u64 = 64 << 20;
 const SUM_LEN: usize = 32;
 
 /// A sent disk that cannot be received.
@@ -66,7 +68,7 @@ impl Disk {
         let content = fork::path(of, "data", 0);
         let found = fork::no_links().read(true).open(&content).and_then(|file| file.metadata());
         let blocks = std::os::unix::fs::MetadataExt::blocks(&found.map_err(io_at("examine", &content))?);
-        need_space("the copy of the disk", dir, blocks.saturating_mul(512))?;
+        need_space("the copy of the disk", dir, blocks.saturating_mul(512).saturating_add(KEEP_FREE))?;
         fork::copy_map(&fork::path(of, "map", 0), &fork::path(dir, "map", 0), spec.size)?;
         fork::copy_data(&content, &fork::path(dir, "data", 0), spec.size, || match wanted() {
             true => Ok(()),
