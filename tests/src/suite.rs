@@ -3,6 +3,7 @@
 //!
 //! Outside it takes libtest's place: same words, same exit code, filters by name.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -37,6 +38,10 @@ const MODULES: [&str; 8] =
 
 /// In the environment: how many times a scenario that measures takes each figure. Once is enough to see that it works.
 pub const ROUNDS: &str = "BEDPLATE_TEST_ROUNDS";
+
+/// In the environment: programs of others to compare with, `NAME=PATH` with commas between them. The node has no libraries,
+/// so they are linked statically.
+pub const PEERS: &str = "BEDPLATE_TEST_PEERS";
 
 /// For an emulated machine to get to its init.
 const BOOT: Duration = Duration::from_secs(180);
@@ -112,7 +117,7 @@ fn boot(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenario]
     let mut archive = Archive::new();
     let myself = std::env::current_exe().context("find this program")?;
     let dir = tempfile::tempdir()?;
-    let mut add = |path: &str, program: &std::path::Path| -> Result<()> {
+    let mut add = |path: &str, program: &Path| -> Result<()> {
         let stripped = dir.path().join("stripped");
         output(std::process::Command::new("strip").arg("-o").arg(&stripped).arg(program))?;
         archive.copy(path, 0o755, &stripped)?;
@@ -121,6 +126,10 @@ fn boot(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenario]
     add("/init", &myself)?;
     for program in node.programs {
         add(&format!("/bin/{program}"), &artifacts.program(program))?;
+    }
+    for peer in std::env::var(PEERS).unwrap_or_default().split_terminator(',') {
+        let (name, path) = peer.split_once('=').with_context(|| format!("{PEERS}: {peer:?} is not NAME=PATH"))?;
+        archive.copy(&format!("{}/{name}", inside::PEERS), 0o755, Path::new(path))?;
     }
     archive.character_device("/dev/console", 5, 1);
     let modules = Modules::open(&artifacts.modules)?;

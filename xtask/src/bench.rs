@@ -4,21 +4,57 @@
 
 use anyhow::{Context, Result, bail};
 use bedplate_lab::accel;
-use bedplate_tests::suite::ROUNDS;
+use bedplate_tests::suite::{PEERS, ROUNDS};
 
 use crate::{images, setup, test};
 
 /// What can be measured: its name here, the test program, and the scenario in it.
-const BENCHES: [(&str, &str, &str); 1] = [("cold", "tests/agent", "a_cold_start_and_a_warm_one")];
+const BENCHES: [(&str, &str, &str); 2] =
+    [("cold", "tests/agent", "a_cold_start_and_a_warm_one"), ("compare", "tests/compare", "vmms_start_side_by_side")];
 
 /// How often each figure is taken unless told otherwise.
-pub const A_FEW: u32 = 5;
+const A_FEW: u32 = 5;
 
 /// Guests stand still in this kind of emulation now and then (docs/lab.md), which is no result.
 const TRIES: u32 = 4;
 
-/// Takes the figures whose names contain `filter`.
-pub fn run(filter: Option<&str>, rounds: u32) -> Result<()> {
+/// What is asked for on the command line.
+pub struct Options {
+    /// Part of the names of what is to be measured.
+    filter: Option<String>,
+    /// How often each figure is taken.
+    rounds: u32,
+    /// VMMs to compare ours with, as [`PEERS`] wants them.
+    peers: Vec<String>,
+}
+
+impl Options {
+    /// `None` when the words make no sense.
+    pub fn parse(words: &[&str]) -> Option<Self> {
+        let mut options = Self { filter: None, rounds: A_FEW, peers: Vec::new() };
+        let mut words = words.iter();
+        while let Some(word) = words.next() {
+            match *word {
+                "--rounds" => options.rounds = words.next()?.parse().ok().filter(|rounds| *rounds > 0)?,
+                "--peer" => {
+                    let (name, path) = words.next()?.split_once('=')?;
+                    let is_plain = |name: &str| name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
+                    if name.is_empty() || !is_plain(name) || path.is_empty() || path.contains(',') {
+                        return None;
+                    }
+                    options.peers.push(format!("{name}={path}"));
+                }
+                name if !name.starts_with('-') && options.filter.is_none() => options.filter = Some(name.to_owned()),
+                _ => return None,
+            }
+        }
+        Some(options)
+    }
+}
+
+/// Takes the figures that are asked for.
+pub fn run(options: &Options) -> Result<()> {
+    let (filter, rounds) = (options.filter.as_deref(), options.rounds);
     let wanted = || BENCHES.iter().filter(|(name, ..)| filter.is_none_or(|wanted| name.contains(wanted)));
     if wanted().next().is_none() {
         let names: Vec<_> = BENCHES.iter().map(|(name, ..)| *name).collect();
@@ -35,6 +71,7 @@ pub fn run(filter: Option<&str>, rounds: u32) -> Result<()> {
         loop {
             let mut command = suite.command(&artifacts);
             command.arg(scenario).env(accel::CHOICE, "counted").env(ROUNDS, rounds.to_string());
+            command.env(PEERS, options.peers.join(","));
             let status = command.status().with_context(|| format!("run {program}"))?;
             if status.success() {
                 break;

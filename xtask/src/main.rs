@@ -20,8 +20,10 @@ usage: cargo xtask COMMAND
            every test, from units to clusters of emulated machines; or of one program, such as tests/vmm
   fuzz [TARGET] [--seconds N]
            each fuzz target, or those whose names contain TARGET, for a minute or N seconds
-  bench [NAME] [--rounds N]
-           figures of whole nodes, 5 times or N times each, by a clock that counts instructions
+  bench [NAME] [--rounds N] [--peer NAME=PATH]
+           figures of whole nodes, 5 times or N times each, by a clock that counts instructions: `cold` starts of VMs whose
+           image is elsewhere; `compare`, our VMM and statically linked ones given by --peer, such as firecracker=PATH and
+           cloud-hypervisor=PATH, on the same work
   images   the VMM image, the sample image `web`, the tiny test image, into target/guest-images
   check    formatting, lints, and the rules of ARCHITECTURE.md
   setup    installs the Debian packages that the others need
@@ -35,13 +37,13 @@ fn main() -> ExitCode {
             Some(options) => demo::run(&options),
             None => return usage(),
         },
-        ["fuzz", ref rest @ ..] => match filter_and_number(rest, "--seconds", fuzz::A_MINUTE) {
+        ["fuzz", ref rest @ ..] => match fuzz_options(rest) {
             Some((filter, seconds)) => fuzz::run(filter, seconds),
             None => return usage(),
         },
-        ["bench", ref rest @ ..] => match filter_and_number(rest, "--rounds", bench::A_FEW) {
-            Some((filter, rounds @ 1..)) => bench::run(filter, rounds),
-            _ => return usage(),
+        ["bench", ref rest @ ..] => match bench::Options::parse(rest) {
+            Some(options) => bench::run(&options),
+            None => return usage(),
         },
         ["images"] => setup::run().and_then(|()| images::run()),
         ["test"] => test::run(None),
@@ -59,15 +61,15 @@ fn main() -> ExitCode {
     }
 }
 
-/// A part of a name, if there is one, and the number after `option`, or else `usual`.
-fn filter_and_number<'a>(words: &[&'a str], option: &str, usual: u32) -> Option<(Option<&'a str>, u32)> {
+/// Which targets, and for how many seconds each.
+fn fuzz_options<'a>(words: &[&'a str]) -> Option<(Option<&'a str>, u32)> {
     let (filter, words) = match *words {
         [filter, ref rest @ ..] if !filter.starts_with('-') => (Some(filter), rest),
         _ => (None, words),
     };
     match *words {
-        [] => Some((filter, usual)),
-        [name, number] if name == option => number.parse().ok().map(|number| (filter, number)),
+        [] => Some((filter, fuzz::A_MINUTE)),
+        ["--seconds", seconds] => seconds.parse().ok().map(|seconds| (filter, seconds)),
         _ => None,
     }
 }

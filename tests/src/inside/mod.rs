@@ -28,6 +28,9 @@ pub const GRUB_DISK: &str = "/images/grub.raw";
 /// A BIOS that starts it.
 pub const FIRMWARE: &str = "/images/bios.bin";
 
+/// Programs that were brought to be compared with.
+pub const PEERS: &str = "/peers";
+
 /// Said when the node is up.
 pub(crate) const UP: &str = "INSIDE up";
 /// Begins the line that says how a scenario ended.
