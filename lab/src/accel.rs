@@ -76,7 +76,7 @@ impl Accel {
             Self::Kvm => "",
             Self::Tcg => "kvm_amd.npt=0 nohz=off highres=off",
             // The time-stamp counter is the clock that counts; nothing else is as even.
-            Self::Counted => "kvm_amd.npt=0 nohz=off highres=off tsc=reliable",
+            Self::Counted => "nohz=off highres=off tsc=reliable",
         }
     }
 
