@@ -155,6 +155,10 @@ impl Fetcher {
             if !claim.mine.is_empty() {
                 self.fetch(claim, image, urgency).await?;
             }
+            if others.is_empty() {
+                // All that was missing was ours to fetch, and has landed.
+                return Ok(());
+            }
             let land = async {
                 for mut other in others {
                     // The end of the flight closes the channel. If it failed, the next round tries it here.

@@ -336,10 +336,7 @@ impl Images {
 
 /// The frames of the chunks at the front of `rest` that are here, back to back and so many that it is worth the while, and
 /// what is left of `rest`.
-fn frames_here(
-    store: &Store,
-    mut rest: vec::IntoIter<Digest>,
-) -> Result<(Vec<u8>, vec::IntoIter<Digest>), ImageError> {
+fn frames_here(store: &Store, mut rest: vec::IntoIter<Digest>) -> Result<(Vec<u8>, vec::IntoIter<Digest>), ImageError> {
     let mut wire = Vec::with_capacity(PIECE + FRAME_HEADER_LEN + MAX_FRAME_LEN);
     while wire.len() < PIECE
         && let Some(digest) = rest.as_slice().first()
