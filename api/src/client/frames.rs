@@ -78,8 +78,10 @@ where
 /// The frame of one chunk, `compressed` being at most [`MAX_FRAME_LEN`] bytes.
 pub fn encode_frame(digest: &Digest, compressed: &[u8]) -> Bytes {
     let mut wire = Vec::with_capacity(FRAME_HEADER_LEN + compressed.len());
-    let append = |wire: &mut Vec<u8>| Ok::<_, Infallible>(wire.extend_from_slice(compressed));
-    let Ok(()) = append_frame(&mut wire, digest, append);
+    let Ok(()) = append_frame(&mut wire, digest, |wire| {
+        wire.extend_from_slice(compressed);
+        Ok::<_, Infallible>(())
+    });
     wire.into()
 }
 
