@@ -18,7 +18,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::peers::{Peers, wait_seconds};
-use super::{ImageError, KEEP_FREE, blocking};
+use super::{DamagedChunk, ImageError, KEEP_FREE, blocking};
 
 /// How long a batch of a copy lets what guests wait for go first: a source that does not answer must not stop copies, whose
 /// failure says so.
@@ -415,7 +415,7 @@ async fn examined(error: ImageError, image: Digest, from: &Client) -> ImageError
         Ok(()) => "it is whole there, so it was damaged on the way and is asked for again".to_owned(),
         Err(e) => format!("asked to check it, that end says: {e}"),
     };
-    ImageError::Damaged { image, chunk, from: from.endpoint().clone(), cause, found }
+    ImageError::Damaged(Box::new(DamagedChunk { image, chunk, from: from.endpoint().clone(), cause, found }))
 }
 
 /// Chunks that this request fetches, and nobody else meanwhile.

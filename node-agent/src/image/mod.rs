@@ -81,19 +81,8 @@ pub enum ImageError {
     #[error("the node at {0} is too slow")]
     PeerSlow(SocketAddr),
     /// A chunk came that is not what it should be.
-    #[error("image {image}: chunk {chunk} came damaged from {from} ({cause}); {found}")]
-    Damaged {
-        /// Digest of the manifest.
-        image: Digest,
-        /// Its name.
-        chunk: Digest,
-        /// Who sent it.
-        from: Endpoint,
-        /// What is wrong.
-        cause: bedplate_images::frame::FrameError,
-        /// What the sender found when it looked at its own copy.
-        found: String,
-    },
+    #[error(transparent)]
+    Damaged(Box<DamagedChunk>),
     /// The stream of chunks broke off.
     #[error("the copy was interrupted: {0}")]
     Frames(#[source] FrameError),
@@ -117,6 +106,22 @@ pub enum ImageError {
     Aborted,
 }
 
+/// A chunk that came and is not what it should be.
+#[derive(Debug, thiserror::Error)]
+#[error("image {image}: chunk {chunk} came damaged from {from} ({cause}); {found}")]
+pub struct DamagedChunk {
+    /// Digest of the manifest.
+    image: Digest,
+    /// Its name.
+    chunk: Digest,
+    /// Who sent it.
+    from: Endpoint,
+    /// What is wrong.
+    cause: bedplate_images::frame::FrameError,
+    /// What the sender found when it looked at its own copy.
+    found: String,
+}
+
 impl ImageError {
     /// Whether trying again cannot help until somebody does something.
     pub fn is_final(&self) -> bool {
@@ -127,7 +132,7 @@ impl ImageError {
             Self::Store(e) => e.is_full() || matches!(e, StoreError::Manifest { .. } | StoreError::Index { .. }),
             Self::File(e) => e.is_no_space(),
             Self::NotSent { .. }
-            | Self::Damaged { .. }
+            | Self::Damaged(_)
             | Self::NotAsked(_)
             | Self::PeerSlow(_)
             | Self::Frames(_)

@@ -33,7 +33,7 @@ pub(super) fn send(images: Images, list: ChunkList, patience: &Patience) -> Resu
     // Some frames at a time are in memory. Who gets one that is damaged has it checked, and asks elsewhere.
     let frames = stream::try_unfold(digests.into_iter(), move |rest| {
         let images = images.clone();
-        async move { Ok::<_, ImageError>(images.frames_by(rest, deadline).await?) }
+        async move { images.frames_by(rest, deadline).await }
     });
     Ok(Body::from_stream(frames).into_response())
 }
