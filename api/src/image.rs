@@ -11,7 +11,8 @@
 //! | `PUT /v1/orders/{digest}` | [`BootOrder`] → 204; what the image does not have is left out | nodes |
 //! | `GET /v1/blobs/{digest}` | → the bytes of a manifest or an index | nodes |
 //! | `PUT /v1/blobs/{digest}` | bytes → 204; refused when the digest does not match | people |
-//! | `POST /v1/chunks/fetch` | `ChunkList` → frames (see [`FRAME_HEADER_LEN`]) in the order asked | nodes |
+//! | `POST /v1/chunks/fetch` | `ChunkList` → frames (see [`FRAME_HEADER_LEN`]) in the order asked, as they are stored: who gets them verifies them | all |
+//! | `POST /v1/chunks/check` | `ChunkList` → 204 when each is there and whole; sent by who got one that is not | all |
 //! | `POST /v1/chunks/locate` | [`Locate`] → [`Located`]: which of its peers a node asks first | nodes |
 //! | `POST /v1/chunks/missing` | `ChunkList` → `ChunkList` of those that are not there | people |
 //! | `POST /v1/gc` | `Sweep` → `Swept`; removes what no name, no tier and no VM needs | people |

@@ -12,6 +12,7 @@
 //! | `GET /v1/vms/{id}/console` | HTTP upgrade to `bedplate-console`: raw bytes of the serial console both ways |
 //! | `POST /v1/vms/{id}/capture` | → the disk as it is now, as `bedplate_images::disk` sends it; the header [`UNFROZEN`] says whether its file systems had come to rest |
 //! | `POST /v1/chunks/fetch?wait=N` | as in [`crate::image`], for peers: what is here, or comes within N seconds (30 at most) because it is on its way; the rest is left out |
+//! | `POST /v1/chunks/check` | as in [`crate::image`], for peers |
 //!
 //! Served by the control node for nodes, with the same token: `POST /v1/nodes/register` ([`Register`] → [`Registered`])
 //! and `POST /v1/nodes/{id}/status` ([`NodeStatus`] → 204), plus the repository's reading half.

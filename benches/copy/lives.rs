@@ -4,7 +4,7 @@
 
 use std::io::Write;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use axum::Router;
@@ -31,26 +31,22 @@ pub fn lived() -> bool {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     // As `bedplate-control` and `bedplate-node` start theirs.
-    let run = |life: &mut dyn AsyncLife| life.run(&tokio::runtime::Runtime::new().unwrap());
     match words[..] {
-        ["control", state] => run(&mut || control(Path::new(state))),
-        ["plain-server", file] => run(&mut || plain_server(file.to_owned())),
-        ["node", address, token, image, state] => run(&mut || node(address, token, image, Path::new(state))),
-        ["plain-client", address, file] => run(&mut || plain_client(address, Path::new(file))),
+        ["control", state] => run(control(state.into())),
+        ["plain-server", file] => run(plain_server(file.to_owned())),
+        ["node", address, token, image, state] => {
+            run(node(address.to_owned(), token.to_owned(), image.parse().unwrap(), state.into()));
+        }
+        ["plain-client", address, file] => run(plain_client(address.to_owned(), file.into())),
         _ => return false,
     }
     true
 }
 
-/// What makes a future, to be run by a runtime of its own.
-trait AsyncLife {
-    fn run(&mut self, runtime: &tokio::runtime::Runtime);
-}
-
-impl<F: FnMut() -> Life, Life: Future<Output = ()>> AsyncLife for F {
-    fn run(&mut self, runtime: &tokio::runtime::Runtime) {
-        runtime.block_on(self());
-    }
+/// On a worker of the runtime, as all that they do is, and not on the thread that only waits for its end.
+fn run(life: impl Future<Output = ()> + Send + 'static) {
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(runtime.spawn(life)).unwrap();
 }
 
 fn say(line: impl std::fmt::Display) {
@@ -59,10 +55,10 @@ fn say(line: impl std::fmt::Display) {
 }
 
 /// A control node over `state`, whose repository is there already.
-async fn control(state: &Path) {
+async fn control(state: PathBuf) {
     let network = |second, prefix| Ipv4Net { address: [10, second, 0, 0].into(), prefix };
     let options = Options {
-        state: state.to_owned(),
+        state: state.clone(),
         node_listen: Some(([127, 0, 0, 1], 0).into()),
         netboot: None,
         node_network: network(77, 24),
@@ -81,12 +77,11 @@ async fn control(state: &Path) {
 
 /// A node that has nothing and takes `image`. Like one of a cluster it asks before each batch whom to have it from; that it
 /// is not known there makes the answer "from the repository".
-async fn node(address: &str, token: &str, image: &str, state: &Path) {
-    let image: Digest = image.parse().unwrap();
+async fn node(address: String, token: String, image: Digest, state: PathBuf) {
     let store = Store::create(state.join("images")).unwrap();
-    let source = Client::new(Endpoint::Http(address.to_owned()), Some(token.to_owned())).unwrap();
-    let images = Images::new(store, state, Some(source), CopyLimits::default());
-    let images = images.share(NodeId::random(), token.to_owned());
+    let source = Client::new(Endpoint::Http(address), Some(token.clone())).unwrap();
+    let images = Images::new(store, &state, Some(source), CopyLimits::default());
+    let images = images.share(NodeId::random(), token);
     let progress = watch::Sender::new(None);
     let begun = Instant::now();
     let (_, manifest) = images.begin(image, &progress).await.unwrap();
@@ -107,7 +102,7 @@ async fn plain_server(file: String) {
     axum::serve(listener, Router::new().route("/", get(serve))).await.unwrap();
 }
 
-async fn plain_client(address: &str, path: &Path) {
+async fn plain_client(address: String, path: PathBuf) {
     let client = bedplate_api::client::plain_http().build().unwrap();
     let begun = Instant::now();
     let mut response = client.get(format!("http://{address}/")).send().await.unwrap();

@@ -59,6 +59,7 @@ pub fn people(control: Arc<Control>) -> Router {
         .route("/v1/chunks", post(images::put_chunks))
         .route("/v1/gc", post(images::gc))
         .route("/v1/chunks/fetch", post(images::fetch_chunks))
+        .route("/v1/chunks/check", post(images::check_chunks))
         .route("/v1/chunks/missing", post(images::missing_chunks))
         .merge(pulling())
         .route("/v2/{name}/manifests/{reference}", put(registry::put_manifest))
@@ -81,6 +82,7 @@ pub fn nodes(control: Arc<Control>) -> Router {
         .route("/v1/orders/{digest}", get(images::boot_order).put(images::put_boot_order))
         .route("/v1/blobs/{digest}", get(images::blob))
         .route("/v1/chunks/fetch", post(images::fetch_chunks))
+        .route("/v1/chunks/check", post(images::check_chunks))
         .route("/v1/chunks/locate", post(nodes::locate))
         .merge(pulling())
         .route_layer(from_fn_with_state(Arc::clone(&control), token));

@@ -1,5 +1,7 @@
 //! The stream of chunks that `POST /v1/chunks/fetch` answers with and `POST /v1/chunks` takes.
 
+use std::convert::Infallible;
+
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use futures_util::{Stream, StreamExt};
 
@@ -75,12 +77,36 @@ where
 
 /// The frame of one chunk, `compressed` being at most [`MAX_FRAME_LEN`] bytes.
 pub fn encode_frame(digest: &Digest, compressed: &[u8]) -> Bytes {
-    let mut frame = BytesMut::with_capacity(FRAME_HEADER_LEN + compressed.len());
-    frame.put_slice(digest.as_bytes());
+    let mut wire = Vec::with_capacity(FRAME_HEADER_LEN + compressed.len());
+    let Ok(()) = append_frame(&mut wire, digest, |wire| {
+        wire.extend_from_slice(compressed);
+        Ok::<_, Infallible>(())
+    });
+    wire.into()
+}
+
+/// Appends the frame of one chunk to `wire`, where `compressed` appends at most [`MAX_FRAME_LEN`] bytes. If that fails, `wire`
+/// is as it was.
+///
+/// # Errors
+/// What `compressed` says.
+pub fn append_frame<E>(
+    wire: &mut Vec<u8>,
+    digest: &Digest,
+    compressed: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
+) -> Result<(), E> {
+    let begin = wire.len();
+    wire.extend_from_slice(digest.as_bytes());
+    wire.extend_from_slice(&[0; size_of::<u32>()]);
+    let body = wire.len();
+    if let Err(error) = compressed(wire) {
+        wire.truncate(begin);
+        return Err(error);
+    }
     // The store never holds a frame that comes near 4 GiB.
-    frame.put_u32_le(u32::try_from(compressed.len()).unwrap_or(u32::MAX));
-    frame.put_slice(compressed);
-    frame.freeze()
+    let len = u32::try_from(wire.len() - body).unwrap_or(u32::MAX);
+    wire[body - size_of::<u32>()..body].copy_from_slice(&len.to_le_bytes());
+    Ok(())
 }
 
 #[cfg(test)]
@@ -108,6 +134,18 @@ mod tests {
             let whole_frames = cut == 0 || cut == FRAME_HEADER_LEN + 3 || cut == wire.len();
             assert_eq!(read_all(vec![Bytes::copy_from_slice(a)]).await.is_ok(), whole_frames, "cut at {cut}");
         }
+    }
+
+    #[test]
+    fn a_frame_that_fails_leaves_nothing_behind() {
+        let mut wire = encode_frame(&Digest::ZERO, b"whole").to_vec();
+        let before = wire.clone();
+        let failing = |wire: &mut Vec<u8>| {
+            wire.push(1);
+            Err("no")
+        };
+        assert_eq!(append_frame(&mut wire, &Digest::from_bytes([1; 32]), failing), Err("no"));
+        assert_eq!(wire, before);
     }
 
     #[tokio::test]

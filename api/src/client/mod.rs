@@ -17,7 +17,7 @@ use reqwest::{Method, RequestBuilder, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use frames::{FrameError, Frames, encode_frame};
+pub use frames::{FrameError, Frames, append_frame, encode_frame};
 
 use crate::error::ErrorKind;
 use crate::{ApiError, Digest};

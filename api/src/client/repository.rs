@@ -180,23 +180,34 @@ impl Client {
     /// `keep`, which verifies it. Stops at the first refusal.
     ///
     /// # Errors
-    /// See [`ClientError`]; what `keep` refuses becomes the cause of [`ClientError::Answer`].
+    /// See [`ClientError`]. When `keep` refuses a chunk that turns out to be damaged at the other end, what that end says of
+    /// it; otherwise the refusal as the cause of [`ClientError::Answer`].
     pub async fn fetch_chunks(
         &self,
         digests: Vec<Digest>,
         mut keep: impl AsyncFnMut(Digest, Bytes) -> Result<(), String>,
     ) -> Result<(), ClientError> {
-        let path = "/v1/chunks/fetch";
         let mut frames = self.open_chunks(digests).await?;
         let broken = |source| ClientError::Frames { endpoint: self.endpoint().clone(), source };
         while let Some((digest, compressed)) = frames.next().await.map_err(broken)? {
-            keep(digest, compressed).await.map_err(|cause| ClientError::Answer {
-                endpoint: self.endpoint().clone(),
-                what: path.to_owned(),
-                cause,
-            })?;
+            if let Err(cause) = keep(digest, compressed).await {
+                if let Err(damaged @ ClientError::Api(_)) = self.check_chunks(vec![digest]).await {
+                    return Err(damaged);
+                }
+                let what = "/v1/chunks/fetch".to_owned();
+                return Err(ClientError::Answer { endpoint: self.endpoint().clone(), what, cause });
+            }
         }
         Ok(())
+    }
+
+    /// Lets the other end verify its own copies of `digests` (at most [`crate::image::MAX_CHUNK_LIST`]): it sends chunks as
+    /// they are stored.
+    ///
+    /// # Errors
+    /// See [`ClientError`]; "not found" names the first that is damaged there, or is not there.
+    pub async fn check_chunks(&self, digests: Vec<Digest>) -> Result<(), ClientError> {
+        self.send(self.request(Method::POST, "/v1/chunks/check").json(&ChunkList { digests })).await.map(drop)
     }
 
     /// Sends frames made by [`super::encode_frame`].

@@ -175,6 +175,44 @@ async fn nodes_need_the_token_and_get_no_further_than_their_half() {
     bench.serving.stop().await;
 }
 
+/// It is sent as it is stored; who gets it asks about it, and is told.
+#[tokio::test]
+async fn a_chunk_that_rots_in_the_repository_is_named_to_who_gets_it() {
+    let bench = Bench::start().await;
+    let digest = bench.push("web", ImageKind::Disk).await;
+    let images = Store::open(bench.dir.path().join("state/images")).unwrap();
+    let chunks = images.distinct_chunks(&digest).unwrap();
+    let (bad, hex) = (chunks[1], chunks[1].hex());
+    let path = images.dir().join("chunks").join(&hex[..2]).join(&hex);
+    let whole = std::fs::read(&path).unwrap();
+    let mut damaged = whole.clone();
+    damaged[whole.len() / 2] ^= 1;
+    std::fs::write(&path, damaged).unwrap();
+
+    let copy = Store::create(bench.dir.path().join("copy")).unwrap();
+    let fetch = async || {
+        let keep =
+            async |digest: Digest, frame: bytes::Bytes| copy.put_frame(&digest, &frame).map_err(|e| e.to_string());
+        bench.nodes.fetch_chunks(copy.missing(&chunks), keep).await
+    };
+    let error = fetch().await.unwrap_err();
+    let text = error.to_string();
+    for part in [bad.to_string().as_str(), path.to_str().unwrap(), "is damaged", "again"] {
+        assert!(text.contains(part), "{text:?} should name {part:?}");
+    }
+    assert!(Client::is_not_found(&error) && !path.exists(), "set aside");
+    assert!(!copy.has_chunk(&bad));
+    assert!(fetch().await.unwrap_err().to_string().contains(&format!("1 of {} chunks", chunks.len() - 1)));
+
+    images.put_frame(&bad, &whole).unwrap();
+    fetch().await.unwrap();
+    assert_eq!(copy.missing(&chunks), []);
+    bench.nodes.check_chunks(chunks.clone()).await.unwrap();
+    let many = bench.nodes.check_chunks(vec![bad; MAX_CHUNK_LIST + 1]).await.unwrap_err();
+    assert_eq!(many.kind(), Some(ErrorKind::BadRequest), "{many}");
+    bench.serving.stop().await;
+}
+
 #[tokio::test]
 async fn a_name_is_taken_once_and_a_replacement_is_atomic() {
     let bench = Bench::start().await;

@@ -1,9 +1,10 @@
 //! Chunks.
 
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs::File;
+use std::io;
 
 use bedplate_api::Digest;
+use rustix::buffer::spare_capacity;
 
 use super::{Store, StoreError};
 use crate::digest_of;
@@ -73,50 +74,63 @@ impl Store {
         self.read_frame(digest, plain).map(|(_, len)| len)
     }
 
-    /// The frame of a chunk as it is stored, verified: what is sent to who lacks it.
+    /// The frame of a chunk as it is stored, verified.
     pub fn frame(&self, digest: &Digest) -> Result<Vec<u8>, StoreError> {
-        self.frame_with(digest, &mut frame::chunk_buffer())
+        self.read_frame(digest, &mut frame::chunk_buffer()).map(|(frame, _)| frame)
     }
 
-    /// [`Store::frame`] for many chunks in a row: `scratch` is only room to work in.
-    pub fn frame_with(&self, digest: &Digest, scratch: &mut [u8; CHUNK_SIZE]) -> Result<Vec<u8>, StoreError> {
-        self.read_frame(digest, scratch).map(|(frame, _)| frame)
+    /// Appends the frame of a chunk to `bytes` as it is stored and **not verified**: for who sends it to another store, which
+    /// verifies what it keeps. Should it turn out damaged there, [`Store::check_chunk`] says whether it is so here.
+    pub fn append_frame(&self, digest: &Digest, bytes: &mut Vec<u8>) -> Result<(), StoreError> {
+        self.open_frame(digest, bytes).map(drop)
+    }
+
+    /// Verifies a chunk and keeps nothing of it. A damaged one is set aside.
+    pub fn check_chunk(&self, digest: &Digest) -> Result<(), StoreError> {
+        self.read_frame(digest, &mut frame::chunk_buffer()).map(drop)
     }
 
     fn read_frame(&self, digest: &Digest, plain: &mut [u8; CHUNK_SIZE]) -> Result<(Vec<u8>, usize), StoreError> {
-        let path = self.content_path("chunks", digest);
-        let missing = || StoreError::ChunkMissing { digest: *digest, path: path.clone() };
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(missing()),
-            Err(e) => return Err(StoreError::io("read", &path)(e)),
-        };
-        // One byte more than allowed is enough to know that it is too long. With room for all of it from the start it is
-        // read in one piece.
-        let most = MAX_FRAME_LEN + 1;
-        let mut bytes = Vec::with_capacity(most);
-        (&file).take(most as u64).read_to_end(&mut bytes).map_err(StoreError::io("read", &path))?;
-        if bytes.is_empty() {
-            return Err(missing());
-        }
+        let mut bytes = Vec::new();
+        let file = self.open_frame(digest, &mut bytes)?;
         match frame::decompress(digest, &bytes, plain) {
             Ok(len) => Ok((bytes, len)),
             Err(cause) => Err(self.damaged(digest, &file, cause)),
         }
     }
 
+    /// Appends what the file of a chunk has to `bytes`, and returns that file. Of one that is too long for a frame it takes
+    /// a byte more than a frame can have, so that whoever verifies it sees that.
+    fn open_frame(&self, digest: &Digest, bytes: &mut Vec<u8>) -> Result<File, StoreError> {
+        let path = self.content_path("chunks", digest);
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                return Err(StoreError::ChunkMissing { digest: *digest, path });
+            }
+            Err(e) => return Err(StoreError::io("read", &path)(e)),
+        };
+        let (begin, most) = (bytes.len(), MAX_FRAME_LEN + 1);
+        // Room for all of it from the start, so that it is read in one piece.
+        bytes.reserve(most);
+        while bytes.len() - begin < most {
+            match rustix::io::read(&file, spare_capacity(bytes)) {
+                Ok(0) => break,
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(StoreError::io("read", &path)(e.into())),
+            }
+        }
+        // There may have been more room than was asked for.
+        bytes.truncate(begin + most);
+        if bytes.len() == begin {
+            return Err(StoreError::ChunkMissing { digest: *digest, path });
+        }
+        Ok(file)
+    }
+
     fn damaged(&self, digest: &Digest, file: &File, cause: FrameError) -> StoreError {
         let path = self.content_path("chunks", digest);
         self.set_aside(&path, file);
         StoreError::ChunkCorrupt { digest: *digest, path, cause }
-    }
-
-    /// Forgets a chunk, whether it is there or not. For a copier that was told a chunk is damaged elsewhere.
-    pub fn remove_chunk(&self, digest: &Digest) -> Result<(), StoreError> {
-        let path = self.content_path("chunks", digest);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(StoreError::io("remove", &path)(e)),
-            _ => Ok(()),
-        }
     }
 }

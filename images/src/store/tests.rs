@@ -116,6 +116,38 @@ fn frames_from_outside_are_verified_before_they_are_kept() {
 }
 
 #[test]
+fn a_chunk_goes_out_as_it_is_stored_and_is_found_damaged_where_it_lands_and_here() {
+    let ((_dir, store), (_there_dir, there)) = (store(), store());
+    let digest = store.put_chunk(&noise(1, CHUNK_SIZE)).unwrap();
+    let mut wire = b"before".to_vec();
+    store.append_frame(&digest, &mut wire).unwrap();
+    assert_eq!(wire, [b"before", &store.frame(&digest).unwrap()[..]].concat());
+    store.check_chunk(&digest).unwrap();
+
+    let path = chunk_files(&store).remove(0);
+    let whole = fs::read(&path).unwrap();
+    let damages: [fn(&Path); 3] = [
+        |path| flip(path, 8 * 1000),
+        |path| fs::write(path, b"short").unwrap(),
+        |path| fs::File::options().write(true).open(path).unwrap().set_len(10 << 20).unwrap(),
+    ];
+    for damage in damages {
+        damage(&path);
+        let mut wire = Vec::with_capacity(1 << 20);
+        store.append_frame(&digest, &mut wire).unwrap();
+        assert!(wire.len() <= frame::MAX_FRAME_LEN + 1, "{}", wire.len());
+        assert!(matches!(there.put_frame(&digest, &wire), Err(StoreError::FrameRefused { .. })));
+        assert!(chunk_files(&there).is_empty());
+        let error = store.check_chunk(&digest).unwrap_err();
+        assert!(matches!(error, StoreError::ChunkCorrupt { .. }), "{error}");
+        assert!(error.to_string().contains(path.to_str().unwrap()) && !path.exists(), "{error}");
+        assert!(matches!(store.check_chunk(&digest), Err(StoreError::ChunkMissing { .. })));
+        assert!(matches!(store.append_frame(&digest, &mut wire), Err(StoreError::ChunkMissing { .. })));
+        store.put_frame(&digest, &whole).unwrap();
+    }
+}
+
+#[test]
 fn damaged_blobs_are_found_and_replaced() {
     let (_dir, store) = store();
     let digest = store.put_blob(b"some bytes").unwrap();

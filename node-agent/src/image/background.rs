@@ -14,7 +14,8 @@ const NICE: i32 = 15;
 /// Receiving takes little.
 const WORKERS: usize = 1;
 
-/// Threads that verify and write, at most one for each processor: more would weigh more and do no more.
+/// Threads that verify and write, at most one for each processor: more would weigh more and do no more. One more is for who
+/// waits for the disk.
 const MOST_WRITERS: usize = 4;
 
 /// Runs `work` on these threads; it ends when who waits for it does.
@@ -35,7 +36,7 @@ fn runtime() -> Option<Runtime> {
     };
     let writers = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_WRITERS);
     let mut builder = Builder::new_multi_thread();
-    builder.worker_threads(WORKERS).max_blocking_threads(writers).thread_name("copy").enable_all();
+    builder.worker_threads(WORKERS).max_blocking_threads(writers + 1).thread_name("copy").enable_all();
     let runtime = builder.on_thread_start(be_nice).build();
     runtime.inspect_err(|e| tracing::warn!("copies have no threads of their own: {e}")).ok()
 }

@@ -11,21 +11,22 @@ use std::time::Duration;
 use bedplate_api::client::{Client, Frames};
 use bedplate_api::image::PeerChunks;
 use bedplate_api::{Digest, NodeId};
-use bedplate_images::{Store, frame};
+use bedplate_images::{Store, StoreError, frame};
 use bytes::Bytes;
 use futures_util::{FutureExt, Stream};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::peers::{Peers, wait_seconds};
-use super::{ImageError, KEEP_FREE, blocking};
+use super::{DamagedChunk, ImageError, KEEP_FREE, blocking};
 
 /// How long a batch of a copy lets what guests wait for go first: a source that does not answer must not stop copies, whose
 /// failure says so.
 const GIVE_WAY: Duration = Duration::from_secs(1);
 
 /// Chunks that are kept in one step at most: with four batches in flight 4 MiB. A step is another thread's; with a chunk in each,
-/// waking it and waiting for it took 8 in 100 of what a node does for a copy.
+/// waking it and waiting for it took 8 in 100 of what a node does for a copy. Of a copy that waits for its peer's pieces, up to so
+/// many are fetched again when it breaks off.
 const STEP: usize = 16;
 
 /// How much a node may copy at a time.
@@ -164,6 +165,10 @@ impl Fetcher {
             if !claim.mine.is_empty() {
                 self.fetch(claim, image, urgency).await?;
             }
+            if others.is_empty() {
+                // All that was missing was ours to fetch, and has landed.
+                return Ok(());
+            }
             let land = async {
                 for mut other in others {
                     // The end of the flight closes the channel. If it failed, the next round tries it here.
@@ -174,7 +179,7 @@ impl Fetcher {
                 Urgency::Copy => land.await,
                 Urgency::Guest => {
                     if timeout(FLIGHT, land).await.is_err() {
-                        self.overtake(wanted).await?;
+                        self.overtake(image, wanted).await?;
                     }
                 }
             }
@@ -198,10 +203,10 @@ impl Fetcher {
             let located = peers.locate(self.source_for(urgency), image, &claim.order).await;
             let elsewhere: HashSet<Digest> = located.iter().flat_map(|peer| &peer.digests).copied().collect();
             // First what only the repository has: others may wait for it here.
-            self.ask_repository(&mut claim, urgency, |digest| !elsewhere.contains(digest)).await?;
+            self.ask_repository(&mut claim, image, urgency, |digest| !elsewhere.contains(digest)).await?;
             for peer in located {
                 let address = peer.address;
-                if let Err(e) = self.ask_peer(&mut claim, peers, peer, urgency).await {
+                if let Err(e) = self.ask_peer(&mut claim, image, peers, peer, urgency).await {
                     tracing::debug!("the node at {address} does not give chunks: {e}");
                     if !e.is_no_space() {
                         peers.rest(address);
@@ -209,7 +214,7 @@ impl Fetcher {
                 }
             }
         }
-        self.ask_repository(&mut claim, urgency, |_| true).await?;
+        self.ask_repository(&mut claim, image, urgency, |_| true).await?;
         match claim.mine.len() {
             0 => {
                 if urgency == Urgency::Guest {
@@ -222,7 +227,7 @@ impl Fetcher {
     }
 
     /// Gets chunks from the repository although they are on their way here already: too slowly.
-    async fn overtake(&self, wanted: &[Digest]) -> Result<(), ImageError> {
+    async fn overtake(&self, image: Digest, wanted: &[Digest]) -> Result<(), ImageError> {
         let (store, list) = (self.store.clone(), wanted.to_vec());
         let mut missing = blocking(move || Ok(store.missing(&list))).await?;
         if missing.is_empty() {
@@ -233,7 +238,9 @@ impl Fetcher {
         while let Some((digest, frame)) = next(&mut frames).await? {
             let at = missing.iter().position(|other| *other == digest).ok_or(ImageError::NotAsked(digest))?;
             missing.swap_remove(at);
-            self.put(vec![(digest, frame)], &self.received.from_repository).await?.1?;
+            if let Err(e) = self.put(vec![(digest, frame)], &self.received.from_repository).await?.1 {
+                return Err(examined(e, image, &self.source).await);
+            }
         }
         Ok(())
     }
@@ -242,6 +249,7 @@ impl Fetcher {
     async fn ask_repository(
         &self,
         claim: &mut Claim<'_>,
+        image: Digest,
         urgency: Urgency,
         wanted: impl Fn(&Digest) -> bool,
     ) -> Result<(), ImageError> {
@@ -249,14 +257,19 @@ impl Fetcher {
         if list.is_empty() {
             return Ok(());
         }
-        let mut frames = self.source_for(urgency).open_chunks(list).await?;
-        self.keep(claim, &mut frames, &self.received.from_repository).await
+        let source = self.source_for(urgency);
+        let mut frames = source.open_chunks(list).await?;
+        match self.keep(claim, &mut frames, urgency, &self.received.from_repository).await {
+            Err(e) => Err(examined(e, image, source).await),
+            Ok(()) => Ok(()),
+        }
     }
 
     /// Gets what `peer` has of the claim. A peer that sends less than it was asked for has not failed.
     async fn ask_peer(
         &self,
         claim: &mut Claim<'_>,
+        image: Digest,
         peers: &Peers,
         peer: PeerChunks,
         urgency: Urgency,
@@ -270,7 +283,10 @@ impl Fetcher {
         let all = async {
             let client = peers.client(peer.address, urgency)?;
             let mut frames = client.open_peer_chunks(list, wait).await?;
-            self.keep(claim, &mut frames, &self.received.from_peers).await
+            match self.keep(claim, &mut frames, urgency, &self.received.from_peers).await {
+                Err(e) => Err(examined(e, image, &client).await),
+                Ok(()) => Ok(()),
+            }
         };
         timeout(patience, all).await.unwrap_or(Err(ImageError::PeerSlow(peer.address)))
     }
@@ -280,6 +296,7 @@ impl Fetcher {
         &self,
         claim: &mut Claim<'_>,
         frames: &mut Frames<S>,
+        urgency: Urgency,
         counter: &AtomicU64,
     ) -> Result<(), ImageError>
     where
@@ -287,7 +304,7 @@ impl Fetcher {
         E: std::fmt::Display,
     {
         loop {
-            let (mut step, mut end) = arrived(frames).await;
+            let (mut step, mut end) = arrived(frames, urgency).await;
             if let Some(at) = step.iter().position(|(digest, _)| !claim.mine.contains_key(digest)) {
                 end = Some(Err(ImageError::NotAsked(step[at].0)));
                 step.truncate(at);
@@ -372,16 +389,23 @@ where
     frames.next().await.map_err(ImageError::Frames)
 }
 
-/// The next chunk and those that have come with it, [`STEP`] at most: one that a guest waits for does not wait for others. Also
-/// how the stream ended, if it did.
-async fn arrived<S, E>(frames: &mut Frames<S>) -> (Vec<(Digest, Bytes)>, Option<Result<(), ImageError>>)
+/// The next chunks, [`STEP`] at most, and how the stream ended, if it did. A copy waits for so many; for a guest these are the
+/// next one and those that have come with it.
+async fn arrived<S, E>(
+    frames: &mut Frames<S>,
+    urgency: Urgency,
+) -> (Vec<(Digest, Bytes)>, Option<Result<(), ImageError>>)
 where
     S: Stream<Item = Result<Bytes, E>> + Unpin,
     E: std::fmt::Display,
 {
     let mut step = Vec::new();
-    let mut frame = Some(next(frames).await);
     loop {
+        let frame = match urgency {
+            // What has come of a frame so far stays with `frames` when this gives up.
+            Urgency::Guest if !step.is_empty() => next(frames).now_or_never(),
+            _ => Some(next(frames).await),
+        };
         match frame {
             Some(Ok(Some(frame))) => step.push(frame),
             Some(Ok(None)) => return (step, Some(Ok(()))),
@@ -391,9 +415,18 @@ where
         if step.len() == STEP {
             return (step, None);
         }
-        // What has come of a frame so far stays with `frames` when this gives up.
-        frame = next(frames).now_or_never();
     }
+}
+
+/// What a failure was due to: who sent a chunk that is damaged is asked to look at its own copy, since chunks are sent as
+/// they are stored.
+async fn examined(error: ImageError, image: Digest, from: &Client) -> ImageError {
+    let ImageError::Store(StoreError::FrameRefused { digest: chunk, cause }) = error else { return error };
+    let found = match from.check_chunks(vec![chunk]).await {
+        Ok(()) => "it is whole there, so it was damaged on the way and is asked for again".to_owned(),
+        Err(e) => format!("asked to check it, that end says: {e}"),
+    };
+    ImageError::Damaged(Box::new(DamagedChunk { image, chunk, from: from.endpoint().clone(), cause, found }))
 }
 
 /// Chunks that this request fetches, and nobody else meanwhile.

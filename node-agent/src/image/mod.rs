@@ -15,9 +15,10 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::vec;
 
-use bedplate_api::client::{Client, ClientError, FrameError};
-use bedplate_api::image::{ImageKind, Manifest};
+use bedplate_api::client::{Client, ClientError, Endpoint, FrameError, append_frame};
+use bedplate_api::image::{FRAME_HEADER_LEN, ImageKind, MAX_FRAME_LEN, Manifest};
 use bedplate_api::node::CopyProgress;
 use bedplate_api::{Digest, NodeId};
 use bedplate_images::trust::TrustError;
@@ -34,6 +35,8 @@ pub use room::Sweep;
 
 /// Never fill a disk to the last byte: others write there too.
 const KEEP_FREE: u64 = 64 << 20;
+/// Bytes of frames that are read for a peer in one step, about: as much as the control node's repository does.
+const PIECE: usize = 192 << 10;
 /// Name of the address space that is a disk image's disk.
 const DISK_PART: &str = "disk";
 
@@ -78,6 +81,9 @@ pub enum ImageError {
     /// Another node did not send in time what it was asked for.
     #[error("the node at {0} is too slow")]
     PeerSlow(SocketAddr),
+    /// A chunk came that is not what it should be.
+    #[error(transparent)]
+    Damaged(Box<DamagedChunk>),
     /// The stream of chunks broke off.
     #[error("the copy was interrupted: {0}")]
     Frames(#[source] FrameError),
@@ -101,6 +107,22 @@ pub enum ImageError {
     Aborted,
 }
 
+/// A chunk that came and is not what it should be.
+#[derive(Debug, thiserror::Error)]
+#[error("image {image}: chunk {chunk} came damaged from {from} ({cause}); {found}")]
+pub struct DamagedChunk {
+    /// Digest of the manifest.
+    image: Digest,
+    /// Its name.
+    chunk: Digest,
+    /// Who sent it.
+    from: Endpoint,
+    /// What is wrong.
+    cause: bedplate_images::frame::FrameError,
+    /// What the sender found when it looked at its own copy.
+    found: String,
+}
+
 impl ImageError {
     /// Whether trying again cannot help until somebody does something.
     pub fn is_final(&self) -> bool {
@@ -111,6 +133,7 @@ impl ImageError {
             Self::Store(e) => e.is_full() || matches!(e, StoreError::Manifest { .. } | StoreError::Index { .. }),
             Self::File(e) => e.is_no_space(),
             Self::NotSent { .. }
+            | Self::Damaged(_)
             | Self::NotAsked(_)
             | Self::PeerSlow(_)
             | Self::Frames(_)
@@ -176,30 +199,43 @@ impl Images {
         self
     }
 
-    /// Chunk `digest` as it is stored, for a peer; one that is on its way here is waited for until `deadline`. None where
-    /// it is not here then.
+    /// The next of the chunks `rest` for a peer, one or more, as they are stored and go over the wire; and what is left of
+    /// `rest`. One that is on its way here is waited for until `deadline`; those that are not here then are left out.
     ///
     /// # Errors
-    /// It is damaged, and was set aside; or the store fails.
-    pub async fn frame_by(&self, digest: Digest, deadline: Instant) -> Result<Option<Vec<u8>>, ImageError> {
-        if let Some(frame) = self.frame(digest).await? {
-            return Ok(Some(frame));
+    /// The store fails.
+    pub async fn frames_by(
+        &self,
+        mut rest: vec::IntoIter<Digest>,
+        deadline: Instant,
+    ) -> Result<Option<(Vec<u8>, vec::IntoIter<Digest>)>, ImageError> {
+        let mut waited = false;
+        while let Some(first) = rest.as_slice().first().copied() {
+            let store = self.store.clone();
+            let wire;
+            (wire, rest) = blocking(move || frames_here(&store, rest)).await?;
+            if !wire.is_empty() {
+                return Ok(Some((wire, rest)));
+            }
+            if !waited && let Some(fetcher) = &self.fetcher {
+                waited = timeout_at(deadline, fetcher.landing(&first)).await.is_ok();
+                if waited {
+                    continue;
+                }
+            }
+            waited = false;
+            rest.next();
         }
-        let Some(fetcher) = &self.fetcher else { return Ok(None) };
-        match timeout_at(deadline, fetcher.landing(&digest)).await {
-            Ok(()) => self.frame(digest).await,
-            Err(_late) => Ok(None),
-        }
+        Ok(None)
     }
 
-    async fn frame(&self, digest: Digest) -> Result<Option<Vec<u8>>, ImageError> {
+    /// Verifies the chunks `digests`, for a peer that got one that is not what it should be.
+    ///
+    /// # Errors
+    /// The first that is damaged, and was set aside, or is not here; or the store fails.
+    pub async fn check_chunks(&self, digests: Vec<Digest>) -> Result<(), ImageError> {
         let store = self.store.clone();
-        blocking(move || match store.frame(&digest) {
-            Ok(frame) => Ok(Some(frame)),
-            Err(e) if e.is_missing() => Ok(None),
-            Err(e) => Err(e.into()),
-        })
-        .await
+        blocking(move || Ok(digests.iter().try_for_each(|digest| store.check_chunk(digest))?)).await
     }
 
     /// Whether what is missing can be copied from somewhere, and copied images have names therefore.
@@ -304,6 +340,22 @@ impl Images {
             disk_size: disk.size,
         })
     }
+}
+
+/// The frames of the chunks at the front of `rest` that are here, back to back and so many that it is worth the while, and
+/// what is left of `rest`.
+fn frames_here(store: &Store, mut rest: vec::IntoIter<Digest>) -> Result<(Vec<u8>, vec::IntoIter<Digest>), ImageError> {
+    let mut wire = Vec::with_capacity(PIECE + FRAME_HEADER_LEN + MAX_FRAME_LEN);
+    while wire.len() < PIECE
+        && let Some(digest) = rest.as_slice().first()
+    {
+        match append_frame(&mut wire, digest, |wire| store.append_frame(digest, wire)) {
+            Ok(()) => drop(rest.next()),
+            Err(e) if e.is_missing() => break,
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok((wire, rest))
 }
 
 /// Refuses what no VM can be made from, before much is copied for it.

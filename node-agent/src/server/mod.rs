@@ -16,6 +16,7 @@ use axum::Router;
 use axum::body::Bytes;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{DefaultBodyLimit, Path, Query, Request, State};
+use axum::http::StatusCode;
 use axum::response::Response;
 use axum::routing::{get, post};
 use axum::{Json, middleware};
@@ -58,6 +59,7 @@ pub fn router(node: Node, token: Option<Token>) -> Router {
         .route("/v1/vms/{id}/inspect", get(vm_inspect))
         .route("/v1/vms/{id}/capture", post(vm_capture))
         .route("/v1/chunks/fetch", post(fetch_chunks))
+        .route("/v1/chunks/check", post(check_chunks))
         .fallback(error::not_found)
         .method_not_allowed_fallback(error::method_not_allowed)
         .layer(DefaultBodyLimit::max(MAX_BODY))
@@ -109,6 +111,13 @@ async fn fetch_chunks(
 ) -> Result<Response, Refusal> {
     let Query(patience) = patience.map_err(|e| bad_request(e.body_text()))?;
     chunks::send(node.images, body.0, &patience)
+}
+
+async fn check_chunks(
+    State(node): State<Node>,
+    body: Body<bedplate_api::image::ChunkList>,
+) -> Result<StatusCode, Refusal> {
+    chunks::check(node.images, body.0).await
 }
 
 /// The directory of a VM that is on this node.

@@ -1,6 +1,7 @@
 //! Images from a control node: a repository over a store, which answers as the control node's does, and can break off.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -19,7 +20,7 @@ use bedplate_api::{ApiError, Digest};
 use bedplate_images::Store;
 use tokio::sync::watch;
 
-use crate::support::{DEADLINE, Node, SLEEP, image_with, kvm, spec};
+use crate::support::{DEADLINE, Node, SLEEP, eventually, image_with, kvm, spec};
 
 /// What the control node of a test knows and does.
 #[derive(Clone)]
@@ -72,6 +73,7 @@ impl Control {
         let routes = Router::new()
             .route("/v1/blobs/{digest}", get(blob))
             .route("/v1/chunks/fetch", post(chunks))
+            .route("/v1/chunks/check", post(check))
             .route("/v1/chunks/locate", post(locate))
             .route("/v1/orders/{digest}", get(order).put(put_order))
             .route("/v1/nodes/register", post(register))
@@ -111,10 +113,15 @@ async fn chunks(State(control): State<Control>, Json(list): Json<ChunkList>) -> 
     }
     control.fetches.fetch_add(1, Ordering::SeqCst);
     control.held.subscribe().wait_for(|held| !held).await.unwrap();
+    if let Some(first) = control.store.missing(&list.digests).first() {
+        return refuse(ErrorKind::NotFound, &format!("{first} is not here"));
+    }
     let lies = |_: &Digest| control.lies.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_ok();
     let frame = |d: &Digest| {
         let other = lies(d).then(|| control.store.put_chunk(b"another chunk").unwrap());
-        control.store.frame(&other.unwrap_or(*d)).unwrap()
+        let mut frame = Vec::new();
+        control.store.append_frame(&other.unwrap_or(*d), &mut frame).unwrap();
+        frame
     };
     let mut wire: Vec<Result<Bytes, std::io::Error>> =
         list.digests.iter().map(|d| Ok(encode_frame(d, &frame(d)))).collect();
@@ -129,6 +136,13 @@ async fn chunks(State(control): State<Control>, Json(list): Json<ChunkList>) -> 
         wire.push(Err(std::io::Error::other("the line is cut")));
     }
     Body::from_stream(futures_util::stream::iter(wire)).into_response()
+}
+
+async fn check(State(control): State<Control>, Json(list): Json<ChunkList>) -> Response {
+    match list.digests.iter().try_for_each(|digest| control.store.check_chunk(digest)) {
+        Ok(()) => StatusCode::NO_CONTENT.into_response(),
+        Err(e) => refuse(ErrorKind::NotFound, &e.to_string()),
+    }
 }
 
 async fn locate(State(control): State<Control>, Json(ask): Json<Locate>) -> Json<Located> {
@@ -207,6 +221,42 @@ async fn an_image_is_copied_whole_though_the_line_breaks_and_the_control_node_he
     node.put(2, &[spec("two", next)]).await;
     reported(&control, |s| s.images.contains(&next)).await;
     assert_eq!(control.fetches.load(Ordering::SeqCst), before + 1);
+}
+
+/// Flips a bit of chunk `digest` in its file, and returns that and what it should be.
+pub fn damage(store: &Store, digest: &Digest) -> (PathBuf, Vec<u8>) {
+    let hex = digest.hex();
+    let path = store.dir().join("chunks").join(&hex[..2]).join(&hex);
+    let whole = std::fs::read(&path).unwrap();
+    let mut damaged = whole.clone();
+    damaged[whole.len() / 2] ^= 1;
+    std::fs::write(&path, damaged).unwrap();
+    (path, whole)
+}
+
+#[tokio::test]
+async fn a_chunk_that_rotted_in_the_repository_is_named_and_awaited() {
+    // Without KVM nothing is copied for VMs that could not run.
+    if !kvm() {
+        return;
+    }
+    let (_dir, control) = repository();
+    let digest = image_with(&control.store, &[SLEEP], &disk(100));
+    let manifest = control.store.manifest(&digest).unwrap();
+    let chunk = control.store.index(&manifest.parts["disk"]).unwrap().digest(70).unwrap();
+    let (path, whole) = damage(&control.store, &chunk);
+    let node = control.node().await;
+    node.put(1, &[spec("one", digest)]).await;
+    let names = [digest.to_string(), chunk.to_string(), path.display().to_string()];
+    let named = |line: &str| names.iter().all(|name| line.contains(name)) && line.contains("came damaged from unix:");
+    eventually("the agent says what is damaged, and where", async || node.log().lines().any(named).then_some(())).await;
+    assert!(!path.exists(), "the repository has set it aside");
+    assert!(!node.store().has_chunk(&chunk));
+    assert!(node.client().node_status().await.unwrap().images.is_empty());
+
+    control.store.put_frame(&chunk, &whole).unwrap();
+    reported(&control, |s| s.images.contains(&digest)).await;
+    node.store().verify(&digest).unwrap();
 }
 
 #[tokio::test]

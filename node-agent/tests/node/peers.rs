@@ -13,7 +13,7 @@ use bedplate_api::Digest;
 use bedplate_api::client::encode_frame;
 use rustix::thread::UnshareFlags;
 
-use crate::copy::{Control, disk, reported, repository};
+use crate::copy::{Control, damage, disk, reported, repository};
 use crate::support::{Node, SLEEP, eventually, image_with, kvm, spec};
 
 /// Runs a test on a network that has nothing but a loopback interface, and is gone when the test's processes are.
@@ -68,6 +68,29 @@ fn a_node_gets_from_another_what_that_one_has() {
         // There are four batches. One or two that a stalled machine keeps too long are had from the repository.
         assert!(chunk_requests(&control) <= before + 2, "{} after {before}", chunk_requests(&control));
         second.store().verify(&digest).unwrap();
+    });
+}
+
+#[test]
+fn a_chunk_that_rotted_at_a_peer_is_set_aside_there_and_had_from_the_repository() {
+    alone(async || {
+        let (_dir, control) = repository();
+        let digest = image_with(&control.store, &[SLEEP], &disk(100));
+        let url = control.serve().await;
+        let first = node(&url, 7001).await;
+        first.put(1, &[spec("one", digest)]).await;
+        reported(&control, |s| s.images.contains(&digest)).await;
+        let manifest = control.store.manifest(&digest).unwrap();
+        let chunk = control.store.index(&manifest.parts["disk"]).unwrap().digest(70).unwrap();
+        let (path, _) = damage(&first.store(), &chunk);
+
+        *control.peer.lock().unwrap() = Some(at(7001));
+        let second = node(&url, 7002).await;
+        second.put(1, &[spec("two", digest)]).await;
+        second.until("it has the image", |s| s.images.contains(&digest)).await;
+        second.store().verify(&digest).unwrap();
+        assert!(!path.exists(), "the peer knows of it");
+        assert!(first.log().contains(path.to_str().unwrap()), "and says so");
     });
 }
 

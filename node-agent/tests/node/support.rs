@@ -211,6 +211,11 @@ impl Node {
         self.state().join("agent.log")
     }
 
+    /// What the agent has said so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
     pub fn client(&self) -> Client {
         Client::new(Endpoint::Unix(self.state().join("node.sock")), None).unwrap()
     }
@@ -252,8 +257,7 @@ impl Drop for Node {
             kill(pid);
         }
         if std::thread::panicking() {
-            let log = std::fs::read_to_string(self.log_path()).unwrap_or_default();
-            eprintln!("--- the agent said:\n{log}");
+            eprintln!("--- the agent said:\n{}", self.log());
         }
     }
 }
