@@ -21,9 +21,9 @@ use bedplate_devices::virtio::block::Cache;
 use bedplate_devices::virtio::limiter::{BucketConfig, LimiterConfig, LimiterUpdate};
 
 pub use self::boot::{BootSourceError, boot_source};
-pub use self::net::{NetConfig, mmds_address, net, nets};
 pub use self::hotplug::{HotplugConfig, HotplugError, memory_hotplug};
 use self::net::MIN_MTU;
+pub use self::net::{NetConfig, mmds_address, net, nets};
 use crate::boot::{Boot, RootDevice};
 use crate::files;
 use crate::json;
@@ -492,21 +492,5 @@ mod tests {
         let huge = r#", "machine-config": {"vcpu_count": 1, "mem_size_mib": 128, "huge_pages": "2M"}"#;
         assert_eq!(validate(&spec(huge)).unwrap().balloon, None);
         assert!(error(&format!("{huge}{}", asked.replace('X', ""))).contains("leave one out"));
-    }
-
-    #[test]
-    fn an_interface_without_mac_gets_one_that_is_local_and_stays() {
-        let interface = |tap: &str| NetworkInterface {
-            iface_id: "e".into(),
-            host_dev_name: tap.into(),
-            guest_mac: None,
-            mtu: None,
-            rx_rate_limiter: None,
-            tx_rate_limiter: None,
-        };
-        let mac = net(&interface("tap0")).unwrap().mac;
-        assert_eq!(mac[0] & 3, 2);
-        assert_eq!(net(&interface("tap0")).unwrap().mac, mac);
-        assert_ne!(net(&interface("tap1")).unwrap().mac, mac);
     }
 }

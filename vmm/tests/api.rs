@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use rig::{Api, RESET, Rig, START, eventually, has_kvm, request, vmm};
+use rig::{Api, RESET, Rig, Running, SAY_X, SPIN, START, eventually, has_kvm, request, vmm};
 
 const AFTER: &str = "The requested operation is not supported after starting the microVM.";
 const BEFORE: &str = "The requested operation is not supported before starting the microVM.";

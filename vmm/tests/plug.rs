@@ -58,7 +58,7 @@ fn a_guest_that_never_answers_keeps_its_device() {
         ("more", &late, false, "are the same file"),
         ("more", &api.rig.path("none"), false, "none"),
         ("more", &PathBuf::from("/etc/passwd"), false, "--visible"),
-        ("m re", &late, false, "is not a name"),
+        ("m.re", &late, false, "is not a name"),
     ] {
         let said = api.refusal("PUT", &format!("/drives/{id}"), &body(id, path, is_root));
         assert!(said.contains(words), "{words:?} is missing in {said:?}");

@@ -16,7 +16,9 @@ pub const SLOTS: u8 = 32;
 #[derive(Debug, thiserror::Error)]
 pub enum PciError {
     /// All device numbers are taken.
-    #[error("no free PCI slot: the bus has {SLOTS} and one is the host bridge's; configure fewer devices, or remove one")]
+    #[error(
+        "no free PCI slot: the bus has {SLOTS} and one is the host bridge's; configure fewer devices, or remove one"
+    )]
     NoSlot,
     /// The windows are used up.
     #[error("no room for a BAR of {size:#x} bytes in the PCI memory windows")]

@@ -15,15 +15,14 @@ mod rtc;
 mod serial;
 
 pub use acpi_pm::{
-    AcpiPm, GPE_HOTPLUG, GPE_OFFSET, PM_BLOCK_LEN, PM_TIMER_OFFSET, PM1_CONTROL_OFFSET, PM1_EVENT_OFFSET, RESET_OFFSET, SLEEP_TYPE_S5,
+    AcpiPm, GPE_HOTPLUG, GPE_OFFSET, PM_BLOCK_LEN, PM_TIMER_OFFSET, PM1_CONTROL_OFFSET, PM1_EVENT_OFFSET, RESET_OFFSET,
+    SLEEP_TYPE_S5,
 };
 pub use boot_timer::{BOOT_TIMER_LEN, BootTimer, Booted};
 pub use control_port::{CONTROL_PORT, CONTROL_PORT_LEN, ControlPort};
 pub use debug_port::{DEBUG_PORT, DEBUG_PORT_LEN, DebugLine, DebugPort};
 pub use fw_cfg::{FW_CFG_LEN, FW_CFG_PORT, FwCfg, FwCfgError, FwCfgItems, FwCfgKey};
-pub use hotplug::{
-    CAME_OFFSET, EJECT_OFFSET, EjectSink, HOTPLUG_LEN, HotplugPort, HotplugSignals, WANTED_OFFSET,
-};
+pub use hotplug::{CAME_OFFSET, EJECT_OFFSET, EjectSink, HOTPLUG_LEN, HotplugPort, HotplugSignals, WANTED_OFFSET};
 pub use i8042::{I8042, I8042_LEN};
 pub use rtc::{RTC_LEN, Rtc};
 pub use serial::{SERIAL_LEN, SerialPort};

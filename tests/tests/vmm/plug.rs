@@ -158,7 +158,9 @@ fn with_taps() -> Result<()> {
     disappears(&guest, "/sys/class/net/eth0")?;
     is_gone(&guest, "net_net")?;
     ensure!(delete(&guest, "/drives/data", 400)?.contains("Device not found"));
-    ensure!(ids(&guest, "drives", "drive_id")? == ["disk0"] && ids(&guest, "network-interfaces", "iface_id")?.is_empty());
+    ensure!(
+        ids(&guest, "drives", "drive_id")? == ["disk0"] && ids(&guest, "network-interfaces", "iface_id")?.is_empty()
+    );
     ensure!(guest.run(&format!("ls /sys/bus/pci/devices | grep -c -e {disk_slot} -e {net_slot} || true"))? == "0");
     let after = open_files(&mut guest)?;
     ensure!(after == before, "open before: {before:?}, and after: {after:?}");
@@ -175,6 +177,10 @@ fn with_taps() -> Result<()> {
     for device in ["block_disk0", "block_data", "net_net"] {
         ensure!(guest.count(device, "guest_faults")? + guest.count(device, "host_faults")? == 0, "{device} has faults");
     }
+    ensure!(
+        guest.run("dmesg | grep -c -e 'ACPI.*Error' -e 'ACPI BIOS' || true")? == "0",
+        "the kernel dislikes our tables"
+    );
     // A disk that was there from the start goes, too.
     delete(&guest, "/drives/disk0", 204)?;
     disappears(&guest, "/sys/block/vda")?;
@@ -221,7 +227,8 @@ pub fn is_asked() -> Result<()> {
     // A disk that is in use goes all the same: whoever asks has to see to that.
     put_drive(&guest, "data", &dir.join("one"), 204)?;
     appears(&guest, "/sys/block/vdb")?;
-    guest.run("(dd if=/dev/vdb of=/dev/null bs=4k count=100000 2>/dev/null; sleep 100) < /dev/vdb > /dev/null 2>&1 &")?;
+    guest
+        .run("(dd if=/dev/vdb of=/dev/null bs=4k count=100000 2>/dev/null; sleep 100) < /dev/vdb > /dev/null 2>&1 &")?;
     delete(&guest, "/drives/data", 204)?;
     is_gone(&guest, "block_data")?;
     ensure!(guest.run("echo still here")? == "still here");
@@ -274,7 +281,8 @@ pub fn copy_on_write() -> Result<()> {
         if round == "second" {
             ensure!(guest.run("dd if=/dev/vda bs=4k skip=100 count=1 2>/dev/null | head -c 5")? == "first");
         }
-        guest.run(&format!("echo {round} > /tmp/x && dd if=/tmp/x of=/dev/vda bs=4k seek=100 conv=fsync 2>/dev/null"))?;
+        guest
+            .run(&format!("echo {round} > /tmp/x && dd if=/tmp/x of=/dev/vda bs=4k seek=100 conv=fsync 2>/dev/null"))?;
         delete(&guest, "/drives/cow", 204)?;
         is_gone(&guest, "block_cow")?;
         disappears(&guest, "/sys/block/vda")?;

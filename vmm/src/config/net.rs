@@ -104,3 +104,32 @@ fn mac_of(tap: &str) -> [u8; 6] {
     [0x06, a, b, c, d, e]
 }
 
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_without_mac_gets_one_that_is_local_and_stays() {
+        let interface = |tap: &str| NetworkInterface {
+            iface_id: "e".into(),
+            host_dev_name: tap.into(),
+            guest_mac: None,
+            mtu: None,
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
+        };
+        let mac = net(&interface("tap0")).unwrap().mac;
+        assert_eq!(mac[0] & 3, 2);
+        assert_eq!(net(&interface("tap0")).unwrap().mac, mac);
+        assert_ne!(net(&interface("tap1")).unwrap().mac, mac);
+    }
+
+    #[test]
+    fn only_named_interfaces_lead_to_metadata_and_one_that_has_gone_is_no_obstacle() {
+        let text = r#"{"network-interfaces": [{"iface_id": "a", "host_dev_name": "t0"},
+                                              {"iface_id": "b", "host_dev_name": "t1"}],
+                       "mmds-config": {"network_interfaces": ["gone", "b"], "ipv4_address": "169.254.7.7"}}"#;
+        let nets = nets(&serde_json::from_str(text).unwrap()).unwrap();
+        assert_eq!(nets.iter().map(|net| net.metadata).collect::<Vec<_>>(), [None, Some([169, 254, 7, 7].into())]);
+    }
+}

@@ -82,7 +82,9 @@ impl Session {
             }
         };
         match (is_there, is_root, device) {
-            (false, _, Unplug::Drive(id)) => Err(Fault::bad_request(format!("Device not found: there is no drive {id:?}."))),
+            (false, _, Unplug::Drive(id)) => {
+                Err(Fault::bad_request(format!("Device not found: there is no drive {id:?}.")))
+            }
             (false, _, Unplug::NetworkInterface(id)) => {
                 Err(Fault::bad_request(format!("Device not found: there is no network interface {id:?}.")))
             }
@@ -108,7 +110,9 @@ impl Session {
         let unplugging = self.vm.as_ref().is_some_and(|vm| vm.machine.is_unplugging(&device.name()));
         let (Unplug::Drive(id) | Unplug::NetworkInterface(id)) = device;
         Fault::bad_request(if unplugging {
-            format!("Device ID in use: the guest was asked to let go of {what} {id:?} and has not yet. Try again when it has")
+            format!(
+                "Device ID in use: the guest was asked to let go of {what} {id:?} and has not yet. Try again when it has"
+            )
         } else {
             format!("Device ID in use: there is {what} {id:?} already. Give another one, or DELETE it first")
         })

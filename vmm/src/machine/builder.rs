@@ -181,5 +181,6 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         plug.taps.seal();
     }
     let (threads, counters) = (Vec::new(), Vec::new());
-    Machine { _vm: vm, ram, buses, life, pci, devices, plug, serial, power, threads, counters, started: None }.run(vcpus)
+    Machine { _vm: vm, ram, buses, life, pci, devices, plug, serial, power, threads, counters, started: None }
+        .run(vcpus)
 }
