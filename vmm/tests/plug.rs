@@ -8,7 +8,7 @@ mod rig;
 
 use std::path::{Path, PathBuf};
 
-use rig::{Api, SAY_X, SPIN, eventually};
+use rig::{Api, Rig, SAY_X, SPIN, eventually, has_kvm};
 use serde_json::Value;
 
 /// `mov eax, -1; mov edx, 0x618; out dx, eax; jmp` to the `out`: lets go of every slot's device, for ever.
@@ -105,6 +105,15 @@ fn a_guest_that_lets_go_of_everything_loses_what_it_was_asked_for() {
     delete(&api, "/drives/boot");
     eventually("the last one is gone", || drives(&api).is_empty().then_some(()));
     api.stop();
+}
+
+#[test]
+fn a_tap_that_shall_be_kept_has_to_be_there() {
+    let rig = Rig::new(&[&SPIN]);
+    if has_kvm() {
+        let said = rig.refusal_with(&["--tap", "no-such-tap"], "");
+        assert!(said.contains("--tap no-such-tap: there is no such tap device"), "{said}");
+    }
 }
 
 #[test]

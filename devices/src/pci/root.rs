@@ -95,9 +95,9 @@ impl PciRoot {
         self.lock().add(function, Placement::ByGuest)
     }
 
-    /// Whether there is a device in `slot`.
+    /// Whether there is a device in `slot`. The host bridge is none: it neither comes nor goes.
     pub fn is_occupied(&self, slot: Slot) -> bool {
-        self.lock().slots.contains_key(&slot)
+        slot != BRIDGE && self.lock().slots.contains_key(&slot)
     }
 
     /// Takes what is in `slot` off the bus, and stops it: when this returns nothing of it answers, and none of its threads
@@ -106,11 +106,11 @@ impl PciRoot {
     /// The slot is free as soon as configuration space does not know the function any more. Stopping it can take as long
     /// as a reset of the device, and the root is not locked for that time.
     pub fn remove(&self, slot: Slot) {
+        if slot == BRIDGE {
+            return;
+        }
         let (entry, bus) = {
             let mut functions = self.lock();
-            if slot == BRIDGE {
-                return;
-            }
             (functions.slots.remove(&slot), functions.bus.upgrade())
         };
         if let Some(entry) = entry {

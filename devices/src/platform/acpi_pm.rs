@@ -2,8 +2,9 @@
 //! of general-purpose events, of which there is one: hot-plug.
 //!
 //! The power button is the fixed one: a press sets a status bit and raises the SCI, which is a level, so that a press
-//! before the guest listens is not lost. The hot-plug event follows a level: a guest that clears its status, as systems do
-//! while they start, finds it set again for as long as there is something to be told. `SLP_TYP` 5 with `SLP_EN` is soft off, as the DSDT's `\_S5` says.
+//! before the guest listens is not lost. The hot-plug event follows a level: a guest that clears its status, as systems
+//! do while they start, finds it set again for as long as there is something to be told. `SLP_TYP` 5 with `SLP_EN` is soft
+//! off, as the DSDT's `\_S5` says.
 //!
 //! | a hostile driver may | answer |
 //! | --- | --- |

@@ -1,5 +1,6 @@
-//! The few devices of a PC that Linux expects at fixed ports: serial port, clock, reset line, ACPI power registers; one that
-//! the ACPI tables speak of, for devices that come and go; and those that only firmware and boot loaders need: its configuration, control port A, a port for what it says.
+//! The few devices of a PC that Linux expects at fixed ports: serial port, clock, reset line, ACPI power registers; one
+//! that the ACPI tables speak of, for devices that come and go; and those that only firmware and boot loaders need: its
+//! configuration, control port A, a port for what it says.
 //!
 //! All are called on vCPU threads through [`crate::bus::Bus`]. None of them owns a thread or a descriptor that blocks.
 

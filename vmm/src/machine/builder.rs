@@ -9,7 +9,7 @@ use bedplate_devices::platform::{Booted, DebugLine, FwCfg, Rtc};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::lifecycle::Lifecycle;
-use super::pci_devices::{Attach, When};
+use super::pci_devices::When;
 use super::plug::{Departures, Plug};
 use super::taps::Taps;
 use super::vcpu::Buses;
@@ -111,25 +111,15 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     let config_ports = pci.config_ports();
     buses.ports.insert(pci::CONFIG_PORT, pci::CONFIG_PORTS, Arc::clone(&config_ports) as _)?;
     let mut devices = Devices::default();
-    let signals = platform::hotplug_signals(&power);
     let mut plug = Plug {
         host: Arc::new(interrupts.clone()),
         vcpus: config.topology.vcpus,
         metadata: outlets.metadata,
         taps: Taps::keep(outlets.taps)?,
+        signals: platform::hotplug_signals(&power),
         departures: Arc::new(Departures::new(outlets.departed.try_clone().map_err(BuildError::Host)?)),
-        signals,
     };
-    let mut attach = Attach {
-        when: When::Start,
-        pci: &pci,
-        host: Arc::clone(&plug.host),
-        memory: &ram.memory,
-        vcpus: plug.vcpus,
-        metadata: &plug.metadata,
-        taps: &plug.taps,
-        devices: &mut devices,
-    };
+    let mut attach = plug.attach(When::Start, &pci, &ram.memory, &mut devices);
     let disks = config.drives.iter().map(|drive| attach.drive(drive)).collect::<Result<Vec<_>, _>>()?;
     for net in &config.nets {
         attach.net(net)?;

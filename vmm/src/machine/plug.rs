@@ -1,15 +1,16 @@
 //! Devices that come and go while the guest runs.
 //!
-//! A device comes on the control thread: it is built as at the start ([`Attach`]), put into a free slot, and the guest is told.
-//! It goes in two steps. Control asks the guest for it; the guest lets go of it whenever it likes, and its vCPU, which says
-//! so, takes the device off the bus and stops it. Control is woken, and forgets it: with that its files are closed.
+//! A device comes on the control thread: it is built as at the start ([`Attach`]), put into a free slot, and the guest is
+//! told. It goes in two steps. Control asks the guest for it; the guest lets go of it whenever it likes, and the vCPU that
+//! says so takes the device off the bus and stops it. Control is woken, and forgets it: with that its files are closed.
 //!
-//! What the guest lets go of without being asked stays, and the guest is told that it is there: which devices a VM has is its
-//! owner's to say. That also gives back what the guest let go of twice, when the slot had another device by then.
+//! What the guest lets go of without being asked stays, and the guest is told that it is there: which devices a VM has is
+//! its owner's to say. A guest that was asked twice may let go twice, of what is in the slot by then; it gets that back.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use bedplate_devices::Memory;
 use bedplate_devices::host::PciHost;
 use bedplate_devices::pci::{PciRoot, Slot};
 use bedplate_devices::platform::{EjectSink, HotplugSignals};
@@ -17,11 +18,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::pci_devices::{Attach, When};
 use super::taps::Taps;
-use super::{BuildError, Machine};
+use super::{BuildError, Devices, Machine};
 use crate::config::{DriveConfig, NetConfig};
 use crate::metadata::Metadata;
 
-/// What is left over from the start for devices that come later, and who is on his way out.
+/// What devices are built with, at the start and later, and which of them are to go.
 pub(super) struct Plug {
     pub host: Arc<dyn PciHost>,
     pub vcpus: u8,
@@ -29,6 +30,21 @@ pub(super) struct Plug {
     pub taps: Taps,
     pub signals: HotplugSignals,
     pub departures: Arc<Departures>,
+}
+
+impl Plug {
+    /// To attach devices on `pci`, which `devices` will know.
+    pub fn attach<'a>(
+        &'a self,
+        when: When,
+        pci: &'a PciRoot,
+        memory: &'a Memory,
+        devices: &'a mut Devices,
+    ) -> Attach<'a> {
+        let host = Arc::clone(&self.host);
+        let Self { vcpus, metadata, taps, .. } = self;
+        Attach { when, pci, host, memory, vcpus: *vcpus, metadata, taps, devices }
+    }
 }
 
 /// Shared by control and the vCPUs. Lock order: before the signals', after the hot-plug port's.
@@ -113,16 +129,7 @@ impl Machine {
     }
 
     fn attach(&mut self) -> Attach<'_> {
-        Attach {
-            when: When::Running,
-            pci: &self.pci,
-            host: Arc::clone(&self.plug.host),
-            memory: &self.ram.memory,
-            vcpus: self.plug.vcpus,
-            metadata: &self.plug.metadata,
-            taps: &self.plug.taps,
-            devices: &mut self.devices,
-        }
+        self.plug.attach(When::Running, &self.pci, &self.ram.memory, &mut self.devices)
     }
 
     /// Asks the guest for the device `name`, again if it was asked before. The guest may take its time, or never let go.
@@ -147,5 +154,61 @@ impl Machine {
         let gone = std::mem::take(&mut self.plug.departures.lock().gone);
         gone.iter().for_each(|name| self.devices.forget(name));
         gone
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bedplate_devices::platform::IrqLine;
+    use bedplate_devices::testing;
+    use bedplate_devices::virtio::limiter::LimiterConfig;
+    use bedplate_devices::virtio::pci::VirtioPciDevice;
+    use bedplate_devices::virtio::rng::Rng;
+
+    use super::*;
+
+    /// Is up while the guest has something to be told.
+    #[derive(Clone, Default)]
+    struct Line(Arc<Mutex<bool>>);
+
+    impl IrqLine for Line {
+        fn set(&self, asserted: bool) {
+            *self.0.lock().unwrap() = asserted;
+        }
+    }
+
+    #[test]
+    fn what_was_asked_for_goes_once_and_what_is_in_its_slot_then_stays() {
+        let machine = testing::Machine::new();
+        let gone = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let departures = Arc::new(Departures::new(gone.try_clone().unwrap()));
+        let line = Line::default();
+        let signals = HotplugSignals::new(Box::new(line.clone()));
+        let is_told = || *line.0.lock().unwrap();
+        let lets_go = departures.sink(&machine.root, &signals);
+        let device = || {
+            let rng = Rng::new(LimiterConfig::NONE).unwrap();
+            machine.add(VirtioPciDevice::new(rng, &machine.memory, &machine.pci_host()).unwrap())
+        };
+
+        let slot = device();
+        lets_go(slot);
+        assert!(machine.root.is_occupied(slot) && is_told(), "nobody has asked");
+        signals.gone(slot);
+        lets_go(Slot::new(0).unwrap());
+        lets_go(Slot::new(9).unwrap());
+        assert!(gone.read().is_err() && departures.lock().gone.is_empty());
+
+        departures.lock().asked.insert(slot, "a".into());
+        signals.wanted(slot);
+        lets_go(slot);
+        assert!(!machine.root.is_occupied(slot) && !is_told());
+        assert_eq!((gone.read().unwrap(), std::mem::take(&mut departures.lock().gone)), (1, vec!["a".to_owned()]));
+        lets_go(slot);
+        assert!(!is_told(), "there is nothing to look at");
+        assert_eq!(device(), slot);
+        lets_go(slot);
+        assert!(machine.root.is_occupied(slot) && is_told());
+        assert!(gone.read().is_err() && departures.lock().leaving.is_empty());
     }
 }

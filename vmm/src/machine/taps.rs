@@ -1,5 +1,5 @@
-//! Taps: those that were named at the start stay attached for as long as the VM runs, so that interfaces can have them later,
-//! when the process reaches no other.
+//! Taps: those that were named at the start stay attached for as long as the VM runs, so that interfaces can have them
+//! later, when the process reaches no other.
 
 use std::collections::BTreeMap;
 use std::ffi::CString;
