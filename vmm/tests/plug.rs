@@ -51,7 +51,10 @@ fn a_guest_that_never_answers_keeps_its_device() {
         return api.stop();
     }
     api.put("/drives/late", &body("late", &late, false));
-    assert_eq!(drives(&api), ["root", "boot", "late"]);
+    // No new ring is permitted inside of the sandbox: the disk does without.
+    let engine = body("ring", &disk(&api, "ring"), false).replace('}', r#", "io_engine": "Async"}"#);
+    api.put("/drives/ring", &engine);
+    assert_eq!(drives(&api), ["root", "boot", "late", "ring"]);
     for (id, path, is_root, words) in [
         ("late", &disk(&api, "more"), false, "Device ID in use"),
         ("more", &disk(&api, "more"), true, "A root block device already exists"),
@@ -76,7 +79,7 @@ fn a_guest_that_never_answers_keeps_its_device() {
         let said = api.refusal("PUT", &format!("/drives/{id}"), &body(id, &disk(&api, "more"), false));
         assert!(said.contains("has not yet"), "{said}");
     }
-    assert_eq!(drives(&api), ["root", "boot", "late"]);
+    assert_eq!(drives(&api), ["root", "boot", "late", "ring"]);
     api.stop();
 }
 

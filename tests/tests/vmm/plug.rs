@@ -224,6 +224,15 @@ pub fn is_asked() -> Result<()> {
     is_gone(&guest, "block_data")?;
     disappears(&guest, "/sys/block/vdb")?;
 
+    // As Firecracker's clients do it: first the guest, then the VMM.
+    put_drive(&guest, "data", &dir.join("one"), 204)?;
+    appears(&guest, "/sys/block/vdb")?;
+    let address = slot(&guest, "/sys/block/vdb")?;
+    guest.run(&format!("echo 1 > /sys/bus/pci/devices/{address}.0/remove"))?;
+    disappears(&guest, "/sys/block/vdb")?;
+    delete(&guest, "/drives/data", 204)?;
+    is_gone(&guest, "block_data")?;
+
     // A disk that is in use goes all the same: whoever asks has to see to that.
     put_drive(&guest, "data", &dir.join("one"), 204)?;
     appears(&guest, "/sys/block/vdb")?;
