@@ -55,7 +55,7 @@ fn main() -> ExitCode {
         Scenario { name: "guests_reach_each_other", run: network::guest_and_guest },
         Scenario { name: "disks_and_interfaces_come_and_go", run: plug::come_and_go },
         Scenario { name: "a_guest_is_asked_for_a_device_and_keeps_the_others", run: plug::is_asked },
-        Scenario { name: "a_guest_is_told_when_it_listens", run: plug::before_it_listens },
+        Scenario { name: "a_device_that_comes_before_the_guest_does_is_found", run: plug::before_it_listens },
         Scenario { name: "the_bus_is_filled_and_emptied", run: plug::fill_the_bus },
         Scenario { name: "a_plugged_copy_on_write_disk_keeps_what_was_written", run: plug::copy_on_write },
         Scenario { name: "vsock_both_ways", run: vsock::both_ways },

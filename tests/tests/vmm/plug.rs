@@ -254,7 +254,8 @@ pub fn is_asked() -> Result<()> {
     Ok(())
 }
 
-/// What comes and is asked for before the guest has a driver, or even a kernel that listens, is not forgotten.
+/// What comes before the guest has a driver, or even a kernel, is found when it has. Linux hears that something is wanted
+/// back before it knows its slots, and forgets it: it has to be asked again.
 pub fn before_it_listens() -> Result<()> {
     let dir = dir("early")?;
     let guest = GuestSpec::new("early").drive(&file(&dir, "boot")?, false).options(&["--visible", "/run/plug"]);
@@ -267,6 +268,7 @@ pub fn before_it_listens() -> Result<()> {
         "the guest was quicker than this test: look at both"
     );
     guest.ready()?;
+    delete(&guest, "/drives/disk0", 204)?;
     is_gone(&guest, "block_disk0")?;
     guest.run("until [ \"$(head -c 3 /dev/vd? 2>/dev/null)\" = one ]; do usleep 100000; done")?;
     ensure!(guest.count("block_data", "guest_faults")? + guest.count("block_data", "host_faults")? == 0);
