@@ -3,6 +3,7 @@
 
 mod boot;
 mod hotplug;
+mod net;
 
 use std::collections::HashSet;
 use std::io;
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use bedplate_api::vmm::{
     Balloon, CacheType, ChunkSource, CpuConfig, CpuConfigSource, CpuTemplate, Drive, HugePages, IoEngine,
-    MachineConfig, MmdsConfig, NetworkInterface, RateLimiter, TokenBucket, VmConfig, Vsock,
+    MachineConfig, RateLimiter, TokenBucket, VmConfig, Vsock,
 };
 use bedplate_devices::virtio::balloon::BalloonConfig;
 use bedplate_devices::virtio::block::Cache;
@@ -21,6 +22,8 @@ use bedplate_devices::virtio::limiter::{BucketConfig, LimiterConfig, LimiterUpda
 
 pub use self::boot::{BootSourceError, boot_source};
 pub use self::hotplug::{HotplugConfig, HotplugError, memory_hotplug};
+use self::net::MIN_MTU;
+pub use self::net::{NetConfig, mmds_address, net, nets};
 use crate::boot::{Boot, RootDevice};
 use crate::files;
 use crate::json;
@@ -37,10 +40,6 @@ pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 const MAX_TEMPLATE: u64 = 1 << 20;
 /// Drives, network interfaces and the four others share 31 slots of the PCI bus.
 const MAX_DEVICES: usize = 31;
-/// Where the guest's metadata is if nobody says where.
-const MMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
-/// The least that IPv4 can do with (RFC 791).
-const MIN_MTU: u16 = 68;
 /// Context ids below are the host's and the hypervisor's.
 const FIRST_GUEST_CID: u32 = 3;
 
@@ -82,20 +81,6 @@ pub struct DriveConfig {
     pub engine: IoEngine,
     pub limits: LimiterConfig,
     pub chunk_source: Option<ChunkSource>,
-}
-
-/// One network interface.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub struct NetConfig {
-    pub id: String,
-    pub tap: String,
-    pub mac: [u8; 6],
-    pub mtu: Option<u16>,
-    /// Where the guest reaches its metadata over it.
-    pub metadata: Option<Ipv4Addr>,
-    pub rx_limits: LimiterConfig,
-    pub tx_limits: LimiterConfig,
 }
 
 /// A source of randomness.
@@ -190,9 +175,10 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
     let source = spec.boot_source.as_ref().ok_or(ConfigError::NoBootSource)?;
     machine(&spec.machine_config)?;
     distinct("drive_id", spec.drives.iter().map(|d| d.drive_id.as_str()))?;
-    distinct("iface_id", spec.network_interfaces.iter().map(|n| n.iface_id.as_str()))?;
-    distinct("host_dev_name", spec.network_interfaces.iter().map(|n| n.host_dev_name.as_str()))?;
-    distinct("guest_mac", spec.network_interfaces.iter().filter_map(|n| n.guest_mac.as_deref()))?;
+    let nets = nets(spec)?;
+    if let Some(mmds) = &spec.mmds_config {
+        mmds_address(mmds, &spec.network_interfaces)?;
+    }
     let root = root_device(&spec.drives)?;
     let boot = boot_source(source, root.as_ref())?;
     let mut drives: Vec<_> = spec.drives.iter().collect();
@@ -215,17 +201,12 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
         },
         boot,
         drives: drives.into_iter().map(drive).collect::<Result<_, _>>()?,
-        nets: spec.network_interfaces.iter().map(net).collect::<Result<_, _>>()?,
+        nets,
         vsock: spec.vsock.as_ref().map(vsock).transpose()?,
         entropy: spec.entropy.as_ref().map(|entropy| EntropyConfig { limits: limits(entropy.rate_limiter) }),
         balloon: spec.balloon.as_ref().map(|spec| balloon(spec, memory_mib)).transpose()?,
         hotplug: spec.memory_hotplug.as_ref().map(memory_hotplug).transpose()?,
     };
-    if let Some(mmds) = &spec.mmds_config {
-        let address = mmds_address(mmds, &spec.network_interfaces)?;
-        let named = config.nets.iter_mut().filter(|net| mmds.network_interfaces.contains(&net.id));
-        named.for_each(|net| net.metadata = Some(address));
-    }
     let others = [config.vsock.is_some(), config.entropy.is_some(), config.balloon.is_some(), config.hotplug.is_some()];
     let devices = config.drives.len() + config.nets.len() + others.iter().filter(|there| **there).count();
     match (&config.balloon, config.pages) {
@@ -371,46 +352,6 @@ pub fn separate(drives: &[DriveConfig]) -> Result<(), ConfigError> {
     Ok(())
 }
 
-/// Checks one network interface.
-///
-/// # Errors
-/// Its name, tap or MAC address cannot be.
-pub fn net(net: &NetworkInterface) -> Result<NetConfig, ConfigError> {
-    let id = name("iface_id", &net.iface_id)?;
-    let tap = net.host_dev_name.clone();
-    // As the kernel has it: IFNAMSIZ with its terminator.
-    if tap.is_empty() || tap.len() > 15 || tap.contains(|c: char| c == '/' || c.is_whitespace() || c == '\0') {
-        return Err(ConfigError::Tap { id, name: tap });
-    }
-    let mac = match &net.guest_mac {
-        Some(text) => parse_mac(text).ok_or_else(|| ConfigError::Mac { id: id.clone(), mac: text.clone() })?,
-        None => mac_of(&tap),
-    };
-    if let Some(mtu) = net.mtu.filter(|mtu| *mtu < MIN_MTU) {
-        return Err(ConfigError::Mtu { id, mtu });
-    }
-    let (rx_limits, tx_limits) = (limits(net.rx_rate_limiter), limits(net.tx_rate_limiter));
-    Ok(NetConfig { id, tap, mac, mtu: net.mtu, metadata: None, rx_limits, tx_limits })
-}
-
-/// Checks how the guest reaches its metadata; returns at which address.
-///
-/// # Errors
-/// No interface is named, or one that is not there, or the address is none that only a link has.
-pub fn mmds_address(mmds: &MmdsConfig, interfaces: &[NetworkInterface]) -> Result<Ipv4Addr, ConfigError> {
-    if mmds.network_interfaces.is_empty() {
-        return Err(ConfigError::MmdsNowhere);
-    }
-    let known = |id: &&String| interfaces.iter().any(|interface| interface.iface_id == **id);
-    if let Some(id) = mmds.network_interfaces.iter().find(|id| !known(id)) {
-        return Err(ConfigError::MmdsInterface(id.clone()));
-    }
-    let address = mmds.ipv4_address.unwrap_or(MMDS_ADDRESS);
-    // The first and the last 256 are reserved (RFC 3927, 2.1).
-    let usable = address.is_link_local() && (1..=254).contains(&address.octets()[2]);
-    if usable { Ok(address) } else { Err(ConfigError::MmdsAddress(address)) }
-}
-
 /// Checks the vsock device.
 ///
 /// # Errors
@@ -420,26 +361,6 @@ pub fn vsock(vsock: &Vsock) -> Result<VsockConfig, ConfigError> {
         return Err(ConfigError::Cid(vsock.guest_cid));
     }
     Ok(VsockConfig { cid: vsock.guest_cid, path: path("vsock: uds_path", &vsock.uds_path)? })
-}
-
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
-    let mut mac = [0; 6];
-    let mut parts = text.split(':');
-    for byte in &mut mac {
-        let part = parts.next().filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()))?;
-        *byte = u8::from_str_radix(part, 16).ok()?;
-    }
-    // The lowest bit of the first byte marks groups.
-    (parts.next().is_none() && mac[0] & 1 == 0 && mac != [0; 6]).then_some(mac)
-}
-
-/// A locally administered address that stays the same for the same tap (FNV-1a of its name).
-fn mac_of(tap: &str) -> [u8; 6] {
-    let hash = tap
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
-    let [a, b, c, d, e, ..] = hash.to_le_bytes();
-    [0x06, a, b, c, d, e]
 }
 
 fn path(what: &str, path: &str) -> Result<PathBuf, ConfigError> {
@@ -571,21 +492,5 @@ mod tests {
         let huge = r#", "machine-config": {"vcpu_count": 1, "mem_size_mib": 128, "huge_pages": "2M"}"#;
         assert_eq!(validate(&spec(huge)).unwrap().balloon, None);
         assert!(error(&format!("{huge}{}", asked.replace('X', ""))).contains("leave one out"));
-    }
-
-    #[test]
-    fn an_interface_without_mac_gets_one_that_is_local_and_stays() {
-        let interface = |tap: &str| NetworkInterface {
-            iface_id: "e".into(),
-            host_dev_name: tap.into(),
-            guest_mac: None,
-            mtu: None,
-            rx_rate_limiter: None,
-            tx_rate_limiter: None,
-        };
-        let mac = net(&interface("tap0")).unwrap().mac;
-        assert_eq!(mac[0] & 3, 2);
-        assert_eq!(net(&interface("tap0")).unwrap().mac, mac);
-        assert_ne!(net(&interface("tap1")).unwrap().mac, mac);
     }
 }

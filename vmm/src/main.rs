@@ -53,6 +53,9 @@ struct Args {
     /// Leave this directory visible inside of the sandbox, for files that are named later; may be repeated
     #[arg(long, value_name = "DIR", conflicts_with = "no_sandbox")]
     visible: Vec<PathBuf>,
+    /// Keep this tap for the VM, so that a network interface can have it while the VM runs; may be repeated
+    #[arg(long, value_name = "NAME")]
+    tap: Vec<String>,
     /// Let a guest that takes over this process do what you can do
     #[arg(long, visible_alias = "no-seccomp")]
     no_sandbox: bool,
@@ -155,7 +158,8 @@ fn run(args: &Args) -> Result<Exit> {
         parent_cpu_us: args.parent_cpu_time_us,
     };
     let mmds_size_limit = args.mmds_size_limit.unwrap_or(args.http_api_max_payload_size);
-    let settings = Settings { id: args.id.clone(), boot_timer: args.boot_timer, start, mmds_size_limit };
+    let (id, taps) = (args.id.clone(), args.tap.clone());
+    let settings = Settings { id, boot_timer: args.boot_timer, start, mmds_size_limit, taps };
     let mut session = Session::new(settings, console, sandbox(args))?;
     session.set_logger(&logger(args))?;
     if let Some(path) = &args.metrics_path {

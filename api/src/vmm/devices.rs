@@ -19,6 +19,9 @@ pub struct DeviceStatus {
     pub guest_faults: u64,
     /// Times that the host let the device down.
     pub host_faults: u64,
+    /// The guest was asked to let go of it, and has not yet. Absent: it was not asked, or the VMM cannot ask.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub unplugging: bool,
     /// What the first of those was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub first_host_fault: Option<String>,

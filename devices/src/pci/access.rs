@@ -24,7 +24,8 @@ impl Ecam {
         let bus = offset >> 20;
         // An access that runs into the next function has no meaning.
         let inside = usize::from(register) + len <= CONFIG_LEN;
-        (bus == 0 && function == 0 && inside).then_some((Slot::new((offset >> 15 & 0x1f) as u8), register))
+        let slot = Slot::new((offset >> 15 & 0x1f) as u8)?;
+        (bus == 0 && function == 0 && inside).then_some((slot, register))
     }
 }
 
@@ -71,7 +72,8 @@ impl ConfigPorts {
         let byte = offset.checked_sub(Self::DATA)?;
         let bus_and_function = self.address & 0x00ff_0700;
         let target = self.address & Self::ENABLE != 0 && bus_and_function == 0 && byte + len as u64 <= 4;
-        target.then(|| (Slot::new((self.address >> 11 & 0x1f) as u8), (self.address & 0xfc) as u16 + byte as u16))
+        let slot = Slot::new((self.address >> 11 & 0x1f) as u8)?;
+        target.then(|| (slot, (self.address & 0xfc) as u16 + byte as u16))
     }
 }
 

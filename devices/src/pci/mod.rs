@@ -17,7 +17,7 @@ mod tests;
 pub use access::{ConfigPorts, Ecam};
 pub use config::{BAR_COUNT, CONFIG_LEN, ConfigSpace, Identity};
 pub use msix::{Msix, Vectors};
-pub use root::{PciError, PciRoot, Slot};
+pub use root::{PciError, PciRoot, SLOTS, Slot};
 
 /// Bytes of memory space that the memory-mapped configuration access takes: one bus.
 pub const ECAM_LEN: u64 = 1 << 20;

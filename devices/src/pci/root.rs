@@ -1,5 +1,6 @@
 //! The root complex: which function sits where, and where its BARs are decoded.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -9,13 +10,15 @@ use super::{BAR_COUNT, ConfigPorts, ConfigSpace, Ecam, PciFunction};
 use crate::bus::{Bus, BusDevice};
 
 /// Devices that one bus can have.
-const SLOTS: usize = 32;
+pub const SLOTS: u8 = 32;
 
 /// A function could not be added.
 #[derive(Debug, thiserror::Error)]
 pub enum PciError {
     /// All device numbers are taken.
-    #[error("no free PCI slot: the bus has {SLOTS} and one is the host bridge's; configure fewer devices")]
+    #[error(
+        "no free PCI slot: the bus has {SLOTS} and one is the host bridge's; configure fewer devices, or remove one"
+    )]
     NoSlot,
     /// The windows are used up.
     #[error("no room for a BAR of {size:#x} bytes in the PCI memory windows")]
@@ -30,8 +33,9 @@ pub enum PciError {
 pub struct Slot(u8);
 
 impl Slot {
-    pub(super) fn new(device: u8) -> Self {
-        Self(device)
+    /// The slot of device number `device`; none past the end of the bus.
+    pub fn new(device: u8) -> Option<Self> {
+        (device < SLOTS).then_some(Self(device))
     }
 
     /// The device number, 0 to 31.
@@ -46,6 +50,9 @@ impl fmt::Display for Slot {
     }
 }
 
+/// Where the host bridge is.
+const BRIDGE: Slot = Slot(0);
+
 /// A PCI Express root complex with one bus. Cheap to clone; all clones are the same one.
 #[derive(Clone)]
 pub struct PciRoot {
@@ -58,7 +65,8 @@ impl PciRoot {
     pub fn new(bus: &Arc<Bus>, windows: Vec<Range<u64>>) -> Self {
         let bridge = Entry { function: Arc::new(Mutex::new(HostBridge::new())), bars: Vec::new() };
         let windows = windows.into_iter().map(|range| Window { next: range.start, range }).collect();
-        Self { functions: Arc::new(Mutex::new(Functions { slots: vec![bridge], bus: Arc::downgrade(bus), windows })) }
+        let slots = BTreeMap::from([(BRIDGE, bridge)]);
+        Self { functions: Arc::new(Mutex::new(Functions { slots, bus: Arc::downgrade(bus), windows })) }
     }
 
     /// Puts `function` into the next free slot and gives each of its BARs an address, as firmware would. The guest still
@@ -75,7 +83,39 @@ impl PciRoot {
     /// # Errors
     /// As [`PciRoot::add`].
     pub fn add_shared(&self, function: Arc<Mutex<dyn PciFunction>>) -> Result<Slot, PciError> {
-        self.lock().add(function)
+        self.lock().add(function, Placement::ByUs)
+    }
+
+    /// The same while the guest runs, which alone knows by now what lies where: the BARs have no address until the guest
+    /// gives them one. It still has to be told that there is something.
+    ///
+    /// # Errors
+    /// No slot is free.
+    pub fn plug(&self, function: Arc<Mutex<dyn PciFunction>>) -> Result<Slot, PciError> {
+        self.lock().add(function, Placement::ByGuest)
+    }
+
+    /// Whether there is a device in `slot`. The host bridge is none: it neither comes nor goes.
+    pub fn is_occupied(&self, slot: Slot) -> bool {
+        slot != BRIDGE && self.lock().slots.contains_key(&slot)
+    }
+
+    /// Takes what is in `slot` off the bus, and stops it: when this returns nothing of it answers, and none of its threads
+    /// touches guest memory. Does nothing for an empty slot and the host bridge.
+    ///
+    /// The slot is free as soon as configuration space does not know the function any more. Stopping it can take as long
+    /// as a reset of the device, and the root is not locked for that time.
+    pub fn remove(&self, slot: Slot) {
+        if slot == BRIDGE {
+            return;
+        }
+        let (entry, bus) = {
+            let mut functions = self.lock();
+            (functions.slots.remove(&slot), functions.bus.upgrade())
+        };
+        if let Some(entry) = entry {
+            entry.retire(bus.as_deref());
+        }
     }
 
     /// What answers at the memory-mapped configuration window, [`super::ECAM_LEN`] bytes long.
@@ -90,7 +130,7 @@ impl PciRoot {
 
     /// Stops all functions: when this returns no device thread touches guest memory. Idempotent.
     pub fn shutdown(&self) {
-        for entry in &self.lock().slots {
+        for entry in self.lock().slots.values() {
             lock(&entry.function).shutdown();
         }
     }
@@ -132,37 +172,44 @@ struct Entry {
     bars: Vec<BarMapping>,
 }
 
+/// Who gives BARs their addresses.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Placement {
+    ByUs,
+    ByGuest,
+}
+
 /// The state behind every handle.
 pub(super) struct Functions {
-    /// By device number.
-    slots: Vec<Entry>,
+    slots: BTreeMap<Slot, Entry>,
     /// Not an owner: the bus holds the configuration windows, which hold this.
     bus: Weak<Bus>,
     windows: Vec<Window>,
 }
 
 impl Functions {
-    fn add(&mut self, function: Arc<Mutex<dyn PciFunction>>) -> Result<Slot, PciError> {
-        if self.slots.len() == SLOTS {
-            return Err(PciError::NoSlot);
-        }
+    fn add(&mut self, function: Arc<Mutex<dyn PciFunction>>, placement: Placement) -> Result<Slot, PciError> {
+        let free = (0..SLOTS).map(Slot).find(|slot| !self.slots.contains_key(slot)).ok_or(PciError::NoSlot)?;
         let mut bars = Vec::new();
         for index in 0..BAR_COUNT {
             let size = lock(&function).config().bar_size(index);
             if size == 0 {
                 continue;
             }
-            let address = self.windows.iter_mut().find_map(|w| w.allocate(size)).ok_or(PciError::NoSpace { size })?;
-            lock(&function).config().set_bar_address(index, address);
-            let device = Arc::new(Mutex::new(BarDevice { function: Arc::clone(&function), index }));
+            if placement == Placement::ByUs {
+                let address =
+                    self.windows.iter_mut().find_map(|w| w.allocate(size)).ok_or(PciError::NoSpace { size })?;
+                lock(&function).config().set_bar_address(index, address);
+            }
+            let device = Arc::new(Mutex::new(BarDevice { function: Some(Arc::clone(&function)), index }));
             bars.push(BarMapping { index, size, device, mapped: None });
         }
-        self.slots.push(Entry { function, bars });
-        Ok(Slot((self.slots.len() - 1) as u8))
+        self.slots.insert(free, Entry { function, bars });
+        Ok(free)
     }
 
     pub(super) fn read_config(&mut self, slot: Slot, register: u16, data: &mut [u8]) {
-        match self.slots.get(usize::from(slot.0)) {
+        match self.slots.get(&slot) {
             Some(entry) => lock(&entry.function).read_config(register, data),
             // Nobody answers: a master abort, which reads as ones.
             None => data.fill(0xff),
@@ -170,7 +217,7 @@ impl Functions {
     }
 
     pub(super) fn write_config(&mut self, slot: Slot, register: u16, data: &[u8]) {
-        if let Some(entry) = self.slots.get_mut(usize::from(slot.0)) {
+        if let Some(entry) = self.slots.get_mut(&slot) {
             lock(&entry.function).write_config(register, data);
             entry.remap(&self.bus, &self.windows);
         }
@@ -203,6 +250,23 @@ impl Entry {
     }
 }
 
+impl Entry {
+    /// Ends what is on the bus no more. Called without the root's lock: an access to a BAR that is under way may hold the
+    /// function's for long, and is waited for.
+    fn retire(self, bus: Option<&Bus>) {
+        for bar in &self.bars {
+            if let (Some(bus), Some(mapped)) = (bus, bar.mapped) {
+                bus.remove(mapped);
+            }
+            // Who has found it on the bus before, and comes now, must not set it going again.
+            bar.device.lock().unwrap_or_else(|e| e.into_inner()).function = None;
+        }
+        let mut function = lock(&self.function);
+        self.bars.iter().filter(|bar| bar.mapped.is_some()).for_each(|bar| function.bar_moved(bar.index, None));
+        function.shutdown();
+    }
+}
+
 impl BarMapping {
     /// Where the registers say that the BAR is decoded: nowhere outside of what the bridge forwards.
     fn wanted(&self, config: &ConfigSpace, windows: &[Window]) -> Option<u64> {
@@ -215,16 +279,22 @@ impl BarMapping {
 
 /// One BAR of a function, as the memory bus sees it.
 struct BarDevice {
-    function: Arc<Mutex<dyn PciFunction>>,
+    /// None once the function is off the bus.
+    function: Option<Arc<Mutex<dyn PciFunction>>>,
     index: usize,
 }
 
 impl BusDevice for BarDevice {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        lock(&self.function).read_bar(self.index, offset, data);
+        match &self.function {
+            Some(function) => lock(function).read_bar(self.index, offset, data),
+            None => data.fill(0xff),
+        }
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        lock(&self.function).write_bar(self.index, offset, data);
+        if let Some(function) = &self.function {
+            lock(function).write_bar(self.index, offset, data);
+        }
     }
 }

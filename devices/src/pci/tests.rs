@@ -173,6 +173,54 @@ fn slots_and_windows_end() {
     assert!(matches!(root.add(Probe::new()), Err(PciError::NoSpace { size: 0x10 })));
 }
 
+#[test]
+fn what_is_plugged_lies_nowhere_until_the_guest_says_where() {
+    let machine = Machine::new();
+    let slot = machine.root.plug(Arc::new(Mutex::new(Probe::new()))).unwrap();
+    assert_eq!((machine.read_config(slot, 0x10), machine.read_config(slot, 0x14)), (0xc, 0));
+    machine.write_config(slot, 4, 2);
+    assert!(!machine.bus.read(0, &mut [0]));
+    let place = Machine::WINDOW.start + 0x4_0000;
+    machine.write_config(slot, 0x14, (place >> 32) as u32);
+    machine.write_config(slot, 0x10, place as u32);
+    assert_eq!(machine.read::<1>(place + 5), [5]);
+}
+
+#[test]
+fn what_is_removed_answers_nowhere_and_its_slot_is_the_next_one_s() {
+    let machine = Machine::new();
+    let probe = Probe::new();
+    let (mapped, accesses) = (Arc::clone(&probe.mapped), Arc::clone(&probe.accesses));
+    let (first, second) = (machine.add(probe), machine.add(Probe::new()));
+    machine.write_config(first, 4, 2);
+    let place = mapped.lock().unwrap()[0].unwrap();
+    // Another vCPU, which uses the BAR all the time.
+    let stop = AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while stop.load(Ordering::Relaxed) == 0 {
+                machine.bus.read(place, &mut [0; 4]);
+            }
+        });
+        while accesses.load(Ordering::Relaxed) == 0 {
+            std::thread::yield_now();
+        }
+        machine.root.remove(first);
+        let reached = accesses.load(Ordering::Relaxed);
+        (0..1000).for_each(|_| _ = machine.bus.read(place, &mut [0; 4]));
+        assert_eq!(accesses.load(Ordering::Relaxed), reached, "it was reached after it had gone");
+        stop.store(1, Ordering::Relaxed);
+    });
+    assert_eq!((*mapped.lock().unwrap(), machine.root.is_occupied(first)), ([None; BAR_COUNT], false));
+    assert_eq!((machine.read_config(first, 0), machine.read_config(second, 0)), (!0, 0x1042_1af4));
+    machine.write_config(first, 4, 2);
+    machine.root.remove(first);
+    machine.root.remove(Slot::new(0).unwrap());
+    assert_eq!(machine.read_config(Slot::new(0).unwrap(), 0), 0x0008_1b36, "the host bridge stays");
+    assert_eq!(machine.root.plug(Arc::new(Mutex::new(Probe::new()))).unwrap(), first);
+    assert!(Slot::new(32).is_none());
+}
+
 /// What the registers say about a BAR, from the outside.
 fn decoded(machine: &Machine, slot: Slot, index: u64, size: u64) -> Option<u64> {
     let low = machine.read_config(slot, 0x10 + index * 4) & !0xf;

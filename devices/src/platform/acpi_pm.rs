@@ -1,7 +1,10 @@
-//! ACPI fixed hardware (ACPI 6.4, chapter 4.8): PM1 event and control blocks, the PM timer, and a reset register.
+//! ACPI fixed hardware (ACPI 6.4, chapter 4.8): PM1 event and control blocks, the PM timer, a reset register, and a block
+//! of general-purpose events, of which there is one: hot-plug.
 //!
 //! The power button is the fixed one: a press sets a status bit and raises the SCI, which is a level, so that a press
-//! before the guest listens is not lost. `SLP_TYP` 5 with `SLP_EN` is soft off, as the DSDT's `\_S5` says.
+//! before the guest listens is not lost. The hot-plug event follows a level: a guest that clears its status, as systems
+//! do while they start, finds it set again for as long as there is something to be told. `SLP_TYP` 5 with `SLP_EN` is soft
+//! off, as the DSDT's `\_S5` says.
 //!
 //! | a hostile driver may | answer |
 //! | --- | --- |
@@ -22,12 +25,19 @@ pub const PM1_CONTROL_OFFSET: u64 = 4;
 pub const PM_TIMER_OFFSET: u64 = 8;
 /// Offset of the reset register, 1 byte: any write of [`AcpiPm::RESET_VALUE`] resets.
 pub const RESET_OFFSET: u64 = 12;
+/// Offset of the general-purpose event block, 2 bytes: status, enable.
+pub const GPE_OFFSET: u64 = 14;
+/// Number of the event that devices have come, or are to go. A level: `_L01` in the DSDT.
+pub const GPE_HOTPLUG: u8 = 1;
 /// Number of ports.
 pub const PM_BLOCK_LEN: u64 = 16;
 /// `SLP_TYP` of soft off.
 pub const SLEEP_TYPE_S5: u8 = 5;
 
 const ENABLE_OFFSET: u64 = PM1_EVENT_OFFSET + 2;
+const GPE_ENABLE_OFFSET: u64 = GPE_OFFSET + 1;
+/// The events that there are.
+const GPE_MASK: u8 = 1 << GPE_HOTPLUG;
 const POWER_BUTTON: u16 = 1 << 8;
 /// The bits that may be enabled: timer, global lock, power button, sleep button, RTC.
 const ENABLE_MASK: u16 = 1 | 1 << 5 | POWER_BUTTON | 1 << 9 | 1 << 10;
@@ -48,6 +58,9 @@ pub struct AcpiPm {
     status: u16,
     enable: u16,
     control: u16,
+    gpe_level: u8,
+    gpe_status: u8,
+    gpe_enable: u8,
 }
 
 impl AcpiPm {
@@ -56,7 +69,8 @@ impl AcpiPm {
 
     /// A block that reports off and reset to `sink` and raises `sci`.
     pub fn new(sink: PowerSink, sci: Box<dyn IrqLine>) -> Self {
-        Self { sink, sci, start: Instant::now(), status: 0, enable: 0, control: 0 }
+        let start = Instant::now();
+        Self { sink, sci, start, status: 0, enable: 0, control: 0, gpe_level: 0, gpe_status: 0, gpe_enable: 0 }
     }
 
     /// Somebody presses the power button. It stays pressed, for the guest to see, until the guest clears it.
@@ -65,8 +79,15 @@ impl AcpiPm {
         self.update_sci();
     }
 
+    /// There is something to be told about devices that come and go, or nothing any more.
+    pub fn set_hotplug(&mut self, asserted: bool) {
+        self.gpe_level = if asserted { GPE_MASK } else { 0 };
+        self.gpe_status |= self.gpe_level;
+        self.update_sci();
+    }
+
     fn update_sci(&self) {
-        self.sci.set(self.status & self.enable != 0);
+        self.sci.set(self.status & self.enable != 0 || self.gpe_status & self.gpe_enable != 0);
     }
 
     fn timer(&self) -> u32 {
@@ -80,6 +101,7 @@ impl AcpiPm {
         bytes[2..4].copy_from_slice(&self.enable.to_le_bytes());
         bytes[4..6].copy_from_slice(&(self.control | SCI_EN).to_le_bytes());
         bytes[8..12].copy_from_slice(&self.timer().to_le_bytes());
+        bytes[14..16].copy_from_slice(&[self.gpe_status, self.gpe_enable]);
         bytes
     }
 
@@ -87,6 +109,12 @@ impl AcpiPm {
         let high = offset & 1 == 1;
         let wide = if high { u16::from(byte) << 8 } else { u16::from(byte) };
         let other_half = if high { 0x00ff } else { 0xff00 };
+        match offset {
+            // A one clears what is no level.
+            GPE_OFFSET => return self.gpe_status = self.gpe_status & !byte | self.gpe_level,
+            GPE_ENABLE_OFFSET => return self.gpe_enable = byte & GPE_MASK,
+            _ => {}
+        }
         match offset & !1 {
             // Writing a one clears.
             PM1_EVENT_OFFSET => self.status &= !wide,
@@ -162,6 +190,25 @@ mod tests {
     }
 
     #[test]
+    fn hotplug_is_told_for_as_long_as_its_level_is_up() {
+        let (mut pm, line, _) = block();
+        let asserted = || line.load(Ordering::SeqCst);
+        pm.set_hotplug(true);
+        assert!(!asserted());
+        pm.write(GPE_OFFSET, &[0xff, 0xff]);
+        assert!(asserted(), "clearing the status changes nothing while the level is up");
+        assert_eq!(read16(&mut pm, GPE_OFFSET), u16::from_le_bytes([1 << GPE_HOTPLUG, 1 << GPE_HOTPLUG]));
+        pm.set_hotplug(false);
+        assert!(asserted(), "the status stays until the guest clears it");
+        pm.write(GPE_OFFSET, &[1 << GPE_HOTPLUG]);
+        assert!(!asserted());
+        pm.set_hotplug(true);
+        assert!(asserted());
+        pm.write(GPE_ENABLE_OFFSET, &[0]);
+        assert!(!asserted());
+    }
+
+    #[test]
     fn only_s5_powers_off_and_the_machine_is_always_in_acpi_mode() {
         let (mut pm, _, seen) = block();
         for sleep_type in [0, 1, 3, 4, 7] {
@@ -185,6 +232,7 @@ mod tests {
         pm.read(12, &mut wide);
         assert_eq!(wide, [0xff; 8]);
         pm.write(15, &[1; 8]);
+        assert_eq!(read16(&mut pm, GPE_OFFSET), 0, "there is no event 0");
         assert!(seen.try_recv().is_err());
         pm.write(RESET_OFFSET, &[AcpiPm::RESET_VALUE]);
         assert_eq!(seen.try_recv(), Ok(PowerRequest::Reset));

@@ -1,5 +1,6 @@
-//! The few devices of a PC that Linux expects at fixed ports: serial port, clock, reset line, ACPI power registers. And
-//! those that only firmware and boot loaders need: its configuration, control port A, a port for what it says.
+//! The few devices of a PC that Linux expects at fixed ports: serial port, clock, reset line, ACPI power registers; one
+//! that the ACPI tables speak of, for devices that come and go; and those that only firmware and boot loaders need: its
+//! configuration, control port A, a port for what it says.
 //!
 //! All are called on vCPU threads through [`crate::bus::Bus`]. None of them owns a thread or a descriptor that blocks.
 
@@ -9,17 +10,20 @@ pub mod calendar;
 mod control_port;
 mod debug_port;
 mod fw_cfg;
+mod hotplug;
 mod i8042;
 mod rtc;
 mod serial;
 
 pub use acpi_pm::{
-    AcpiPm, PM_BLOCK_LEN, PM_TIMER_OFFSET, PM1_CONTROL_OFFSET, PM1_EVENT_OFFSET, RESET_OFFSET, SLEEP_TYPE_S5,
+    AcpiPm, GPE_HOTPLUG, GPE_OFFSET, PM_BLOCK_LEN, PM_TIMER_OFFSET, PM1_CONTROL_OFFSET, PM1_EVENT_OFFSET, RESET_OFFSET,
+    SLEEP_TYPE_S5,
 };
 pub use boot_timer::{BOOT_TIMER_LEN, BootTimer, Booted};
 pub use control_port::{CONTROL_PORT, CONTROL_PORT_LEN, ControlPort};
 pub use debug_port::{DEBUG_PORT, DEBUG_PORT_LEN, DebugLine, DebugPort};
 pub use fw_cfg::{FW_CFG_LEN, FW_CFG_PORT, FwCfg, FwCfgError, FwCfgItems, FwCfgKey};
+pub use hotplug::{CAME_OFFSET, EJECT_OFFSET, EjectSink, HOTPLUG_LEN, HotplugPort, HotplugSignals, WANTED_OFFSET};
 pub use i8042::{I8042, I8042_LEN};
 pub use rtc::{RTC_LEN, Rtc};
 pub use serial::{SERIAL_LEN, SerialPort};

@@ -107,6 +107,30 @@ fn goes_through_sessions<D: VirtioDevice + 'static>(subject: Subject<D>) {
     driver.up();
 }
 
+fn leaves_the_bus_while_it_works<D: VirtioDevice + 'static>(subject: Subject<D>) {
+    let metrics = Arc::clone(subject.device.metrics());
+    let mut driver = Driver::attach(subject.device);
+    let mut queues = driver.up();
+    honest(&driver, &mut queues);
+    for queue in &mut queues {
+        queue.add(&[Piece::Write(Driver::BUFFERS, 64)]);
+        driver.kick(queue);
+    }
+    driver.machine.root.remove(driver.slot);
+    assert_eq!(driver.machine.read_config(driver.slot, 0), !0);
+    assert!(driver.machine.host.notify_addresses().is_empty(), "ioeventfds are left");
+    assert!(driver.machine.host.vectors.lock().unwrap().iter().all(|vector| vector.route().is_none()));
+    let before: Vec<u16> = queues.iter().map(DriverQueue::used_index).collect();
+    for queue in &mut queues {
+        queue.add(&[Piece::Write(Driver::BUFFERS, 64)]);
+        driver.kick(queue);
+    }
+    driver.start();
+    assert_eq!(before, queues.iter().map(DriverQueue::used_index).collect::<Vec<_>>());
+    // The counters are ours; the device and its worker have let go of theirs.
+    assert_eq!((metrics.host_faults.value(), Arc::strong_count(&metrics)), (0, 1));
+}
+
 fn answers_any_configuration_access<D: VirtioDevice + 'static>(subject: Subject<D>) {
     let driver = Driver::attach(subject.device);
     for offset in 0..0x100 {
@@ -243,6 +267,10 @@ macro_rules! contract {
             #[test]
             fn goes_through_sessions() {
                 super::goes_through_sessions(super::$device());
+            }
+            #[test]
+            fn leaves_the_bus_while_it_works() {
+                super::leaves_the_bus_while_it_works(super::$device());
             }
             #[test]
             fn answers_any_configuration_access() {

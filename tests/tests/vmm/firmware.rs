@@ -15,6 +15,7 @@ pub fn boots() -> Result<()> {
     fs::create_dir_all(dir)?;
     fs::write(dir.join("data"), "not for booting".repeat(1024))?;
     let guest = GuestSpec::new("firmware").firmware(FIRMWARE).cpus(2).section("entropy", json!({}));
+    let guest = guest.options(&["--visible", "/run/firmware"]);
     let mut guest = guest.drive(Path::new(GRUB_DISK), true).drive(&dir.join("data"), false).start()?;
     // What GRUB says later is broken up by movements of SeaBIOS's cursor.
     for words in ["SeaBIOS (version", "GRUB loading"] {
@@ -33,6 +34,14 @@ pub fn boots() -> Result<()> {
         ensure!(guest.count(device, "guest_faults")? + guest.count(device, "host_faults")? == 0, "{device} has faults");
         ensure!(guest.count(device, "interrupts")? > 0, "{device} has sent no interrupt");
     }
+    // It has the tables that say how devices come and go.
+    fs::write(dir.join("later"), "plugged".repeat(1024))?;
+    let later = json!({"drive_id": "later", "path_on_host": dir.join("later"), "is_root_device": false});
+    guest.api("PUT", "/drives/later", &later.to_string(), 204)?;
+    guest.run("until [ -e /sys/block/vdc ]; do usleep 100000; done")?;
+    ensure!(guest.run("head -c 7 /dev/vdc")? == "plugged");
+    guest.api("DELETE", "/drives/later", "", 204)?;
+    guest.run("while [ -e /sys/block/vdc ]; do usleep 100000; done")?;
     guest.begin("reboot -f")?;
     guest.ended_well("guest_reset")
 }

@@ -11,6 +11,7 @@ mod hotplug;
 mod machine;
 mod metadata;
 mod network;
+mod plug;
 mod refusals;
 mod sandbox;
 mod serial;
@@ -52,6 +53,11 @@ fn main() -> ExitCode {
         Scenario { name: "memory_is_added_and_taken_away", run: hotplug::grows_and_shrinks },
         Scenario { name: "network_both_ways_in_bulk", run: network::host_and_guest },
         Scenario { name: "guests_reach_each_other", run: network::guest_and_guest },
+        Scenario { name: "disks_and_interfaces_come_and_go", run: plug::come_and_go },
+        Scenario { name: "a_guest_is_asked_for_a_device_and_keeps_the_others", run: plug::is_asked },
+        Scenario { name: "a_device_that_comes_before_the_guest_does_is_found", run: plug::before_it_listens },
+        Scenario { name: "the_bus_is_filled_and_emptied", run: plug::fill_the_bus },
+        Scenario { name: "a_plugged_copy_on_write_disk_keeps_what_was_written", run: plug::copy_on_write },
         Scenario { name: "vsock_both_ways", run: vsock::both_ways },
         Scenario { name: "the_serial_socket_has_a_backlog_and_many_clients", run: serial::socket },
         Scenario { name: "the_serial_log_is_written", run: serial::log },

@@ -4,7 +4,8 @@
 //! \_S5            soft off
 //! \_SB.Cxxx       processors
 //! \_SB.PCI0       PCI Express root bridge: bus 0, both windows, the configuration ports; no _PRT, as there is no INTx
-//! \_SB.MBRD       what the chipset itself takes: ECAM, ACPI registers
+//! \_SB.PCI0.Snnn  slots, whose devices come and go ([`super::hotplug`]); no _OSC, so that this is how they do
+//! \_SB.MBRD       what the chipset itself takes: ECAM, ACPI registers, those for hot-plug
 //! \_SB.COM1 RTC_  serial port and clock
 //! ```
 //! The power button is fixed hardware and needs no device here.
@@ -16,10 +17,10 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, aml};
 use bedplate_devices::pci::{CONFIG_PORT, CONFIG_PORTS};
-use bedplate_devices::platform::{PM_BLOCK_LEN, RTC_LEN, SERIAL_LEN, SLEEP_TYPE_S5};
+use bedplate_devices::platform::{HOTPLUG_LEN, PM_BLOCK_LEN, RTC_LEN, SERIAL_LEN, SLEEP_TYPE_S5};
 
 use super::tables::{OEM, OEM_REVISION, OEM_TABLE};
-use super::{Description, ECAM_LEN, PM_PORT};
+use super::{Description, ECAM_LEN, HOTPLUG_PORT, PM_PORT, hotplug};
 use crate::machine::ports;
 use crate::memory::layout;
 
@@ -41,6 +42,7 @@ pub(super) fn dsdt(description: &Description) -> Sdt {
         ],
     )
     .to_aml_bytes(&mut aml);
+    hotplug::Event.to_aml_bytes(&mut aml);
     let mut dsdt = Sdt::new(*b"DSDT", HEADER_LEN, REVISION, OEM, OEM_TABLE, OEM_REVISION);
     dsdt.append_slice(&aml);
     dsdt
@@ -97,6 +99,7 @@ impl Aml for RootBridge<'_> {
                 // Coherent for DMA.
                 &Name::new(Path::new("_CCA"), &1u8),
                 &Name::new(Path::new("_CRS"), &ResourceTemplate::new(resources)),
+                &hotplug::Slots,
             ],
         )
         .to_aml_bytes(sink);
@@ -117,6 +120,7 @@ impl Aml for Board {
                     &ResourceTemplate::new(vec![
                         &Memory32Fixed::new(true, layout::ECAM as u32, ECAM_LEN as u32),
                         &IO::new(PM_PORT, PM_PORT, 1, PM_BLOCK_LEN as u8),
+                        &IO::new(HOTPLUG_PORT, HOTPLUG_PORT, 1, HOTPLUG_LEN as u8),
                     ]),
                 ),
             ],

@@ -1,6 +1,7 @@
 //! The machine's description for the guest: ACPI tables in the BIOS area, where Linux looks for the root.
 
 mod dsdt;
+mod hotplug;
 mod tables;
 
 use std::ops::Range;
@@ -14,6 +15,8 @@ use vm_memory::{Bytes, GuestAddress};
 pub const ECAM_LEN: u64 = pci::ECAM_LEN;
 /// First port of the ACPI register block (`devices::platform::AcpiPm`).
 pub const PM_PORT: u16 = 0x600;
+/// First port of the registers for devices that come and go (`devices::platform::HotplugPort`).
+pub const HOTPLUG_PORT: u16 = 0x610;
 /// The system control interrupt, a level.
 pub const SCI: u32 = 9;
 

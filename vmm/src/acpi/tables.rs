@@ -7,7 +7,9 @@ use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use bedplate_devices::platform::{AcpiPm, PM_TIMER_OFFSET, PM1_CONTROL_OFFSET, PM1_EVENT_OFFSET, RESET_OFFSET};
+use bedplate_devices::platform::{
+    AcpiPm, GPE_OFFSET, PM_TIMER_OFFSET, PM1_CONTROL_OFFSET, PM1_EVENT_OFFSET, RESET_OFFSET,
+};
 
 use super::{PM_PORT, SCI};
 use crate::memory::layout;
@@ -49,10 +51,13 @@ pub(super) fn fadt(dsdt: u64, facs: u64) -> FADT {
     fadt.pm1a_evt_blk = u32::from(port(PM1_EVENT_OFFSET)).into();
     fadt.pm1a_cnt_blk = u32::from(port(PM1_CONTROL_OFFSET)).into();
     fadt.pm_tmr_blk = u32::from(port(PM_TIMER_OFFSET)).into();
+    fadt.gpe0_blk = u32::from(port(GPE_OFFSET)).into();
+    fadt.gpe0_blk_len = 2;
     (fadt.pm1_evt_len, fadt.pm1_cnt_len, fadt.pm_tmr_len) = (4, 2, 4);
     fadt.x_pm1a_evt_blk = register(PM1_EVENT_OFFSET, 32, AccessSize::WordAccess);
     fadt.x_pm1a_cnt_blk = register(PM1_CONTROL_OFFSET, 16, AccessSize::WordAccess);
     fadt.x_pm_tmr_blk = register(PM_TIMER_OFFSET, 32, AccessSize::DwordAccess);
+    fadt.x_gpe0_blk = register(GPE_OFFSET, 16, AccessSize::ByteAccess);
     fadt.reset_reg = register(RESET_OFFSET, 8, AccessSize::ByteAccess);
     fadt.reset_value = AcpiPm::RESET_VALUE;
     fadt.century = RTC_CENTURY;

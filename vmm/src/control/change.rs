@@ -12,7 +12,7 @@ use crate::config;
 use crate::metadata::StoreError;
 
 /// Why a file that is there may not be found.
-const ONLY_VISIBLE: &str =
+pub(super) const ONLY_VISIBLE: &str =
     " (a VM that runs sees the files below the directories that --visible names, and no block devices)";
 
 impl Session {
@@ -74,12 +74,6 @@ impl Session {
             interface.tx_rate_limiter = changed(interface.tx_rate_limiter, limiter);
         }
         Ok(())
-    }
-
-    pub(super) fn unplug(&mut self, what: &str, id: &str) -> Result<(), Fault> {
-        Err(Fault::bad_request(format!(
-            "The {what} {id:?} cannot be taken from a VM that runs: hot-unplug is not offered."
-        )))
     }
 
     pub(super) fn no_snapshots(&mut self, verb: &str) -> Result<(), Fault> {

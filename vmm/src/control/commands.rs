@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::balloon::BalloonCommand;
 use super::hotplug::HotplugCommand;
+use super::plug::Unplug;
 
 /// One request, understood.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,11 +27,12 @@ pub(super) enum Command {
     DescribeStatus,
     /// After the start.
     Inspect,
-    /// Before the start, as all below up to `LoadSnapshot`.
+    /// Before the start, as all below up to `LoadSnapshot`, except where they say otherwise.
     SetBootSource(BootSource),
     SetMachine(MachineConfig),
     PatchMachine(MachineConfigPatch),
     SetCpu(CpuConfig),
+    /// After the start it is plugged, as is a network interface.
     PutDrive(Drive),
     PutNetworkInterface(NetworkInterface),
     SetMmds(MmdsConfig),
@@ -52,11 +54,7 @@ pub(super) enum Command {
     /// After the start, as all below up to `PressPowerButton`.
     PatchDrive(DrivePatch),
     PatchNetworkInterface(NetworkInterfacePatch),
-    /// Refused: devices cannot be taken away.
-    Unplug {
-        what: &'static str,
-        id: String,
-    },
+    Unplug(Unplug),
     /// Refused: there are no snapshots.
     CreateSnapshot(SnapshotCreate),
     PressPowerButton,

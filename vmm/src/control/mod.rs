@@ -1,4 +1,5 @@
-//! The control thread: one `poll` over signals, the API's socket and its connections, and the end of the machine.
+//! The control thread: one `poll` over signals, the API's socket and its connections, devices that the guest has
+//! let go of, and the end of the machine.
 
 mod balloon;
 mod change;
@@ -9,6 +10,7 @@ mod hotplug;
 mod http;
 mod log;
 mod metrics;
+mod plug;
 mod routes;
 mod session;
 mod signals;
@@ -39,7 +41,7 @@ pub fn understands(method: &str, path: &str, body: &[u8]) -> bool {
 /// The host refuses to wait for events.
 pub fn run(mut session: Session, mut server: Option<Server>, signals: &Signals) -> io::Result<Exit> {
     let leave = session.leave().try_clone()?;
-    let ended = session.ended().try_clone()?;
+    let (ended, departed) = (session.ended().try_clone()?, session.departed().try_clone()?);
     session.note_startup();
     let session = Rc::new(RefCell::new(session));
     loop {
@@ -48,6 +50,7 @@ pub fn run(mut session: Session, mut server: Option<Server>, signals: &Signals) 
                 PollFd::from_borrowed_fd(signals.as_fd(), PollFlags::IN),
                 PollFd::from_borrowed_fd(borrow(&ended), PollFlags::IN),
                 PollFd::from_borrowed_fd(borrow(&leave), PollFlags::IN),
+                PollFd::from_borrowed_fd(borrow(&departed), PollFlags::IN),
             ];
             if let Some(server) = &server {
                 server.poll_fds(&mut fds);
@@ -67,6 +70,9 @@ pub fn run(mut session: Session, mut server: Option<Server>, signals: &Signals) 
         }
         if leave.read().is_ok() {
             session.borrow_mut().stop("left by Ctrl-A X");
+        }
+        if departed.read().is_ok() {
+            session.borrow_mut().settle();
         }
         if let Some(server) = &mut server {
             server.serve(&session);

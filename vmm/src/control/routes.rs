@@ -16,6 +16,7 @@ use super::balloon::BalloonCommand;
 use super::commands::Command;
 use super::fault::Fault;
 use super::hotplug::HotplugCommand;
+use super::plug::Unplug;
 
 /// Understands a request; the wording of faults is Firecracker's where clients may look at it.
 pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command, Fault> {
@@ -68,8 +69,8 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
         ("PATCH", ["hotplug", "memory"]) => json(body).map(HotplugCommand::Update).map(Command::Hotplug),
 
         ("DELETE", _) if !body.is_empty() => Err(Fault::bad_request("DELETE request cannot have a body.")),
-        ("DELETE", ["drives", id]) => Ok(Command::Unplug { what: "drive", id: (*id).into() }),
-        ("DELETE", ["network-interfaces", id]) => Ok(Command::Unplug { what: "network interface", id: (*id).into() }),
+        ("DELETE", ["drives", id]) => Ok(Command::Unplug(Unplug::Drive((*id).into()))),
+        ("DELETE", ["network-interfaces", id]) => Ok(Command::Unplug(Unplug::NetworkInterface((*id).into()))),
 
         (_, ["drives" | "network-interfaces"]) => Err(Fault::bad_request("The ID cannot be empty.")),
         _ => Err(Fault::bad_request(format!("Invalid request method and/or path: {method} {path}."))),

@@ -69,6 +69,8 @@ pub struct Settings {
     pub start: StartTimes,
     /// Bytes of metadata, at most.
     pub mmds_size_limit: usize,
+    /// Taps that network interfaces can have while the VM runs, beside those of its own.
+    pub taps: Vec<String>,
 }
 
 /// The process's state, owned by the control thread.
@@ -89,6 +91,7 @@ pub struct Session {
     pub(super) sandbox: Option<Sandbox>,
     leave: EventFd,
     ended: EventFd,
+    departed: EventFd,
     /// Set where the process shall end without a VM.
     early_exit: Option<Exit>,
 }
@@ -121,6 +124,7 @@ impl Session {
             sandbox,
             leave: event()?,
             ended: event()?,
+            departed: event()?,
             early_exit: None,
         })
     }
@@ -161,12 +165,14 @@ impl Session {
         let outlets = Outlets {
             serial: Box::new(console.sink()),
             ended: &self.ended,
+            departed: &self.departed,
+            taps: &self.settings.taps,
             booted,
             firmware_words: self.log.wants(LogLevel::Debug).then(|| firmware_words(self.log.clone())),
             metadata: self.metadata.clone(),
             sandbox: self.sandbox.clone().map(|sandbox| around(sandbox, &config)),
         };
-        let machine = match builder::start(&config, outlets) {
+        let mut machine = match builder::start(&config, outlets) {
             Ok(machine) => machine,
             Err(error) => {
                 // To be tried again after a correction.
@@ -174,8 +180,8 @@ impl Session {
                 return Err(error.into());
             }
         };
-        for warning in lengths.iter().chain(machine.devices().warnings()) {
-            self.log.write(LogLevel::Warning, warning);
+        for warning in lengths.into_iter().chain(machine.devices_mut().take_warnings()) {
+            self.log.write(LogLevel::Warning, &warning);
         }
         let console = console.serve(machine.serial(), &self.leave)?;
         self.flushed = Instant::now();
@@ -202,6 +208,10 @@ impl Session {
 
     pub(super) const fn ended(&self) -> &EventFd {
         &self.ended
+    }
+
+    pub(super) const fn departed(&self) -> &EventFd {
+        &self.departed
     }
 
     /// How it all ended, once: then there is no machine any more.
@@ -243,6 +253,8 @@ impl Session {
 
     /// Does what was asked.
     pub(super) fn execute(&mut self, command: Command) -> Result<Answer, Fault> {
+        // What has gone is known of before anything is answered.
+        self.settle();
         if let Some(words) = command.deprecation() {
             self.log.write(LogLevel::Warning, words);
         }
@@ -284,7 +296,9 @@ impl Session {
             Command::ChangeState(target) => self.running()?.change_state(target).map(done),
             Command::PatchDrive(patch) => self.after_start()?.patch_drive(&patch).map(done),
             Command::PatchNetworkInterface(patch) => self.after_start()?.patch_network_interface(&patch).map(done),
-            Command::Unplug { what, id } => self.after_start()?.unplug(what, &id).map(done),
+            Command::PutDrive(drive) if self.vm.is_some() => self.plug_drive(drive).map(done),
+            Command::PutNetworkInterface(interface) if self.vm.is_some() => self.plug_net(interface).map(done),
+            Command::Unplug(device) => self.after_start()?.unplug(&device).map(done),
             Command::CreateSnapshot(_) => self.after_start()?.no_snapshots("Create").map(done),
             Command::LoadSnapshot(_) => self.before_start()?.no_snapshots("Load").map(done),
             configuring => self.before_start()?.configure(configuring).map(done),
@@ -344,7 +358,7 @@ impl Session {
             process_startup_time_cpu_us: self.startup.cpu_us,
             uptime_seconds: self.vm.as_ref().map_or(0, |vm| vm.machine.uptime().as_secs()),
             exits: self.vm.as_ref().map_or(ExitCounts::default(), |vm| vm.machine.exits()),
-            devices: self.vm.as_ref().map(|vm| vm.machine.devices().status()).unwrap_or_default(),
+            devices: self.vm.as_ref().map(|vm| vm.machine.status()).unwrap_or_default(),
         }
     }
 }

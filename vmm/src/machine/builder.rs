@@ -9,7 +9,9 @@ use bedplate_devices::platform::{Booted, DebugLine, FwCfg, Rtc};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::lifecycle::Lifecycle;
-use super::pci_devices::Attach;
+use super::pci_devices::When;
+use super::plug::{Departures, Plug};
+use super::taps::Taps;
 use super::vcpu::Buses;
 use super::{BuildError, Devices, Machine, platform};
 use crate::acpi;
@@ -27,6 +29,10 @@ pub struct Outlets<'a> {
     pub serial: Box<dyn Write + Send>,
     /// Signalled when the VM has ended.
     pub ended: &'a EventFd,
+    /// Signalled when the guest has let go of a device ([`Machine::settle`]).
+    pub departed: &'a EventFd,
+    /// Taps that interfaces can have while the VM runs, beside those of its own.
+    pub taps: &'a [String],
     /// There is a boot timer, and this is told its time. Called once, on a vCPU's thread.
     pub booted: Option<Booted>,
     /// Told what firmware says while it works, line by line, if somebody wants to know: it takes time. Called on a vCPU's
@@ -104,12 +110,17 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     buses.mmio.insert(layout::ECAM, pci::ECAM_LEN, pci.ecam())?;
     let config_ports = pci.config_ports();
     buses.ports.insert(pci::CONFIG_PORT, pci::CONFIG_PORTS, Arc::clone(&config_ports) as _)?;
-    let (host, devices) = (Arc::new(interrupts.clone()), Devices::default());
-    let (vcpus, metadata) = (config.topology.vcpus, &outlets.metadata);
-    let mut attach = Attach { pci: &pci, host, memory: &ram.memory, vcpus, metadata, devices, disks: Vec::new() };
-    for drive in &config.drives {
-        attach.drive(drive)?;
-    }
+    let mut devices = Devices::default();
+    let mut plug = Plug {
+        host: Arc::new(interrupts.clone()),
+        vcpus: config.topology.vcpus,
+        metadata: outlets.metadata,
+        taps: Taps::keep(outlets.taps)?,
+        signals: platform::hotplug_signals(&power),
+        departures: Arc::new(Departures::new(outlets.departed.try_clone().map_err(BuildError::Host)?)),
+    };
+    let mut attach = plug.attach(When::Start, &pci, &ram.memory, &mut devices);
+    let disks = config.drives.iter().map(|drive| attach.drive(drive)).collect::<Result<Vec<_>, _>>()?;
     for net in &config.nets {
         attach.net(net)?;
     }
@@ -125,7 +136,9 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     if let (Some(hotplug), Some(region)) = (config.hotplug, ram.hotplug()) {
         attach.mem(hotplug, region)?;
     }
-    let (devices, disks) = (attach.devices, attach.disks);
+
+    // Some of them may go again, and others come.
+    platform::attach_hotplug(&buses.ports, &plug.signals, plug.departures.sink(&pci, &plug.signals))?;
 
     // What the guest is told, and what it boots.
     let Windows { mmio32, mmio64 } = windows;
@@ -155,7 +168,9 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     // All that the VM needs is open, and there is no second thread yet.
     if let Some(sandbox) = outlets.sandbox {
         sandbox.enter()?;
+        plug.taps.seal();
     }
     let (threads, counters) = (Vec::new(), Vec::new());
-    Machine { _vm: vm, ram, buses, life, pci, devices, serial, power, threads, counters, started: None }.run(vcpus)
+    Machine { _vm: vm, ram, buses, life, pci, devices, plug, serial, power, threads, counters, started: None }
+        .run(vcpus)
 }

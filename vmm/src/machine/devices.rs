@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use bedplate_api::vmm::{DeviceStatus, QueueInspection};
 use bedplate_devices::metrics::{Counter, DeviceMetrics};
+use bedplate_devices::pci::Slot;
 use bedplate_devices::virtio::QueuePosition;
 use bedplate_devices::virtio::balloon::{BalloonControl, BalloonMetrics};
 use bedplate_devices::virtio::block::{Backend, BlockControl, BlockMetrics};
@@ -23,7 +24,7 @@ pub struct Devices {
     pub(super) balloon: Option<BalloonControl>,
     pub(super) mem: Option<MemControl>,
     pub(super) counts: BTreeMap<String, (Arc<DeviceMetrics>, Counts)>,
-    pub(super) transports: BTreeMap<String, Arc<Mutex<VirtioPciDevice>>>,
+    pub(super) transports: BTreeMap<String, (Slot, Arc<Mutex<VirtioPciDevice>>)>,
     /// What the host could not do as it was asked for, in words.
     pub(super) warnings: Vec<String>,
 }
@@ -39,6 +40,29 @@ pub(super) enum Counts {
 }
 
 impl Devices {
+    /// What the disk of a drive is called here, and wherever its counters are shown.
+    pub fn name_of_disk(drive_id: &str) -> String {
+        format!("block_{drive_id}")
+    }
+
+    /// Likewise, a network interface.
+    pub fn name_of_net(iface_id: &str) -> String {
+        format!("net_{iface_id}")
+    }
+
+    /// Where the device of this name is on the bus.
+    pub(super) fn slot(&self, name: &str) -> Option<Slot> {
+        self.transports.get(name).map(|(slot, _)| *slot)
+    }
+
+    /// Lets go of a device that is off the bus, and closes what it had open.
+    pub(super) fn forget(&mut self, name: &str) {
+        self.transports.remove(name);
+        self.counts.remove(name);
+        self.disks.retain(|id, _| Self::name_of_disk(id) != name);
+        self.nets.retain(|id, _| Self::name_of_net(id) != name);
+    }
+
     /// The disk of a drive, if there is such a drive.
     pub fn disk(&self, drive_id: &str) -> Option<&DiskControl> {
         self.disks.get(drive_id)
@@ -59,14 +83,14 @@ impl Devices {
         self.mem.as_ref()
     }
 
-    /// What the host could not do as it was asked for and does otherwise.
-    pub fn warnings(&self) -> &[String] {
-        &self.warnings
+    /// What the host could not do as it was asked for and does otherwise, since the last call.
+    pub fn take_warnings(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.warnings)
     }
 
     /// How far the queues of each device are; without a device that a vCPU is just resetting, which can take long.
     pub fn queues(&self) -> BTreeMap<String, Vec<QueueInspection>> {
-        let queues = |(name, device): (&String, &Arc<Mutex<VirtioPciDevice>>)| {
+        let queues = |(name, (_, device)): (&String, &(Slot, Arc<Mutex<VirtioPciDevice>>))| {
             let device = device.try_lock().ok()?;
             Some((name.clone(), device.queue_positions().iter().map(inspected).collect()))
         };
@@ -74,13 +98,14 @@ impl Devices {
     }
 
     /// All counters, as they stand.
-    pub fn status(&self) -> BTreeMap<String, DeviceStatus> {
+    pub(super) fn status(&self) -> BTreeMap<String, DeviceStatus> {
         let status = |(metrics, counts): &(Arc<DeviceMetrics>, Counts)| DeviceStatus {
             notifications: metrics.notifications.value(),
             chains: metrics.chains.value(),
             interrupts: metrics.interrupts.value(),
             guest_faults: metrics.guest_faults.value(),
             host_faults: metrics.host_faults.value(),
+            unplugging: false,
             first_host_fault: metrics.first_host_fault().map(str::to_owned),
             counters: counts.named().into_iter().map(|(name, counter)| (name.to_owned(), counter.value())).collect(),
         };

@@ -10,15 +10,18 @@ mod devices;
 pub mod lifecycle;
 mod pci_devices;
 mod platform;
+mod plug;
 pub mod ports;
+mod taps;
 pub mod vcpu;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use bedplate_api::vmm::{Exit, ExitCounts, ExitReason, VcpuInspection};
+use bedplate_api::vmm::{DeviceStatus, Exit, ExitCounts, ExitReason, VcpuInspection};
 use bedplate_devices::bus::OverlapError;
 use bedplate_devices::pci::{PciError, PciRoot};
 use bedplate_devices::platform::AcpiPm;
@@ -31,11 +34,13 @@ use crate::memory::{MemoryError, Ram};
 use crate::sandbox::{self, SandboxError};
 use counters::ExitCounters;
 use lifecycle::Lifecycle;
+use plug::Plug;
 use vcpu::Buses;
 
 pub use devices::{Devices, DiskControl};
 pub use pci_devices::DeviceError;
 pub use platform::SerialLine;
+pub use taps::KeepError;
 
 /// Why no VM could be built.
 #[derive(Debug, thiserror::Error)]
@@ -51,6 +56,8 @@ pub enum BuildError {
     Firmware(#[from] FirmwareError),
     #[error(transparent)]
     Device(#[from] DeviceError),
+    #[error(transparent)]
+    Tap(#[from] KeepError),
     #[error(transparent)]
     Pci(#[from] PciError),
     #[error(transparent)]
@@ -74,6 +81,7 @@ pub struct Machine {
     life: Arc<Lifecycle>,
     pci: PciRoot,
     devices: Devices,
+    plug: Plug,
     serial: SerialLine,
     power: Arc<Mutex<AcpiPm>>,
     threads: Vec<JoinHandle<()>>,
@@ -138,6 +146,20 @@ impl Machine {
     /// Its devices.
     pub const fn devices(&self) -> &Devices {
         &self.devices
+    }
+
+    /// Likewise, to change what is known of them.
+    pub const fn devices_mut(&mut self) -> &mut Devices {
+        &mut self.devices
+    }
+
+    /// How they are, by their names.
+    pub fn status(&self) -> BTreeMap<String, DeviceStatus> {
+        let mut devices = self.devices.status();
+        for (name, status) in &mut devices {
+            status.unplugging = self.is_unplugging(name);
+        }
+        devices
     }
 
     /// The serial port.

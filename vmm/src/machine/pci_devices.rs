@@ -1,6 +1,5 @@
 //! Attaching the devices on the PCI bus, one function each.
 
-use std::ffi::CString;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -15,7 +14,7 @@ use bedplate_devices::virtio::VirtioDevice;
 use bedplate_devices::virtio::balloon::{Balloon, BalloonConfig};
 use bedplate_devices::virtio::block::{Block, BlockConfig, OpenError};
 use bedplate_devices::virtio::mem::{Mem, MemConfig};
-use bedplate_devices::virtio::net::{Net, NetConfig, Tap, TapError};
+use bedplate_devices::virtio::net::{Net, NetConfig, TapError};
 use bedplate_devices::virtio::pci::{VirtioPciDevice, VirtioPciError};
 use bedplate_devices::virtio::rng::Rng;
 use bedplate_devices::virtio::vsock::{Vsock, VsockConfig, VsockError};
@@ -23,6 +22,7 @@ use bedplate_images::disk::DiskError;
 
 use super::BuildError;
 use super::devices::{Counts, Devices};
+use super::taps::Taps;
 use crate::block;
 use crate::config::{self, DriveConfig, EntropyConfig, HotplugConfig};
 use crate::metadata::{GuestView, Metadata};
@@ -72,6 +72,17 @@ pub enum DeviceError {
         /// `host_dev_name`.
         tap: String,
     },
+    /// Inside of the sandbox there are only the taps that were named before.
+    #[error(
+        "network interface {id}: Open tap device failed: a VM that runs reaches no tap but those that it was started with: \
+         give bedplate-vmm --tap {tap}"
+    )]
+    SealedTap {
+        /// `iface_id`.
+        id: String,
+        /// `host_dev_name`.
+        tap: String,
+    },
     /// The tap of a network interface cannot be used.
     #[error("network interface {id}: {source}")]
     Net {
@@ -96,20 +107,29 @@ pub enum DeviceError {
     Transport(#[from] VirtioPciError),
 }
 
-/// What every attachment needs, and what is left of all of them.
+/// When a device is attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum When {
+    /// Before the guest runs, which finds it where we put it.
+    Start,
+    /// Later: where it lies is the guest's to say.
+    Running,
+}
+
+/// What every attachment needs, and what knows the devices afterwards. An attachment that fails leaves nothing behind.
 pub(super) struct Attach<'a> {
+    pub when: When,
     pub pci: &'a PciRoot,
     pub host: Arc<dyn PciHost>,
     pub memory: &'a Memory,
     pub vcpus: u8,
     pub metadata: &'a Metadata,
-    pub devices: Devices,
-    /// Of the drives, in their order.
-    pub disks: Vec<Slot>,
+    pub taps: &'a Taps,
+    pub devices: &'a mut Devices,
 }
 
 impl Attach<'_> {
-    pub fn drive(&mut self, drive: &DriveConfig) -> Result<(), BuildError> {
+    pub fn drive(&mut self, drive: &DriveConfig) -> Result<Slot, BuildError> {
         let (medium, warning) = block::open(drive)?;
         let config = BlockConfig {
             read_only: drive.read_only,
@@ -119,30 +139,25 @@ impl Attach<'_> {
             limits: drive.limits,
         };
         let device = Block::over(medium, config).map_err(BuildError::Host)?;
-        self.devices.disks.insert(drive.id.clone(), device.control());
+        let (control, counts) = (device.control(), Counts::Block(Arc::clone(device.block_metrics())));
+        let slot = self.virtio(Devices::name_of_disk(&drive.id), device, counts)?;
+        self.devices.disks.insert(drive.id.clone(), control);
         self.devices.warnings.extend(warning);
-        let counts = Counts::Block(Arc::clone(device.block_metrics()));
-        let slot = self.virtio(format!("block_{}", drive.id), device, counts)?;
-        self.disks.push(slot);
-        Ok(())
+        Ok(slot)
     }
 
-    pub fn net(&mut self, net: &config::NetConfig) -> Result<(), BuildError> {
-        let (id, tap) = (net.id.clone(), net.tap.clone());
-        // Opening a tap that is not there would make one that leads nowhere.
-        if !interface_exists(&tap) {
-            return Err(DeviceError::NoTap { id, tap }.into());
-        }
-        let tap = Tap::open(&tap).map_err(|source| DeviceError::Net { id, source })?;
+    pub fn net(&mut self, net: &config::NetConfig) -> Result<Slot, BuildError> {
+        let tap = self.taps.open(&net.id, &net.tap)?;
         let config = NetConfig { mac: net.mac, mtu: net.mtu, rx_limits: net.rx_limits, tx_limits: net.tx_limits };
         let mut device = Net::new(tap, config).map_err(BuildError::Host)?;
         if let Some(address) = net.metadata {
             let view = Box::new(GuestView::new(self.metadata.clone()));
             device.set_responder(Responder::new(address, view)).map_err(BuildError::Host)?;
         }
-        self.devices.nets.insert(net.id.clone(), device.control());
-        let counts = Counts::Net(Arc::clone(device.net_metrics()));
-        self.virtio(format!("net_{}", net.id), device, counts).map(drop)
+        let (control, counts) = (device.control(), Counts::Net(Arc::clone(device.net_metrics())));
+        let slot = self.virtio(Devices::name_of_net(&net.id), device, counts)?;
+        self.devices.nets.insert(net.id.clone(), control);
+        Ok(slot)
     }
 
     pub fn vsock(&mut self, vsock: &config::VsockConfig) -> Result<(), BuildError> {
@@ -182,17 +197,16 @@ impl Attach<'_> {
         device: impl VirtioDevice + 'static,
         counts: Counts,
     ) -> Result<Slot, BuildError> {
-        self.devices.counts.insert(name.clone(), (Arc::clone(device.metrics()), counts));
+        let metrics = Arc::clone(device.metrics());
         let function = VirtioPciDevice::new(device, self.memory, &self.host).map_err(DeviceError::Transport)?;
         let function = Arc::new(Mutex::new(function));
-        let slot = self.pci.add_shared(Arc::clone(&function) as Arc<Mutex<dyn PciFunction>>)?;
-        self.devices.transports.insert(name, function);
+        let shared = Arc::clone(&function) as Arc<Mutex<dyn PciFunction>>;
+        let slot = match self.when {
+            When::Start => self.pci.add_shared(shared)?,
+            When::Running => self.pci.plug(shared)?,
+        };
+        self.devices.counts.insert(name.clone(), (metrics, counts));
+        self.devices.transports.insert(name, (slot, function));
         Ok(slot)
     }
-}
-
-fn interface_exists(name: &str) -> bool {
-    let Ok(name) = CString::new(name) else { return false };
-    // SAFETY: a terminated string that lives through the call.
-    unsafe { libc::if_nametoindex(name.as_ptr()) != 0 }
 }

@@ -8,8 +8,8 @@ use bedplate_devices::bus::Bus;
 use bedplate_devices::pci::ConfigPorts;
 use bedplate_devices::platform::{
     AcpiPm, BOOT_TIMER_LEN, BootTimer, Booted, CONTROL_PORT, CONTROL_PORT_LEN, ControlPort, DEBUG_PORT, DEBUG_PORT_LEN,
-    DebugLine, DebugPort, FW_CFG_LEN, FW_CFG_PORT, FwCfg, I8042, I8042_LEN, PM_BLOCK_LEN, PowerRequest, PowerSink,
-    RTC_LEN, Rtc, SERIAL_LEN, SerialPort,
+    DebugLine, DebugPort, EjectSink, FW_CFG_LEN, FW_CFG_PORT, FwCfg, HOTPLUG_LEN, HotplugPort, HotplugSignals, I8042,
+    I8042_LEN, IrqLine, PM_BLOCK_LEN, PowerRequest, PowerSink, RTC_LEN, Rtc, SERIAL_LEN, SerialPort,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -71,6 +71,25 @@ pub(super) fn attach_acpi(
     let pm = Arc::new(Mutex::new(AcpiPm::new(power_sink(life), interrupts.level(acpi::SCI))));
     ports.insert(acpi::PM_PORT.into(), PM_BLOCK_LEN, Arc::clone(&pm) as _)?;
     Ok(pm)
+}
+
+/// The level behind an ACPI event.
+struct HotplugEvent(Arc<Mutex<AcpiPm>>);
+
+impl IrqLine for HotplugEvent {
+    fn set(&self, asserted: bool) {
+        self.0.lock().unwrap_or_else(|e| e.into_inner()).set_hotplug(asserted);
+    }
+}
+
+/// What tells the guest of devices that come and go, through the ACPI registers `power`.
+pub(super) fn hotplug_signals(power: &Arc<Mutex<AcpiPm>>) -> HotplugSignals {
+    HotplugSignals::new(Box::new(HotplugEvent(Arc::clone(power))))
+}
+
+pub(super) fn attach_hotplug(ports: &Bus, signals: &HotplugSignals, sink: EjectSink) -> Result<(), BuildError> {
+    let port = HotplugPort::new(signals.clone(), sink);
+    Ok(ports.insert(acpi::HOTPLUG_PORT.into(), HOTPLUG_LEN, Arc::new(Mutex::new(port)))?)
 }
 
 pub(super) fn attach_boot_timer(mmio: &Bus, booted: Booted) -> Result<(), BuildError> {

@@ -2,6 +2,8 @@
 
 // Each test program uses a part of it.
 #![allow(dead_code)]
+// A panic is how a test reports.
+#![allow(clippy::unwrap_used)]
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -17,6 +19,8 @@ pub const SAY_X: [u8; 7] = [0xb0, b'x', 0x66, 0xba, 0xf8, 0x03, 0xee];
 pub const RESET: [u8; 4] = [0xb0, 0xfe, 0xe6, 0x64];
 /// `jmp $`
 pub const SPIN: [u8; 2] = [0xeb, 0xfe];
+
+pub const START: &str = r#"{"action_type": "InstanceStart"}"#;
 
 /// An ELF kernel that is `code`, at 1 MiB, entered in 64-bit mode.
 pub fn kernel(code: &[&[u8]]) -> Vec<u8> {
@@ -109,6 +113,55 @@ impl Rig {
     pub fn serve(&self) -> Running {
         let child = self.command().args(["--id", "one", "--api-sock"]).arg(self.path("api")).spawn().unwrap();
         Running(child)
+    }
+}
+
+/// A process with an API, and what to ask it.
+pub struct Api {
+    pub rig: Rig,
+    pub process: Running,
+}
+
+impl Api {
+    pub fn new() -> Self {
+        Self::of_guest(&[&SAY_X, &SPIN])
+    }
+
+    /// With a kernel that is `code`.
+    pub fn of_guest(code: &[&[u8]]) -> Self {
+        let rig = Rig::new(code);
+        let process = rig.serve();
+        Self { rig, process }
+    }
+
+    pub fn ask(&self, method: &str, path: &str, body: &str) -> (u16, String) {
+        request(&self.rig.path("api"), method, path, body)
+    }
+
+    pub fn put(&self, path: &str, body: &str) {
+        assert_eq!(self.ask("PUT", path, body), (204, String::new()), "{path} {body}");
+    }
+
+    /// Must be refused with 400; in which words.
+    pub fn refusal(&self, method: &str, path: &str, body: &str) -> String {
+        let (status, answer) = self.ask(method, path, body);
+        assert_eq!(status, 400, "{method} {path} {body}: {answer}");
+        let answer: serde_json::Value = serde_json::from_str(&answer).unwrap();
+        answer["fault_message"].as_str().unwrap().to_owned()
+    }
+
+    /// True where it runs; false where there is no KVM.
+    pub fn start(&self) -> bool {
+        self.put("/boot-source", &format!(r#"{{"kernel_image_path": {:?}}}"#, self.rig.path("kernel")));
+        if has_kvm() {
+            self.put("/actions", START);
+        }
+        has_kvm()
+    }
+
+    pub fn stop(mut self) {
+        self.put("/bedplate/stop", "");
+        assert_eq!(self.process.wait(), 0);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Where frames go to and come from: a tap device of the host.
 
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 
@@ -10,6 +10,9 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::HEADER_LEN;
+
+/// Frames that wait in a tap while nobody reads them: as many as the kernel keeps there unless it is told otherwise, twice.
+const MOST_WAITING: usize = 2000;
 
 /// What a network device is connected to: a descriptor, not blocking, of which one read is a virtio header and a frame,
 /// and to which one write is the same.
@@ -94,6 +97,24 @@ impl Tap {
         };
         check(result).map_err(TapError::Setup)?;
         Self::set_up(File::from(fd))
+    }
+
+    /// The same tap once more, for another device than the one that has had it: what came in between is thrown away.
+    ///
+    /// # Errors
+    /// The host has no descriptors left.
+    pub fn again(&self) -> Result<Self, TapError> {
+        let mut file = File::from(self.file.try_clone().map_err(TapError::Setup)?);
+        // A frame that does not fit is cut, and thrown away all the same.
+        let mut frame = [0; 64];
+        for _ in 0..MOST_WAITING {
+            match file.read(&mut frame) {
+                Ok(1..) => {}
+                // Nothing waits; or the tap is gone, which the device will notice.
+                Ok(0) | Err(_) => break,
+            }
+        }
+        Ok(Self { file: file.into() })
     }
 
     fn set_up(file: File) -> Result<Self, TapError> {

@@ -1,0 +1,135 @@
+//! Network interfaces, and over which of them the guest reaches its metadata.
+
+use std::net::Ipv4Addr;
+
+use bedplate_api::vmm::{MmdsConfig, NetworkInterface, VmConfig};
+use bedplate_devices::virtio::limiter::LimiterConfig;
+
+use super::{ConfigError, distinct, limits, name};
+
+/// Where the guest's metadata is if nobody says where.
+const MMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+/// The least that IPv4 can do with (RFC 791).
+pub(super) const MIN_MTU: u16 = 68;
+
+/// One network interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct NetConfig {
+    pub id: String,
+    pub tap: String,
+    pub mac: [u8; 6],
+    pub mtu: Option<u16>,
+    /// Where the guest reaches its metadata over it.
+    pub metadata: Option<Ipv4Addr>,
+    pub rx_limits: LimiterConfig,
+    pub tx_limits: LimiterConfig,
+}
+
+/// Checks the network interfaces of `spec`, and says which of them lead to the guest's metadata.
+///
+/// # Errors
+/// One cannot be, or two have the same name, tap or MAC address.
+pub fn nets(spec: &VmConfig) -> Result<Vec<NetConfig>, ConfigError> {
+    let interfaces = &spec.network_interfaces;
+    distinct("iface_id", interfaces.iter().map(|n| n.iface_id.as_str()))?;
+    distinct("host_dev_name", interfaces.iter().map(|n| n.host_dev_name.as_str()))?;
+    distinct("guest_mac", interfaces.iter().filter_map(|n| n.guest_mac.as_deref()))?;
+    let mut nets: Vec<_> = interfaces.iter().map(net).collect::<Result<_, _>>()?;
+    if let Some(mmds) = &spec.mmds_config {
+        let address = mmds.ipv4_address.unwrap_or(MMDS_ADDRESS);
+        let named = nets.iter_mut().filter(|net| mmds.network_interfaces.contains(&net.id));
+        named.for_each(|net| net.metadata = Some(address));
+    }
+    Ok(nets)
+}
+
+/// Checks one network interface.
+///
+/// # Errors
+/// Its name, tap or MAC address cannot be.
+pub fn net(net: &NetworkInterface) -> Result<NetConfig, ConfigError> {
+    let id = name("iface_id", &net.iface_id)?;
+    let tap = net.host_dev_name.clone();
+    // As the kernel has it: IFNAMSIZ with its terminator.
+    if tap.is_empty() || tap.len() > 15 || tap.contains(|c: char| c == '/' || c.is_whitespace() || c == '\0') {
+        return Err(ConfigError::Tap { id, name: tap });
+    }
+    let mac = match &net.guest_mac {
+        Some(text) => parse_mac(text).ok_or_else(|| ConfigError::Mac { id: id.clone(), mac: text.clone() })?,
+        None => mac_of(&tap),
+    };
+    if let Some(mtu) = net.mtu.filter(|mtu| *mtu < MIN_MTU) {
+        return Err(ConfigError::Mtu { id, mtu });
+    }
+    let (rx_limits, tx_limits) = (limits(net.rx_rate_limiter), limits(net.tx_rate_limiter));
+    Ok(NetConfig { id, tap, mac, mtu: net.mtu, metadata: None, rx_limits, tx_limits })
+}
+
+/// Checks how the guest reaches its metadata; returns at which address.
+///
+/// # Errors
+/// No interface is named, or one that is not there, or the address is none that only a link has.
+pub fn mmds_address(mmds: &MmdsConfig, interfaces: &[NetworkInterface]) -> Result<Ipv4Addr, ConfigError> {
+    if mmds.network_interfaces.is_empty() {
+        return Err(ConfigError::MmdsNowhere);
+    }
+    let known = |id: &&String| interfaces.iter().any(|interface| interface.iface_id == **id);
+    if let Some(id) = mmds.network_interfaces.iter().find(|id| !known(id)) {
+        return Err(ConfigError::MmdsInterface(id.clone()));
+    }
+    let address = mmds.ipv4_address.unwrap_or(MMDS_ADDRESS);
+    // The first and the last 256 are reserved (RFC 3927, 2.1).
+    let usable = address.is_link_local() && (1..=254).contains(&address.octets()[2]);
+    if usable { Ok(address) } else { Err(ConfigError::MmdsAddress(address)) }
+}
+
+fn parse_mac(text: &str) -> Option<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part = parts.next().filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()))?;
+        *byte = u8::from_str_radix(part, 16).ok()?;
+    }
+    // The lowest bit of the first byte marks groups.
+    (parts.next().is_none() && mac[0] & 1 == 0 && mac != [0; 6]).then_some(mac)
+}
+
+/// A locally administered address that stays the same for the same tap (FNV-1a of its name).
+fn mac_of(tap: &str) -> [u8; 6] {
+    let hash = tap
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    let [a, b, c, d, e, ..] = hash.to_le_bytes();
+    [0x06, a, b, c, d, e]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interface_without_mac_gets_one_that_is_local_and_stays() {
+        let interface = |tap: &str| NetworkInterface {
+            iface_id: "e".into(),
+            host_dev_name: tap.into(),
+            guest_mac: None,
+            mtu: None,
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
+        };
+        let mac = net(&interface("tap0")).unwrap().mac;
+        assert_eq!(mac[0] & 3, 2);
+        assert_eq!(net(&interface("tap0")).unwrap().mac, mac);
+        assert_ne!(net(&interface("tap1")).unwrap().mac, mac);
+    }
+
+    #[test]
+    fn only_named_interfaces_lead_to_metadata_and_one_that_has_gone_is_no_obstacle() {
+        let text = r#"{"network-interfaces": [{"iface_id": "a", "host_dev_name": "t0"},
+                                              {"iface_id": "b", "host_dev_name": "t1"}],
+                       "mmds-config": {"network_interfaces": ["gone", "b"], "ipv4_address": "169.254.7.7"}}"#;
+        let nets = nets(&serde_json::from_str(text).unwrap()).unwrap();
+        assert_eq!(nets.iter().map(|net| net.metadata).collect::<Vec<_>>(), [None, Some([169, 254, 7, 7].into())]);
+    }
+}
