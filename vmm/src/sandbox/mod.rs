@@ -11,6 +11,7 @@
 //! Absences: no pid namespace, which would need a second process that waits for this one. What it would take away, to
 //! signal or trace others, seccomp does.
 
+mod bpf;
 mod files;
 mod root;
 mod syscalls;

@@ -8,14 +8,10 @@
 //! Calls whose arguments are not looked at cost nothing on a kernel from 5.11 on, which remembers them. `ioctl` is not one of
 //! these, so that each guest exit pays for the filters; how much was not measured yet.
 
-use std::collections::BTreeMap;
-
 use libc::c_long;
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
-    TargetArch, apply_filter,
-};
+use seccompiler::apply_filter;
 
+use super::bpf::{self, Answer, Rule, Rules};
 use super::{SandboxError, Unlisted};
 
 /// Exit code of a process that made a system call that is not listed: 128 + `SIGSYS`.
@@ -141,7 +137,7 @@ const RANDOM: &[c_long] = &[libc::SYS_getrandom];
 const BY_ARGUMENT: &[c_long] = &[libc::SYS_ioctl, libc::SYS_socket, libc::SYS_tgkill];
 
 /// Requests that are made of descriptors after the start. A guest's every exit is the first.
-const IOCTLS: &[u64] = &[
+const IOCTLS: &[u32] = &[
     0xae80,      // KVM_RUN
     0x4020_ae76, // KVM_IRQFD
     0x4040_ae79, // KVM_IOEVENTFD
@@ -180,53 +176,43 @@ pub(super) fn restrict_process(unlisted: Unlisted) -> Result<(), SandboxError> {
         |e: std::io::Error| SandboxError::new("seccomp refuses its list", e, "the kernel needs CONFIG_SECCOMP_FILTER");
     vmm_sys_util::signal::register_signal_handler(libc::SIGSYS, refused)
         .map_err(|e| failed(std::io::Error::from_raw_os_error(e.errno())))?;
-    process_rules().and_then(|rules| apply(rules, unlisted)).map_err(failed)?;
-    // Rings from before do what they were made for and nothing else; another one would do anything. Who wants one does
-    // without, so that this is an answer and not the end.
-    let rings: Rules = BTreeMap::from([(libc::SYS_io_uring_setup, Vec::new())]);
-    let no = SeccompAction::Errno(libc::EPERM.unsigned_abs());
-    install(rings, SeccompAction::Allow, no).map_err(failed)
+    apply(&process_rules(), unlisted).map_err(failed)
 }
 
 /// Restricts the calling thread further.
 pub(super) fn restrict_thread(thread: Thread, unlisted: Unlisted) {
-    let rules = lists(thread).iter().flat_map(|list| list.iter()).map(|call| (*call, Vec::new())).collect();
     #[allow(clippy::expect_used)]
-    apply(rules, unlisted).expect("a thread of a sandboxed process cannot go on without its list of system calls");
+    apply(&thread_rules(thread), unlisted)
+        .expect("a thread of a sandboxed process cannot go on without its list of system calls");
 }
 
-type Rules = BTreeMap<c_long, Vec<SeccompRule>>;
+fn thread_rules(thread: Thread) -> Rules {
+    lists(thread).iter().flat_map(|list| list.iter()).map(|call| (*call, ALLOW)).collect()
+}
 
-fn process_rules() -> std::io::Result<Rules> {
+const ALLOW: Rule = Rule::Always(Answer::ALLOW);
+
+fn process_rules() -> Rules {
     let all = [Thread::Control, Thread::Vcpu, Thread::Worker, Thread::Console];
     let calls = all.into_iter().flat_map(lists).flat_map(|list| list.iter());
-    let mut rules: Rules = calls.map(|call| (*call, Vec::new())).collect();
-    let only = |argument, len, value| -> std::io::Result<SeccompRule> {
-        let condition = SeccompCondition::new(argument, len, SeccompCmpOp::Eq, value);
-        condition.and_then(|condition| SeccompRule::new(vec![condition])).map_err(std::io::Error::other)
-    };
-    let ioctls = IOCTLS.iter().map(|request| only(1, SeccompCmpArgLen::Dword, *request));
-    rules.insert(libc::SYS_ioctl, ioctls.collect::<std::io::Result<_>>()?);
+    let mut rules: Rules = calls.map(|call| (*call, ALLOW)).collect();
+    rules.insert(libc::SYS_ioctl, Rule::Only(1, IOCTLS.to_vec()));
     // To programs on this machine, and only within what is visible.
-    rules.insert(libc::SYS_socket, vec![only(0, SeccompCmpArgLen::Dword, libc::AF_UNIX as u64)?]);
+    rules.insert(libc::SYS_socket, Rule::Only(0, vec![libc::AF_UNIX.unsigned_abs()]));
     // Kicks of our own threads.
-    rules.insert(libc::SYS_tgkill, vec![only(0, SeccompCmpArgLen::Dword, std::process::id().into())?]);
-    Ok(rules)
+    rules.insert(libc::SYS_tgkill, Rule::Only(0, vec![std::process::id()]));
+    // Rings from before do what they were made for and nothing else; another one would do anything. Who wants one does
+    // without, so that this is an answer and not the end.
+    rules.insert(libc::SYS_io_uring_setup, Rule::Always(Answer::errno(libc::EPERM as u16)));
+    rules
 }
 
-fn apply(rules: Rules, unlisted: Unlisted) -> std::io::Result<()> {
+fn apply(rules: &Rules, unlisted: Unlisted) -> std::io::Result<()> {
     let otherwise = match unlisted {
-        Unlisted::Ends => SeccompAction::Trap,
-        Unlisted::Logged => SeccompAction::Log,
+        Unlisted::Ends => Answer::TRAP,
+        Unlisted::Logged => Answer::LOG,
     };
-    install(rules, otherwise, SeccompAction::Allow)
-}
-
-fn install(rules: Rules, otherwise: SeccompAction, listed: SeccompAction) -> std::io::Result<()> {
-    let program: BpfProgram = SeccompFilter::new(rules, otherwise, listed, TargetArch::x86_64)
-        .and_then(TryInto::try_into)
-        .map_err(std::io::Error::other)?;
-    apply_filter(&program).map_err(std::io::Error::other)
+    apply_filter(&bpf::program(rules, otherwise)?).map_err(std::io::Error::other)
 }
 
 /// Says which call it was, and ends the process: something is not as it should be, in the list or in the process.
@@ -270,13 +256,17 @@ mod tests {
 
     #[test]
     fn the_processes_list_holds_every_threads() {
-        let process = process_rules().unwrap();
+        let process = process_rules();
         for thread in [Thread::Control, Thread::Vcpu, Thread::Worker, Thread::Console] {
             assert!(lists(thread).iter().flat_map(|list| list.iter()).all(|call| process.contains_key(call)));
         }
         for never in [libc::SYS_execve, libc::SYS_ptrace, libc::SYS_kill, libc::SYS_mount, libc::SYS_chdir] {
             assert!(!process.contains_key(&never));
         }
-        assert!(!process[&libc::SYS_ioctl].is_empty() && !process[&libc::SYS_socket].is_empty());
+        for rules in [&process, &thread_rules(Thread::Vcpu)] {
+            let program = bpf::program(rules, Answer::TRAP).unwrap();
+            assert!(program.len() < 160, "{} instructions: the kernel takes its time for each", program.len());
+        }
+        assert_ne!((&process[&libc::SYS_ioctl], &process[&libc::SYS_socket]), (&ALLOW, &ALLOW));
     }
 }
