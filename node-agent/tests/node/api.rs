@@ -9,7 +9,7 @@ use bedplate_api::error::ErrorKind;
 use bedplate_api::node::Desired;
 use tokio::io::AsyncReadExt;
 
-use crate::support::{Node, SAY_X, SLEEP, image, kvm, spec};
+use crate::support::{Node, SAY_X, SLEEP, eventually, image, kvm, spec};
 
 /// One request with whatever body: status and body of the answer.
 fn raw(node: &Node, method: &str, path: &str, body: &str) -> (u16, String) {
@@ -71,8 +71,13 @@ async fn an_older_generation_is_refused_and_the_same_is_no_change() {
 #[tokio::test]
 async fn over_tcp_every_request_needs_the_token() {
     let node = Node::running(&["--listen", "127.0.0.1:0", "--token", "00c0ffee"]).await;
-    let log = std::fs::read_to_string(node.state().join("agent.log")).unwrap();
-    let port = log.lines().find_map(|l| l.split_once("serves on 127.0.0.1:")).unwrap().1.trim().to_owned();
+    // It answers on its socket before that.
+    let port = eventually("the agent says where it serves", async || {
+        let log = node.log();
+        let port = |line: &str| Some(line.strip_suffix('\n')?.split_once("serves on 127.0.0.1:")?.1.to_owned());
+        log.split_inclusive('\n').find_map(port)
+    });
+    let port = port.await;
     let endpoint: bedplate_api::client::Endpoint = format!("http://127.0.0.1:{port}").parse().unwrap();
     let client = |token: Option<&str>| Client::new(endpoint.clone(), token.map(str::to_owned)).unwrap();
     assert!(client(Some("00c0ffee")).node_status().await.is_ok());
