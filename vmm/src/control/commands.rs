@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::balloon::BalloonCommand;
 use super::hotplug::HotplugCommand;
+use super::pmem::PmemCommand;
 
 /// One request, understood.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,6 +46,8 @@ pub(super) enum Command {
     Balloon(BalloonCommand),
     /// Likewise.
     Hotplug(HotplugCommand),
+    /// Likewise.
+    Pmem(PmemCommand),
     /// `InstanceStart` before the start, the others after it.
     Act(ActionType),
     /// After the start.

@@ -9,6 +9,7 @@ mod hotplug;
 mod http;
 mod log;
 mod metrics;
+mod pmem;
 mod routes;
 mod session;
 mod signals;
