@@ -14,12 +14,14 @@
 //! | `PATCH /drives/{id}` | [`DrivePatch`]; after the start only |
 //! | `PATCH /network-interfaces/{id}` | [`NetworkInterfacePatch`]; after the start only |
 //! | `DELETE /drives/{id}`, `/network-interfaces/{id}` | no body; refused: devices cannot be taken away |
+//! | `PATCH`, `DELETE /pmem/{id}` | [`PmemPatch`]; after the start only; `DELETE` is refused likewise |
 //! | `PUT /snapshot/create`, `/snapshot/load` | [`SnapshotCreate`], [`SnapshotLoad`]; refused: there are no snapshots |
 //! | `PUT /boot-source` | [`BootSource`]; before the start only, as all that follow up to `/metrics` |
 //! | `GET`, `PUT`, `PATCH /machine-config` | [`MachineConfig`], or [`MachineConfigPatch`] for `PATCH` |
 //! | `PUT /cpu-config` | [`CpuConfig`] |
 //! | `PUT /drives/{id}` | [`Drive`] |
 //! | `PUT /network-interfaces/{id}` | [`NetworkInterface`] |
+//! | `PUT /pmem/{id}` | [`Pmem`] |
 //! | `PUT /mmds/config` | [`MmdsConfig`] |
 //! | `PUT /vsock` | [`Vsock`] |
 //! | `PUT /entropy` | [`Entropy`] |
@@ -46,7 +48,9 @@ mod devices;
 mod hotplug;
 mod inspect;
 mod limits;
+mod log;
 mod metadata;
+mod pmem;
 mod snapshot;
 
 use std::collections::BTreeMap;
@@ -62,7 +66,9 @@ pub use devices::{DeviceStatus, MetricsLine};
 pub use hotplug::{MemoryHotplug, MemoryHotplugStatus, MemoryHotplugUpdate};
 pub use inspect::{ExitKind, ExitRecord, Inspection, QueueInspection, Registers, VcpuInspection};
 pub use limits::{RateLimiter, TokenBucket};
+pub use log::{LogLevel, Logger, Metrics};
 pub use metadata::{MmdsConfig, MmdsVersion};
+pub use pmem::{Pmem, PmemPatch};
 pub use snapshot::{
     MemoryBackend, MemoryBackendType, NetworkOverride, RestoredPages, SnapshotCreate, SnapshotLoad, SnapshotType,
     VsockOverride,
@@ -94,6 +100,9 @@ pub struct VmConfig {
     /// Network interfaces, in the order in which the guest sees them.
     #[serde(default)]
     pub network_interfaces: Vec<NetworkInterface>,
+    /// Files in the guest's address space, in the order in which the guest sees them.
+    #[serde(default)]
+    pub pmem: Vec<Pmem>,
     /// How the guest reaches its metadata. Absent: it does not.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mmds_config: Option<MmdsConfig>,
@@ -349,75 +358,6 @@ pub struct SerialDevice {
     pub serial_out_path: Option<String>,
 }
 
-/// Where messages of the VMM go.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Logger {
-    /// File or named pipe, appended to. Absent: stderr.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub log_path: Option<String>,
-    /// Least severe level that is written. Absent: `Info`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub level: Option<LogLevel>,
-    /// Write the level with each message.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub show_level: Option<bool>,
-    /// Write the place in the source with each message.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub show_log_origin: Option<bool>,
-    /// Write only messages of modules whose path begins so, such as `bedplate_vmm::control`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub module: Option<String>,
-}
-
-/// Severity of a message. Read whatever the case, and `Warn` is `Warning`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[allow(missing_docs)]
-pub enum LogLevel {
-    Off,
-    Error,
-    Warning,
-    Info,
-    Debug,
-    Trace,
-}
-
-impl std::str::FromStr for LogLevel {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        Ok(match name.to_ascii_lowercase().as_str() {
-            "off" => Self::Off,
-            "error" => Self::Error,
-            "warn" | "warning" => Self::Warning,
-            "info" => Self::Info,
-            "debug" => Self::Debug,
-            "trace" => Self::Trace,
-            _ => return Err(format!("{name:?} is no level: give Off, Error, Warning, Info, Debug or Trace")),
-        })
-    }
-}
-
-impl<'de> Deserialize<'de> for LogLevel {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
-    }
-}
-
-/// Where counters go.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Metrics {
-    /// File or named pipe; each flush appends one line of JSON, a [`MetricsLine`].
-    pub metrics_path: String,
-    /// Write the VM's id, too.
-    #[serde(default)]
-    pub emit_id: bool,
-    /// Written with each line, as they are.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub properties: Option<BTreeMap<String, String>>,
-}
-
 /// What to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -505,7 +445,8 @@ pub struct Status {
     pub process_startup_time_cpu_us: Option<u64>,
     /// Why vCPUs left the guest, summed over all of them.
     pub exits: ExitCounts,
-    /// What each device counts: `block_{drive_id}`, `net_{iface_id}`, `balloon`, `entropy`, `memory_hotplug`, `vsock`.
+    /// What each device counts: `block_{drive_id}`, `net_{iface_id}`, `pmem_{id}`, `balloon`, `entropy`, `memory_hotplug`,
+    /// `vsock`.
     #[serde(default)]
     pub devices: BTreeMap<String, DeviceStatus>,
 }

@@ -18,13 +18,15 @@ const BUSYBOX: &str = "busybox";
 const UDHCPC: &str = include_str!("../files/tiny/udhcpc");
 
 /// Loaded by init in this order.
-const MODULES: [&str; 9] = [
+const MODULES: [&str; 11] = [
     "virtio_pci",
     "virtio_net",
     "virtio_blk",
     "virtio-rng",
     "virtio_balloon",
     "virtio_mem",
+    "virtio_pmem",
+    "nd_pmem",
     "vmw_vsock_virtio_transport",
     "evdev",
     "button",

@@ -1,14 +1,15 @@
-//! What was asked for → what will be built: every check that needs no host, with words for people. Only [`separate`]
+//! What was asked for → what will be built: every check that needs no host, with words for people. Only [`separate()`]
 //! looks at files, and [`validate`] at one with a template of processors.
 
 mod boot;
 mod hotplug;
 mod net;
+mod pmem;
+mod separate;
 
 use std::collections::HashSet;
 use std::io;
 use std::net::Ipv4Addr;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -24,7 +25,9 @@ pub use self::boot::{BootSourceError, boot_source};
 pub use self::hotplug::{HotplugConfig, HotplugError, memory_hotplug};
 use self::net::MIN_MTU;
 pub use self::net::{NetConfig, mmds_address, net, nets};
-use crate::boot::{Boot, RootDevice};
+pub use self::pmem::{PmemConfig, PmemError, pmem, root_device};
+pub use self::separate::separate;
+use crate::boot::Boot;
 use crate::files;
 use crate::json;
 use crate::kvm::{self, Topology};
@@ -38,7 +41,7 @@ pub const MIN_MEMORY_MIB: u64 = 16;
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 /// Bytes of a file with a template: some hundred modifiers, of a hundred bytes each.
 const MAX_TEMPLATE: u64 = 1 << 20;
-/// Drives, network interfaces and the four others share 31 slots of the PCI bus.
+/// Drives, network interfaces, pmem devices and the four others share 31 slots of the PCI bus.
 const MAX_DEVICES: usize = 31;
 /// Context ids below are the host's and the hypervisor's.
 const FIRST_GUEST_CID: u32 = 3;
@@ -60,6 +63,8 @@ pub struct Config {
     pub drives: Vec<DriveConfig>,
     /// Network interfaces.
     pub nets: Vec<NetConfig>,
+    /// Files in the guest's address space.
+    pub pmems: Vec<PmemConfig>,
     /// Sockets between host and guest.
     pub vsock: Option<VsockConfig>,
     /// A source of randomness.
@@ -138,10 +143,10 @@ pub enum ConfigError {
     #[error("drives {0:?} and {1:?} both are the root device: set is_root_device for one")]
     TwoRoots(String, String),
     #[error(
-        "drives {first:?} and {second:?} are the same file, {path}, which one of them may write: give each its own, or \
-         set is_read_only for both"
+        "{what} {first:?} and {second:?} are the same file, {path}, which one of them may write: give each its own, or \
+         set is_read_only (of a pmem device: read_only) for both"
     )]
-    SharedFile { first: String, second: String, path: PathBuf },
+    SharedFile { what: &'static str, first: String, second: String, path: PathBuf },
     #[error("drive {id:?}: partuuid {partuuid:?} needs is_root_device, and is hexadecimal digits and hyphens")]
     PartUuid { id: String, partuuid: String },
     #[error("network interface {id:?}: guest_mac {mac:?} is not a unicast MAC address such as 06:00:ac:10:00:02")]
@@ -154,6 +159,8 @@ pub enum ConfigError {
     Cid(u32),
     #[error(transparent)]
     Hotplug(#[from] HotplugError),
+    #[error(transparent)]
+    Pmem(#[from] PmemError),
     /// Firecracker's words.
     #[error("Amount of pages requested is too large.")]
     Balloon,
@@ -179,7 +186,8 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
     if let Some(mmds) = &spec.mmds_config {
         mmds_address(mmds, &spec.network_interfaces)?;
     }
-    let root = root_device(&spec.drives)?;
+    distinct("pmem id", spec.pmem.iter().map(|p| p.id.as_str()))?;
+    let root = root_device(&spec.drives, &spec.pmem)?;
     let boot = boot_source(source, root.as_ref())?;
     let mut drives: Vec<_> = spec.drives.iter().collect();
     drives.sort_by_key(|drive| !drive.is_root_device);
@@ -202,13 +210,15 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
         boot,
         drives: drives.into_iter().map(drive).collect::<Result<_, _>>()?,
         nets,
+        pmems: spec.pmem.iter().map(pmem).collect::<Result<_, _>>()?,
         vsock: spec.vsock.as_ref().map(vsock).transpose()?,
         entropy: spec.entropy.as_ref().map(|entropy| EntropyConfig { limits: limits(entropy.rate_limiter) }),
         balloon: spec.balloon.as_ref().map(|spec| balloon(spec, memory_mib)).transpose()?,
         hotplug: spec.memory_hotplug.as_ref().map(memory_hotplug).transpose()?,
     };
     let others = [config.vsock.is_some(), config.entropy.is_some(), config.balloon.is_some(), config.hotplug.is_some()];
-    let devices = config.drives.len() + config.nets.len() + others.iter().filter(|there| **there).count();
+    let named = config.drives.len() + config.nets.len() + config.pmems.len();
+    let devices = named + others.iter().filter(|there| **there).count();
     match (&config.balloon, config.pages) {
         // What it gives back, another VM could reserve.
         (Some(_), Pages::Huge) => return Err(ConfigError::BalloonOfHugePages),
@@ -276,15 +286,6 @@ fn cpu(source: &CpuConfigSource) -> Result<CpuConfig, ConfigError> {
     read().map_err(|source| ConfigError::CpuConfigFile { path: path.clone(), source })
 }
 
-fn root_device(drives: &[Drive]) -> Result<Option<RootDevice>, ConfigError> {
-    let mut roots = drives.iter().filter(|drive| drive.is_root_device);
-    let first = roots.next();
-    if let (Some(first), Some(second)) = (first, roots.next()) {
-        return Err(ConfigError::TwoRoots(first.drive_id.clone(), second.drive_id.clone()));
-    }
-    Ok(first.map(|drive| RootDevice { partuuid: drive.partuuid.clone(), read_only: drive.is_read_only }))
-}
-
 /// Checks one drive.
 ///
 /// # Errors
@@ -324,32 +325,6 @@ pub fn limits_update(limiter: RateLimiter) -> LimiterUpdate {
         refill_time: Duration::from_millis(bucket.refill_time),
     };
     LimiterUpdate { bandwidth: limiter.bandwidth.map(bucket), operations: limiter.ops.map(bucket) }
-}
-
-/// Checks that no drive writes to what is another one, too: two caches in the guest would ruin it. What cannot be
-/// looked at is left to who opens it.
-///
-/// # Errors
-/// The first two drives that are one file, by whatever paths.
-pub fn separate(drives: &[DriveConfig]) -> Result<(), ConfigError> {
-    let mut seen: Vec<((bool, u64, u64), &DriveConfig)> = Vec::new();
-    for drive in drives {
-        let Ok(there) = std::fs::metadata(&drive.path) else { continue };
-        // Of a block device there may be several nodes.
-        let file = if there.file_type().is_block_device() {
-            (true, there.rdev(), 0)
-        } else {
-            (false, there.dev(), there.ino())
-        };
-        let clash =
-            |(other, by): &&((bool, u64, u64), &DriveConfig)| *other == file && !(by.read_only && drive.read_only);
-        if let Some((_, first)) = seen.iter().find(clash) {
-            let (first, second) = (first.id.clone(), drive.id.clone());
-            return Err(ConfigError::SharedFile { first, second, path: drive.path.clone() });
-        }
-        seen.push((file, drive));
-    }
-    Ok(())
 }
 
 /// Checks the vsock device.
@@ -406,33 +381,6 @@ mod tests {
         assert_eq!(config.drives.iter().map(|d| d.id.as_str()).collect::<Vec<_>>(), ["root", "data"]);
         let Boot::Kernel(kernel) = config.boot else { panic!("{:?}", config.boot) };
         assert!(kernel.cmdline.ends_with("root=/dev/vda ro"), "{}", kernel.cmdline);
-    }
-
-    #[test]
-    fn a_file_is_one_writable_drive_at_most_by_whatever_path() {
-        let dir = tempfile::tempdir().unwrap();
-        let (disk, link, other) = (dir.path().join("disk"), dir.path().join("link"), dir.path().join("other"));
-        std::fs::write(&disk, "").unwrap();
-        std::fs::write(&other, "").unwrap();
-        std::os::unix::fs::symlink("disk", &link).unwrap();
-        let drive = |id: &str, path: &std::path::Path, read_only| DriveConfig {
-            id: id.into(),
-            path: path.into(),
-            read_only,
-            cache: Cache::Writeback,
-            engine: IoEngine::Sync,
-            limits: LimiterConfig::NONE,
-            chunk_source: None,
-        };
-        let check = |one: bool, two: bool| {
-            separate(&[drive("a", &disk, one), drive("b", &other, false), drive("c", &link, two)])
-        };
-        assert!(check(true, true).is_ok());
-        for (one, two) in [(false, false), (true, false), (false, true)] {
-            let error = check(one, two).unwrap_err().to_string();
-            assert!(error.contains(r#""a" and "c" are the same file"#), "{error}");
-        }
-        assert!(separate(&[drive("a", "/nowhere".as_ref(), false), drive("b", "/nowhere".as_ref(), false)]).is_ok());
     }
 
     #[test]

@@ -23,4 +23,5 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod metadata;
+pub mod pmem;
 pub mod sandbox;

@@ -9,6 +9,7 @@
 //! up to 4 GiB  firmware, where there is any
 //! 4 GiB        RAM beyond 3 GiB
 //! above        region for memory that is added later, if there is one
+//! above        files as persistent memory, if there are any
 //! above        window for 64-bit BARs
 //! ```
 //! Firmware chooses places for BARs itself, by rules that change with its version. With it BARs may be wherever nothing else
@@ -52,6 +53,8 @@ pub mod layout {
     /// Alignment of the region for memory that is added: Linux adds no less than 128 MiB at once, and 2 GiB on large
     /// machines.
     pub const HOTPLUG_ALIGN: u64 = 1 << 31;
+    /// Alignment of other memory above all that: a section of Linux on x86, so that no two kinds of memory share one.
+    pub const SECTION: u64 = 1 << 27;
     /// Size of the window for 64-bit BARs, and its alignment.
     pub const MMIO64_LEN: u64 = 1 << 34;
     /// RAM below this belongs to the PC's own: interrupt table, our boot structures, the EBDA, option ROMs.
@@ -59,6 +62,9 @@ pub mod layout {
     /// Where the EBDA would begin: the end of conventional memory.
     pub const EBDA: u64 = 0x9_fc00;
 }
+
+/// Bits of the longest address of a processor.
+const MAX_BITS: u8 = 52;
 
 /// Why RAM cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -93,10 +99,11 @@ pub enum MemoryError {
     },
     /// The processor cannot address so much.
     #[error(
-        "{asked_mib} MiB of guest memory and the window for devices do not fit into {bits} address bits: ask for less"
+        "{asked_mib} MiB of guest memory, files in it and the window for devices do not fit into {bits} address bits: ask \
+         for less"
     )]
     Unaddressable {
-        /// As asked.
+        /// All memory that was placed.
         asked_mib: u64,
         /// Of a guest-physical address.
         bits: u8,
@@ -123,6 +130,8 @@ pub struct Ram {
     pub memfd: Arc<File>,
     len: u64,
     hotplug: Option<std::ops::Range<u64>>,
+    /// Where what was reserved beyond that ends.
+    reserved_end: u64,
 }
 
 impl Ram {
@@ -167,7 +176,7 @@ impl Ram {
         if pages == Pages::Transparent {
             advise_huge(&memory);
         }
-        Ok(Self { memory: Arc::new(memory), memfd, len, hotplug: None })
+        Ok(Self { memory: Arc::new(memory), memfd, len, hotplug: None, reserved_end: 0 })
     }
 
     /// Adds a region of `mib` MiB of normal pages, in a memfd of its own, that is not RAM for the guest until a device
@@ -192,6 +201,19 @@ impl Ram {
         self.memory = Arc::new(self.memory.insert_region(Arc::new(region)).map_err(|e| other(&e))?);
         self.hotplug = Some(start..start + len);
         Ok(self)
+    }
+
+    /// A place for `len` bytes of memory of another kind, above all that there is.
+    ///
+    /// # Errors
+    /// No processor can address it.
+    pub fn reserve(&mut self, len: u64) -> Result<std::ops::Range<u64>, MemoryError> {
+        let start = self.last_end().next_multiple_of(layout::SECTION);
+        let end = start.checked_add(len).filter(|end| *end <= 1 << MAX_BITS);
+        let bits = MAX_BITS;
+        let end = end.ok_or(MemoryError::Unaddressable { asked_mib: start.saturating_add(len) >> 20, bits })?;
+        self.reserved_end = end;
+        Ok(start..end)
     }
 
     /// The region for memory that is added later.
@@ -222,7 +244,7 @@ impl Ram {
         let start = self.last_end().next_multiple_of(layout::MMIO64_LEN);
         let end = start + layout::MMIO64_LEN;
         if bits < 64 && end > 1 << bits {
-            return Err(MemoryError::Unaddressable { asked_mib: self.len >> 20, bits });
+            return Err(MemoryError::Unaddressable { asked_mib: self.last_end() >> 20, bits });
         }
         Ok(start..end)
     }
@@ -232,18 +254,17 @@ impl Ram {
     /// # Errors
     /// It does not fit into `bits` address bits.
     pub fn mmio64_firmware(&self, bits: u8) -> Result<std::ops::Range<u64>, MemoryError> {
-        // Processors have 52 address bits at most.
-        let end = 1 << bits.min(52);
+        let end = 1 << bits.min(MAX_BITS);
         let start = self.last_end().next_multiple_of(1 << 30);
         if start + layout::MMIO64_LEN > end {
-            return Err(MemoryError::Unaddressable { asked_mib: self.len >> 20, bits });
+            return Err(MemoryError::Unaddressable { asked_mib: self.last_end() >> 20, bits });
         }
         Ok(start..end)
     }
 
-    /// Where all RAM ends, also what may be added.
+    /// Where all memory ends, also what may be added.
     fn last_end(&self) -> u64 {
-        self.hotplug.as_ref().map_or_else(|| self.end(), |region| region.end)
+        self.hotplug.as_ref().map_or_else(|| self.end(), |region| region.end).max(self.reserved_end)
     }
 }
 
@@ -315,5 +336,12 @@ mod tests {
         assert!(!more.memory.address_in_range(GuestAddress(region.end)));
         assert_eq!(more.ranges().collect::<Vec<_>>(), [(0, 16 << 20)], "it is no RAM");
         assert!(more.mmio64(40).unwrap().start >= region.end);
+        let mut more = more;
+        let (one, two) = (more.reserve(2 << 20).unwrap(), more.reserve(300 << 20).unwrap());
+        assert!(one.start >= region.end && two.start >= one.end && two.start.is_multiple_of(layout::SECTION));
+        assert_eq!(two.end - two.start, 300 << 20);
+        assert!(more.mmio64(40).unwrap().start >= two.end && more.mmio64_firmware(40).unwrap().start >= two.end);
+        assert!(matches!(more.reserve(1 << 52), Err(MemoryError::Unaddressable { bits: 52, .. })));
+        assert!(more.reserve(u64::MAX).is_err());
     }
 }

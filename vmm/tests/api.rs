@@ -30,6 +30,8 @@ fn each_request_has_its_time() {
         ("PATCH", "/vm", r#"{"state": "Paused"}"#),
         ("PATCH", "/drives/d", r#"{"drive_id": "d"}"#),
         ("PATCH", "/network-interfaces/n", r#"{"iface_id": "n"}"#),
+        ("PATCH", "/pmem/p", r#"{"id": "p"}"#),
+        ("DELETE", "/pmem/p", ""),
         ("PATCH", "/balloon", r#"{"amount_mib": 1}"#),
         ("GET", "/balloon/statistics", ""),
         ("PATCH", "/balloon/hinting/start", ""),
@@ -52,6 +54,7 @@ fn each_request_has_its_time() {
         ),
         ("/cpu-config", r#"{"cpuid_modifiers": [], "msr_modifiers": []}"#.to_owned()),
         ("/drives/d", drive(&disk)),
+        ("/pmem/p", format!(r#"{{"id": "p", "path_on_host": {disk:?}, "read_only": true}}"#)),
         ("/vsock", format!(r#"{{"guest_cid": 3, "uds_path": {:?}}}"#, api.rig.path("v"))),
         ("/entropy", "{}".to_owned()),
         ("/balloon", r#"{"amount_mib": 1, "deflate_on_oom": true}"#.to_owned()),
@@ -75,6 +78,7 @@ fn each_request_has_its_time() {
     }
     assert_eq!(api.refusal("PUT", "/actions", START), AFTER);
     assert!(api.refusal("PUT", "/snapshot/create", snapshot).starts_with("Create snapshot error"));
+    assert!(api.refusal("DELETE", "/pmem/p", "").contains("hot-unplug is not offered"));
     api.put("/actions", r#"{"action_type": "FlushMetrics"}"#);
     let line = std::fs::read_to_string(api.rig.path("metrics")).unwrap();
     assert!(line.contains("utc_timestamp_ms") && line.contains(r#""properties":{"a":"b"}"#), "{line}");
@@ -139,6 +143,31 @@ fn metadata_is_put_merged_and_limited() {
     assert!(api.refusal("PUT", "/mmds/config", &config.replace("254.3", "255.3")).contains("not link local"));
     assert!(api.ask("GET", "/vm/config", "").1.contains(r#""mmds-config":{"version":"V2""#));
     assert!(api.refusal("PUT", "/mmds/nowhere", "{}").contains("Invalid request method and/or path"));
+    api.stop();
+}
+
+#[test]
+fn one_device_is_the_root_in_firecracker_s_words() {
+    let api = Api::new();
+    let pmem = |id: &str, root: bool| format!(r#"{{"id": "{id}", "path_on_host": "p", "root_device": {root}}}"#);
+    let drive = r#"{"drive_id": "d", "path_on_host": "d", "is_root_device": true}"#;
+    api.put("/pmem/a", &pmem("a", false));
+    api.put("/pmem/b", &pmem("b", true));
+    // The same one again, with other words.
+    api.put("/pmem/b", &pmem("b", true));
+    assert_eq!(api.refusal("PUT", "/pmem/a", &pmem("a", true)), "Pmem config error: A root pmem device already exist");
+    assert!(api.refusal("PUT", "/drives/d", drive).ends_with("while the root device defined as a pmem device"));
+    api.put("/pmem/b", &pmem("b", false));
+    api.put("/drives/d", drive);
+    assert!(api.refusal("PUT", "/pmem/b", &pmem("b", true)).ends_with("root device defined as a block device"));
+    let config: serde_json::Value = serde_json::from_str(&api.ask("GET", "/vm/config", "").1).unwrap();
+    let first = serde_json::json!({"id": "a", "path_on_host": "p", "root_device": false, "read_only": false});
+    assert_eq!((&config["pmem"][0], config["pmem"].as_array().unwrap().len()), (&first, 2));
+    let other = "The id from the path does not match the id from the body!";
+    assert_eq!(api.refusal("PUT", "/pmem/c", &pmem("b", false)), other);
+    assert_eq!(api.refusal("PATCH", "/pmem/c", r#"{"id": "b"}"#), other);
+    assert_eq!(api.refusal("PUT", "/pmem", &pmem("b", false)), "The ID cannot be empty.");
+    assert!(api.refusal("PUT", "/pmem/b", r#"{"id": "b"}"#).contains("path_on_host"));
     api.stop();
 }
 

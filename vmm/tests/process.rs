@@ -119,6 +119,25 @@ fn drives_that_lead_to_no_good_are_named() {
 }
 
 #[test]
+fn files_that_cannot_be_memory_are_named() {
+    let rig = Rig::new(&[&RESET]);
+    let pmem = |path: &Path| format!(r#", "pmem": [{{"id": "p", "path_on_host": {path:?}}}]"#);
+    let (none, empty, file) = (rig.path("none"), rig.path("empty"), rig.path("file"));
+    std::fs::write(&empty, "").unwrap();
+    std::fs::write(&file, "x").unwrap();
+    for (path, words) in [(&none, "none: No such file"), (&empty, "has 0 bytes"), (&rig.fifo("fifo"), "a FIFO")] {
+        let refusal = rig.refusal(&pmem(path));
+        assert!(refusal.contains("pmem p: ") && refusal.contains(words), "{refusal}");
+    }
+    let drive = format!(r#", "drives": [{{"drive_id": "d", "path_on_host": {file:?}, "is_root_device": false}}]"#);
+    let refusal = rig.refusal(&format!("{}{drive}", pmem(&file)));
+    assert!(refusal.contains(r#"drive and pmem device "d" and "p" are the same file"#), "{refusal}");
+    if has_kvm() {
+        assert!(rig.run(&pmem(&file)).status.success());
+    }
+}
+
+#[test]
 fn a_socket_in_use_and_an_array_are_explained() {
     let rig = Rig::new(&[&SPIN]);
     let api = rig.path("live");

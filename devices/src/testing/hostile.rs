@@ -145,12 +145,13 @@ pub fn honest(driver: &Driver, queues: &mut [DriverQueue]) {
     let device = driver.machine.read_config(driver.slot, 0) >> 16;
     let (queue, chain, len) = match device - 0x1040 {
         // A read of sector 0, an empty frame, 8 bytes of entropy, a page for the balloon,
-        // a request for no memory, a packet of nobody's.
+        // a request for no memory, a flush, a packet of nobody's.
         2 => (0, vec![Piece::Read(at, 16), Piece::Write(at + 0x1000, 513)], 513),
         1 => (1, vec![Piece::Read(at, 60)], 0),
         4 => (0, vec![Piece::Write(at, 8)], 8),
         5 => (0, vec![Piece::Read(at + 0x800, 4)], 0),
         24 => (0, vec![Piece::Read(at, 24), Piece::Write(at + 0x800, 10)], 10),
+        27 => (0, vec![Piece::Read(at, 4), Piece::Write(at + 0x800, 4)], 4),
         _ => (1, vec![Piece::Read(at, 44)], 0),
     };
     assert_eq!(driver.run(&mut queues[queue], &chain), len);

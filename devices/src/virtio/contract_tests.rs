@@ -11,6 +11,7 @@ use super::block::{Block, BlockConfig, Medium, RawFile};
 use super::limiter::LimiterConfig;
 use super::mem::{Mem, MemConfig};
 use super::net::{Net, NetConfig};
+use super::pmem::{Pmem, PmemConfig};
 use super::rng::Rng;
 use super::vsock::{Vsock, VsockConfig};
 use super::*;
@@ -58,6 +59,15 @@ fn net() -> Subject<Net<Wire>> {
     let mut device = Net::new(wire, NetConfig { mac: [2, 0, 0, 0, 0, 1], ..NetConfig::default() }).unwrap();
     device.set_responder(Responder::new(SERVER, Box::new(Echo))).unwrap();
     Subject { device, served: &[0, 1], relax }
+}
+
+fn pmem() -> Subject<Pmem> {
+    let config = PmemConfig { address: 5 << 30, len: 2 << 20, flush_cost: 2 << 20, limits: LimiterConfig::NONE };
+    Subject {
+        device: Pmem::new(config, Some(tempfile::tempfile().unwrap())).unwrap(),
+        served: &[0],
+        relax: Box::new(|| ()),
+    }
 }
 
 fn rng() -> Subject<Rng> {
@@ -292,4 +302,4 @@ macro_rules! contract {
     )*};
 }
 
-contract!(balloon, block, block_ring, mem, net, rng, vsock);
+contract!(balloon, block, block_ring, mem, net, pmem, rng, vsock);

@@ -26,6 +26,7 @@ pub mod limiter;
 pub mod mem;
 pub mod net;
 pub mod pci;
+pub mod pmem;
 mod queue;
 pub mod rng;
 mod timer;

@@ -1,11 +1,17 @@
 //! `/bin/probe` of the tiny image: what busybox cannot do. A test types these commands on the VM's console.
 //!
 //! `probe vsock-connect PORT TEXT` connects to the host, sends a line and prints the line that comes back;
-//! `probe vsock-serve PORT` answers one connection from the host by sending each line back in capitals, until it closes.
+//! `probe vsock-serve PORT` answers one connection from the host by sending each line back in capitals, until it closes;
+//! `probe direct-from FILE DEVICE` writes the first page of a file to a device, without a copy: the file is mapped, and the
+//! device gets the address. It says what came of it.
 
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::process::ExitCode;
 
+use rustix::fs::OFlags;
+use rustix::mm::{MapFlags, ProtFlags, mmap};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 /// The address of the host, for every guest.
@@ -19,7 +25,8 @@ fn main() -> ExitCode {
     let done = match words[..] {
         ["vsock-connect", port, text] => port_of(port).and_then(|port| connect(port, text)),
         ["vsock-serve", port] => port_of(port).and_then(serve),
-        _ => Err(io::Error::other("usage: probe vsock-connect PORT TEXT | vsock-serve PORT")),
+        ["direct-from", file, device] => direct(file, device),
+        _ => Err(io::Error::other("usage: probe vsock-connect PORT TEXT | vsock-serve PORT | direct-from FILE DEVICE")),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -53,6 +60,22 @@ fn serve(port: u32) -> io::Result<()> {
     let lines = BufReader::new(client.try_clone()?).lines();
     for line in lines {
         writeln!(client, "{}", line?.to_uppercase())?;
+    }
+    Ok(())
+}
+
+fn direct(file: &str, device: &str) -> io::Result<()> {
+    const PAGE: usize = 4096;
+    let file = File::open(file)?;
+    // SAFETY: the kernel chooses the place.
+    let page = unsafe { mmap(std::ptr::null_mut(), PAGE, ProtFlags::READ, MapFlags::SHARED, &file, 0) }?;
+    // SAFETY: mapped above, for reading, until the process ends; nobody changes the file meanwhile.
+    let page = unsafe { std::slice::from_raw_parts(page.cast::<u8>(), PAGE) };
+    let flags = OFlags::DIRECT.bits().cast_signed();
+    let mut device = File::options().write(true).custom_flags(flags).open(device)?;
+    match device.write_all(page) {
+        Ok(()) => println!("written"),
+        Err(error) => println!("refused: {error}"),
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ mod machine;
 mod metadata;
 mod network;
 mod plug;
+mod pmem;
 mod refusals;
 mod sandbox;
 mod serial;
@@ -51,6 +52,10 @@ fn main() -> ExitCode {
         Scenario { name: "free_pages_go_back_to_the_node", run: balloon::reports_free_pages },
         Scenario { name: "a_balloon_is_inflated_and_says_how_it_is", run: balloon::inflates_and_says_how_it_is },
         Scenario { name: "memory_is_added_and_taken_away", run: hotplug::grows_and_shrinks },
+        Scenario { name: "a_pmem_device_keeps_what_is_synced", run: pmem::keeps_what_is_synced },
+        Scenario { name: "a_pmem_file_that_shrinks_ends_its_vm", run: pmem::shrinks },
+        Scenario { name: "a_pmem_device_is_the_root_device", run: pmem::is_the_root_device },
+        Scenario { name: "pmem_is_no_buffer_for_other_devices", run: pmem::is_no_buffer_for_other_devices },
         Scenario { name: "network_both_ways_in_bulk", run: network::host_and_guest },
         Scenario { name: "guests_reach_each_other", run: network::guest_and_guest },
         Scenario { name: "disks_and_interfaces_come_and_go", run: plug::come_and_go },

@@ -10,8 +10,8 @@ pub(super) const MAX_LEN: usize = 2047;
 /// What the command line says about `/`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RootDevice {
-    /// Partition; absent: the whole first disk.
-    pub partuuid: Option<String>,
+    /// As the kernel knows it: a device's path, or `PARTUUID=`.
+    pub name: String,
     /// Mounted read-only.
     pub read_only: bool,
 }
@@ -40,8 +40,7 @@ pub fn compose(args: Option<&str>, root: Option<&RootDevice>) -> Result<String, 
     let mut line = Cmdline::try_from(given, MAX_LEN + 1)?;
     let names_root = args.is_some_and(|args| args.split_whitespace().any(|arg| arg.starts_with("root=")));
     if let Some(root) = root.filter(|_| !names_root) {
-        let device = root.partuuid.as_ref().map_or("/dev/vda".into(), |uuid| format!("PARTUUID={uuid}"));
-        line.insert("root", &device)?;
+        line.insert("root", &root.name)?;
         line.insert_str(if root.read_only { "ro" } else { "rw" })?;
     }
     let line = line.as_cstring()?;
@@ -54,10 +53,10 @@ mod tests {
 
     #[test]
     fn the_root_device_is_added_once() {
-        let root = RootDevice { partuuid: None, read_only: true };
+        let root = RootDevice { name: "/dev/vda".into(), read_only: true };
         assert_eq!(compose(Some("quiet"), Some(&root)).unwrap(), "quiet root=/dev/vda ro");
         assert_eq!(compose(Some("root=/dev/vdb1"), Some(&root)).unwrap(), "root=/dev/vdb1");
-        let root = RootDevice { partuuid: Some("ab-01".into()), read_only: false };
+        let root = RootDevice { name: "PARTUUID=ab-01".into(), read_only: false };
         assert_eq!(compose(None, Some(&root)).unwrap(), format!("{DEFAULT} root=PARTUUID=ab-01 rw"));
         assert_eq!(compose(Some("quiet -- single"), None).unwrap(), "quiet -- single");
     }

@@ -42,7 +42,9 @@ impl Session {
             drives[at].path_on_host.clone_from(path);
             let configs: Vec<_> =
                 drives.iter().map(config::drive).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
-            config::separate(&configs).map_err(Fault::bad_request)?;
+            let pmems: Result<Vec<_>, _> = self.spec.pmem.iter().map(config::pmem).collect();
+            let pmems = pmems.map_err(Fault::bad_request)?;
+            config::separate(&configs, &pmems).map_err(Fault::bad_request)?;
             let seen = if self.sandbox.is_some() { ONLY_VISIBLE } else { "" };
             let (medium, warning) =
                 block::open(&configs[at]).map_err(|error| Fault::bad_request(format!("{error}{seen}")))?;
@@ -85,7 +87,7 @@ impl Session {
 }
 
 /// What a limiter is after a change, which leaves the bucket as it is that it does not name.
-fn changed(limiter: Option<RateLimiter>, change: RateLimiter) -> Option<RateLimiter> {
+pub(super) fn changed(limiter: Option<RateLimiter>, change: RateLimiter) -> Option<RateLimiter> {
     let RateLimiter { bandwidth, ops } = limiter.unwrap_or_default();
     Some(RateLimiter { bandwidth: change.bandwidth.or(bandwidth), ops: change.ops.or(ops) })
 }
@@ -100,6 +102,6 @@ fn refused(error: StoreError) -> Fault {
     }
 }
 
-fn unknown(what: &str, id: &str) -> Fault {
+pub(super) fn unknown(what: &str, id: &str) -> Fault {
     Fault::bad_request(format!("There is no {what} {id:?}."))
 }

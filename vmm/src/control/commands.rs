@@ -11,6 +11,7 @@ use serde_json::Value;
 use super::balloon::BalloonCommand;
 use super::hotplug::HotplugCommand;
 use super::plug::Unplug;
+use super::pmem::PmemCommand;
 
 /// One request, understood.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,6 +48,8 @@ pub(super) enum Command {
     Balloon(BalloonCommand),
     /// Likewise.
     Hotplug(HotplugCommand),
+    /// Likewise.
+    Pmem(PmemCommand),
     /// `InstanceStart` before the start, the others after it.
     Act(ActionType),
     /// After the start.

@@ -34,6 +34,9 @@ impl Session {
             Command::SetCpu(cpu) => spec.cpu_config = Some(CpuConfigSource::Template(cpu)),
             Command::PutDrive(drive) => {
                 config::drive(&drive).map_err(Fault::bad_request)?;
+                if drive.is_root_device && spec.pmem.iter().any(|pmem| pmem.root_device) {
+                    return Err(Fault::bad_request(config::PmemError::DriveBesideRoot));
+                }
                 replace(&mut spec.drives, drive, |drive| &drive.drive_id);
             }
             Command::PutNetworkInterface(interface) => {
@@ -161,7 +164,7 @@ fn patched(machine: &MachineConfig, patch: &MachineConfigPatch) -> MachineConfig
 }
 
 /// Puts `item` in the place of the one with the same id, or at the end.
-fn replace<T>(items: &mut Vec<T>, item: T, id: impl Fn(&T) -> &String) {
+pub(super) fn replace<T>(items: &mut Vec<T>, item: T, id: impl Fn(&T) -> &String) {
     match items.iter().position(|other| id(other) == id(&item)) {
         Some(at) => items[at] = item,
         None => items.push(item),

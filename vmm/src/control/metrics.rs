@@ -20,12 +20,13 @@ pub(super) fn line(spec: &Metrics, mut status: Status) -> MetricsLine {
     }
 }
 
-/// The counters of each device, and of all drives and of all interfaces their sum.
+/// The counters of each device, and of all drives, of all interfaces and of all pmem devices their sum.
 fn named(devices: &BTreeMap<String, DeviceStatus>) -> BTreeMap<String, BTreeMap<String, u64>> {
     let mut named = BTreeMap::<_, BTreeMap<_, u64>>::new();
     for (name, device) in devices {
-        let kind =
-            ["block", "net"].into_iter().find(|kind| name.strip_prefix(kind).is_some_and(|rest| rest.starts_with('_')));
+        let kind = ["block", "net", "pmem"]
+            .into_iter()
+            .find(|kind| name.strip_prefix(kind).is_some_and(|rest| rest.starts_with('_')));
         for (counter, value) in &device.counters {
             named.entry(name.clone()).or_default().insert(counter.clone(), *value);
             if let Some(kind) = kind {

@@ -11,6 +11,7 @@ mod http;
 mod log;
 mod metrics;
 mod plug;
+mod pmem;
 mod routes;
 mod session;
 mod signals;

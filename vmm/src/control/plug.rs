@@ -43,7 +43,9 @@ impl Session {
         let mut drives = self.spec.drives.clone();
         drives.push(drive);
         let configs: Vec<_> = drives.iter().map(config::drive).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
-        config::separate(&configs).map_err(Fault::bad_request)?;
+        let pmems: Vec<_> =
+            self.spec.pmem.iter().map(config::pmem).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
+        config::separate(&configs, &pmems).map_err(Fault::bad_request)?;
         let length = warning_of_length(&config);
         let is_walled = self.sandbox.is_some();
         let machine = &mut self.running()?.machine;

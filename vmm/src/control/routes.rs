@@ -17,6 +17,7 @@ use super::commands::Command;
 use super::fault::Fault;
 use super::hotplug::HotplugCommand;
 use super::plug::Unplug;
+use super::pmem::PmemCommand;
 
 /// Understands a request; the wording of faults is Firecracker's where clients may look at it.
 pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command, Fault> {
@@ -44,6 +45,7 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
         ("PUT", ["cpu-config"]) => json(body).map(Command::SetCpu),
         ("PUT", ["drives", id]) => put_drive(id, json(body)?),
         ("PUT", ["network-interfaces", id]) => put_network_interface(id, json(body)?),
+        ("PUT", ["pmem", id]) => PmemCommand::Put(json(body)?).of(id).map(Command::Pmem),
         ("PUT", ["mmds"]) => any_json(body).map(Command::PutMetadata),
         ("PUT", ["mmds", "config"]) => json(body).map(Command::SetMmds),
         ("PUT", ["vsock"]) => json(body).map(Command::SetVsock),
@@ -62,6 +64,7 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
         ("PATCH", ["machine-config"]) => patch_machine(json(body)?),
         ("PATCH", ["drives", id]) => patch_drive(id, json(body)?),
         ("PATCH", ["network-interfaces", id]) => patch_network_interface(id, json(body)?),
+        ("PATCH", ["pmem", id]) => PmemCommand::Patch(json(body)?).of(id).map(Command::Pmem),
         ("PATCH", ["mmds"]) => any_json(body).map(Command::PatchMetadata),
         ("PATCH", ["vm"]) => json(body).map(|change: VmStateChange| Command::ChangeState(change.state)),
         ("PATCH", ["balloon"]) => json(body).map(BalloonCommand::Update).map(Command::Balloon),
@@ -71,8 +74,9 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
         ("DELETE", _) if !body.is_empty() => Err(Fault::bad_request("DELETE request cannot have a body.")),
         ("DELETE", ["drives", id]) => Ok(Command::Unplug(Unplug::Drive((*id).into()))),
         ("DELETE", ["network-interfaces", id]) => Ok(Command::Unplug(Unplug::NetworkInterface((*id).into()))),
+        ("DELETE", ["pmem", id]) => Ok(Command::Pmem(PmemCommand::Unplug((*id).into()))),
 
-        (_, ["drives" | "network-interfaces"]) => Err(Fault::bad_request("The ID cannot be empty.")),
+        (_, ["drives" | "network-interfaces" | "pmem"]) => Err(Fault::bad_request("The ID cannot be empty.")),
         _ => Err(Fault::bad_request(format!("Invalid request method and/or path: {method} {path}."))),
     }
 }

@@ -155,7 +155,7 @@ impl Session {
     fn start(&mut self) -> Result<(), StartError> {
         let booted = self.settings.boot_timer.then(|| boot_timer(self.log.clone()));
         let config = config::validate(&self.spec)?;
-        config::separate(&config.drives)?;
+        config::separate(&config.drives, &config.pmems)?;
         let console = match self.console.take() {
             Some(console) => console,
             None => Console::open(&Target::Off, None)?,
@@ -293,6 +293,7 @@ impl Session {
             }
             Command::Balloon(command) => self.execute_balloon(command),
             Command::Hotplug(command) => self.execute_hotplug(command),
+            Command::Pmem(command) => self.execute_pmem(command),
             Command::ChangeState(target) => self.running()?.change_state(target).map(done),
             Command::PatchDrive(patch) => self.after_start()?.patch_drive(&patch).map(done),
             Command::PatchNetworkInterface(patch) => self.after_start()?.patch_network_interface(&patch).map(done),

@@ -96,6 +96,9 @@ pub enum KvmError {
         /// Its answer.
         source: std::io::Error,
     },
+    /// The guest touched an address of its memory that cannot be had.
+    #[error("the host has nothing behind an address of the guest's memory")]
+    Unbacked,
     /// All interrupt routes are in use.
     #[error("all {0} interrupt routes are in use: give the VM fewer devices")]
     NoGsi(u32),

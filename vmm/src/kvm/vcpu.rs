@@ -164,6 +164,7 @@ impl Vcpu {
         let exit = match self.fd.run() {
             Ok(exit) => exit,
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return Ok(Exit::Interrupted),
+            Err(e) if e.errno() == libc::EFAULT => return Err(KvmError::Unbacked),
             Err(e) => return Err(call("run a vCPU")(e)),
         };
         Ok(match exit {

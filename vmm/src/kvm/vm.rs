@@ -15,6 +15,7 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, VolatileMemory};
 
 use super::{Interrupts, KvmError, Topology, Vcpu, call, cpuid, msrs, open};
 use crate::memory::layout;
+use crate::pmem::FileMapping;
 
 /// What a VM is like for KVM.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -38,6 +39,8 @@ pub struct Vm {
     memory: Memory,
     /// As `memory`.
     roms: Vec<MmapRegion>,
+    /// As `memory`.
+    files: Vec<Arc<FileMapping>>,
 }
 
 impl Vm {
@@ -69,6 +72,7 @@ impl Vm {
             supported,
             memory,
             roms: Vec::new(),
+            files: Vec::new(),
         };
         vm.add_memory(config.log_dirty_pages)?;
         Ok(vm)
@@ -112,6 +116,24 @@ impl Vm {
         // SAFETY: as in `add_memory`, with `self.roms` in the place of `self.memory`.
         unsafe { self.fd.set_user_memory_region(slot) }.map_err(call(WHAT))?;
         self.roms.push(mapping);
+        Ok(())
+    }
+
+    /// Puts a file at `address`. What the guest writes to one that is mapped for reading is an exit.
+    ///
+    /// # Errors
+    /// KVM refuses: something is there already.
+    pub fn add_file(&mut self, mapping: &Arc<FileMapping>, address: u64) -> Result<(), KvmError> {
+        let slot = kvm_userspace_memory_region {
+            slot: self.next_slot.fetch_add(1, Ordering::Relaxed),
+            flags: if mapping.read_only() { KVM_MEM_READONLY } else { 0 },
+            guest_phys_addr: address,
+            memory_size: mapping.len() as u64,
+            userspace_addr: mapping.address() as u64,
+        };
+        // SAFETY: as in `add_memory`, with `self.files` in the place of `self.memory`.
+        unsafe { self.fd.set_user_memory_region(slot) }.map_err(call("map a pmem device's file"))?;
+        self.files.push(Arc::clone(mapping));
         Ok(())
     }
 

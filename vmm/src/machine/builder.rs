@@ -21,6 +21,7 @@ use crate::firmware::{self, FirmwareError};
 use crate::kvm::{Vm, install_kick_signal};
 use crate::memory::{MemoryError, Ram, layout};
 use crate::metadata::Metadata;
+use crate::pmem::{PmemFile, Watch};
 use crate::sandbox::Sandbox;
 
 /// What a VM is connected to, and what it is kept in.
@@ -87,6 +88,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     if let Some(hotplug) = config.hotplug {
         ram = ram.with_hotplug(hotplug.total_mib)?;
     }
+    let files = config.pmems.iter().map(|pmem| PmemFile::open(pmem, &mut ram)).collect::<Result<Vec<_>, _>>()?;
     let mut vm = Vm::new(Arc::clone(&ram.memory), &config.kvm)?;
     let interrupts = vm.interrupts();
     let windows = Windows::of(&config.boot, &ram, vm.address_bits())?;
@@ -94,6 +96,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     // What can end it.
     install_kick_signal()?;
     let life = Arc::new(Lifecycle::new(outlets.ended.try_clone().map_err(BuildError::Host)?));
+    life.set_files(files.iter().map(PmemFile::witness).collect());
 
     // The platform: devices at fixed places.
     let buses = Buses::new();
@@ -124,6 +127,16 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     for net in &config.nets {
         attach.net(net)?;
     }
+    for file in &files {
+        attach.pmem(file, &mut vm, &buses.mmio)?;
+    }
+    let watch = Watch::open(&files).unwrap_or_else(|error| {
+        attach.devices.warnings.push(format!(
+            "the files of pmem devices are not watched: {error}; a guest may stand still where one becomes shorter. Raise \
+             /proc/sys/fs/inotify/max_user_instances"
+        ));
+        None
+    });
     if let Some(vsock) = &config.vsock {
         attach.vsock(vsock)?;
     }
@@ -170,7 +183,22 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         sandbox.enter()?;
         plug.taps.seal();
     }
+    let _watching = watch.map(|watch| watch.start(&life)).transpose().map_err(BuildError::Host)?;
     let (threads, counters) = (Vec::new(), Vec::new());
-    Machine { _vm: vm, ram, buses, life, pci, devices, plug, serial, power, threads, counters, started: None }
-        .run(vcpus)
+    Machine {
+        _vm: vm,
+        _watching,
+        ram,
+        buses,
+        life,
+        pci,
+        devices,
+        plug,
+        serial,
+        power,
+        threads,
+        counters,
+        started: None,
+    }
+    .run(vcpus)
 }

@@ -12,6 +12,7 @@ use bedplate_devices::virtio::block::{Backend, BlockControl, BlockMetrics};
 use bedplate_devices::virtio::mem::{MemControl, MemMetrics};
 use bedplate_devices::virtio::net::{NetControl, NetMetrics};
 use bedplate_devices::virtio::pci::VirtioPciDevice;
+use bedplate_devices::virtio::pmem::{PmemControl, PmemMetrics};
 
 /// What changes a disk while its VM runs.
 pub type DiskControl = BlockControl<Box<dyn Backend>>;
@@ -21,6 +22,7 @@ pub type DiskControl = BlockControl<Box<dyn Backend>>;
 pub struct Devices {
     pub(super) disks: BTreeMap<String, DiskControl>,
     pub(super) nets: BTreeMap<String, NetControl>,
+    pub(super) pmems: BTreeMap<String, PmemControl>,
     pub(super) balloon: Option<BalloonControl>,
     pub(super) mem: Option<MemControl>,
     pub(super) counts: BTreeMap<String, (Arc<DeviceMetrics>, Counts)>,
@@ -33,6 +35,7 @@ pub struct Devices {
 pub(super) enum Counts {
     Block(Arc<BlockMetrics>),
     Net(Arc<NetMetrics>),
+    Pmem(Arc<PmemMetrics>),
     Balloon(Arc<BalloonMetrics>),
     Mem(Arc<MemMetrics>),
     Rng(Arc<Counter>),
@@ -71,6 +74,11 @@ impl Devices {
     /// A network interface, if there is such a one.
     pub fn net(&self, iface_id: &str) -> Option<&NetControl> {
         self.nets.get(iface_id)
+    }
+
+    /// A pmem device, if there is such a one.
+    pub fn pmem(&self, id: &str) -> Option<&PmemControl> {
+        self.pmems.get(id)
     }
 
     /// The memory balloon.
@@ -135,6 +143,12 @@ impl Counts {
                 ("tx_bytes_count", &net.tx_bytes),
                 ("tx_fails", &net.tx_dropped),
                 ("tx_rate_limiter_throttled", &net.tx_throttled),
+            ],
+            Self::Pmem(pmem) => vec![
+                ("flush_count", &pmem.flushes),
+                ("flush_fails", &pmem.failures),
+                ("rate_limiter_throttled_events", &pmem.throttled),
+                ("refused_writes", &pmem.refused_writes),
             ],
             Self::Balloon(balloon) => vec![
                 ("inflated_pages", &balloon.inflated),

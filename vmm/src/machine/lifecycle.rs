@@ -9,6 +9,7 @@ use bedplate_api::vmm::{Exit, ExitReason, Registers};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::kvm::{Kicker, Vcpu};
+use crate::pmem::{self, Witness};
 
 /// What the vCPUs shall do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,6 +46,7 @@ pub struct Lifecycle {
     state: Mutex<State>,
     changed: Condvar,
     kickers: OnceLock<Vec<Kicker>>,
+    files: OnceLock<Vec<Witness>>,
     exit: OnceLock<Exit>,
     ended: EventFd,
 }
@@ -56,6 +58,7 @@ impl Lifecycle {
             state: Mutex::new(State { target: Target::Run, alive: 0, parked: 0, looks: Vec::new() }),
             changed: Condvar::new(),
             kickers: OnceLock::new(),
+            files: OnceLock::new(),
             exit: OnceLock::new(),
             ended,
         }
@@ -74,6 +77,22 @@ impl Lifecycle {
         }
         // A second call would be our bug and changes nothing.
         let _ = self.kickers.set(kickers);
+    }
+
+    /// Names the files in the guest's memory, once, before the first vCPU runs.
+    pub fn set_files(&self, files: Vec<Witness>) {
+        // A second call would be our bug and changes nothing.
+        let _ = self.files.set(files);
+    }
+
+    /// Why a vCPU may have found nothing behind an address, for a person.
+    pub fn why_unbacked(&self) -> String {
+        pmem::explain(self.files.get().map_or(&[], Vec::as_slice))
+    }
+
+    /// Which of the files has become shorter, in words for a person.
+    pub fn shrunk_file(&self) -> Option<String> {
+        self.files.get()?.iter().find_map(Witness::has_shrunk)
     }
 
     /// How it ended, once it has.

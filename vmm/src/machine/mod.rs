@@ -31,6 +31,7 @@ use crate::boot::BootError;
 use crate::firmware::FirmwareError;
 use crate::kvm::{KvmError, Vcpu, Vm};
 use crate::memory::{MemoryError, Ram};
+use crate::pmem::{PmemFileError, Watching};
 use crate::sandbox::{self, SandboxError};
 use counters::ExitCounters;
 use lifecycle::Lifecycle;
@@ -55,6 +56,8 @@ pub enum BuildError {
     #[error(transparent)]
     Firmware(#[from] FirmwareError),
     #[error(transparent)]
+    Pmem(#[from] PmemFileError),
+    #[error(transparent)]
     Device(#[from] DeviceError),
     #[error(transparent)]
     Tap(#[from] KeepError),
@@ -76,6 +79,8 @@ pub enum BuildError {
 pub struct Machine {
     /// Open as long as vCPUs run and devices signal.
     _vm: Vm,
+    /// Ends it when a file in its memory becomes shorter.
+    _watching: Option<Watching>,
     ram: Ram,
     buses: Buses,
     life: Arc<Lifecycle>,

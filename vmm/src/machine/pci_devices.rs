@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use bedplate_api::socket;
 use bedplate_devices::Memory;
+use bedplate_devices::bus::Bus;
 use bedplate_devices::host::PciHost;
 use bedplate_devices::metadata::Responder;
 use bedplate_devices::pci::{PciFunction, PciRoot, Slot};
@@ -16,6 +17,7 @@ use bedplate_devices::virtio::block::{Block, BlockConfig, OpenError};
 use bedplate_devices::virtio::mem::{Mem, MemConfig};
 use bedplate_devices::virtio::net::{Net, NetConfig, TapError};
 use bedplate_devices::virtio::pci::{VirtioPciDevice, VirtioPciError};
+use bedplate_devices::virtio::pmem::{Pmem, PmemConfig};
 use bedplate_devices::virtio::rng::Rng;
 use bedplate_devices::virtio::vsock::{Vsock, VsockConfig, VsockError};
 use bedplate_images::disk::DiskError;
@@ -25,7 +27,9 @@ use super::devices::{Counts, Devices};
 use super::taps::Taps;
 use crate::block;
 use crate::config::{self, DriveConfig, EntropyConfig, HotplugConfig};
+use crate::kvm::Vm;
 use crate::metadata::{GuestView, Metadata};
+use crate::pmem::PmemFile;
 
 /// Why a device cannot be attached.
 #[derive(Debug, thiserror::Error)]
@@ -158,6 +162,23 @@ impl Attach<'_> {
         let slot = self.virtio(Devices::name_of_net(&net.id), device, counts)?;
         self.devices.nets.insert(net.id.clone(), control);
         Ok(slot)
+    }
+
+    /// The file becomes memory of `vm`; what the guest writes to one that it may only read leaves it and is counted.
+    pub fn pmem(&mut self, file: &PmemFile, vm: &mut Vm, mmio: &Bus) -> Result<(), BuildError> {
+        let PmemFile { config, region, mapping, file, file_len } = file;
+        let (address, len) = (region.start, region.end - region.start);
+        let flushed = (!config.read_only).then(|| file.try_clone()).transpose().map_err(BuildError::Host)?;
+        // As for Firecracker, a flush costs all of the file.
+        let device = PmemConfig { address, len, flush_cost: *file_len, limits: config.limits };
+        let device = Pmem::new(device, flushed).map_err(BuildError::Host)?;
+        vm.add_file(mapping, address)?;
+        if config.read_only {
+            mmio.insert(address, len, device.write_counter())?;
+        }
+        self.devices.pmems.insert(config.id.clone(), device.control());
+        let counts = Counts::Pmem(Arc::clone(device.pmem_metrics()));
+        self.virtio(format!("pmem_{}", config.id), device, counts).map(drop)
     }
 
     pub fn vsock(&mut self, vsock: &config::VsockConfig) -> Result<(), BuildError> {

@@ -95,6 +95,7 @@ enum End {
     PowerOff,
     Guest(String),
     Host(String),
+    Unbacked(String),
 }
 
 /// The seldom exits.
@@ -109,6 +110,7 @@ fn classify(exit: Result<Exit<'_>, KvmError>) -> Option<End> {
             Some(End::Host(format!("the processor refuses to enter the guest ({reason:#x})")))
         }
         Ok(Exit::Halted) => Some(End::Guest("halted without an interrupt controller".into())),
+        Err(error @ KvmError::Unbacked) => Some(End::Unbacked(error.to_string())),
         Err(error) => Some(End::Host(error.to_string())),
         Ok(_) => None,
     }
@@ -126,6 +128,7 @@ fn finish(vcpu: &Vcpu, life: &Lifecycle, end: End) {
         End::Reset => life.end(ExitReason::GuestReset, "the guest asked KVM for a reset"),
         End::PowerOff => life.end(ExitReason::GuestPowerOff, "the guest asked KVM for power off"),
         End::Guest(what) => life.end(ExitReason::GuestFault, format!("{what}: {place}")),
+        End::Unbacked(what) => life.end(ExitReason::HostFault, format!("{what}: {}; {place}", life.why_unbacked())),
         End::Host(what) => life.end(ExitReason::HostFault, format!("{what}: {place}")),
     }
 }
