@@ -124,7 +124,10 @@ impl Workshop<'_> {
         let preferences = dir.join(PREFERENCES);
         let pins: Vec<Pin<'_>> = wanted.iter().chain(needed).copied().collect();
         fs::write(&preferences, packages::preferences(&pins)).map_err(at("write", &preferences))?;
-        let mut mmdebstrap = Command::new("mmdebstrap");
+        // With mounts and processes of its own, which end with it. Should it be killed, nothing stays mounted in `root`, where
+        // somebody would remove it as files.
+        let mut mmdebstrap = Command::new("unshare");
+        mmdebstrap.args(["--mount", "--pid", "--mount-proc", "--kill-child", "mmdebstrap"]);
         mmdebstrap.args(["--mode=root", "--variant=minbase"]);
         // With the directories merged from the start no package is needed that merges them, nor the Perl it is written in.
         mmdebstrap.arg("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr");
