@@ -52,6 +52,8 @@ pub enum ImageKind {
     Vmm,
     /// A guest's disk.
     Disk,
+    /// A guest that stands still: its memory, the state of its machine, and its disk as it was then.
+    Suspended,
 }
 
 /// An immutable description of an image; its digest is the image's name.

@@ -120,6 +120,29 @@ fn a_disk_that_firmware_starts_is_marked() {
 }
 
 #[test]
+fn a_suspended_guest_goes_in_and_its_files_come_out() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = disk(dir.path(), "disk.raw");
+    let memory = fs::File::create(dir.path().join("memory")).unwrap();
+    memory.set_len(8 << 20).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&memory, b"a word in memory", 5 << 20).unwrap();
+    fs::write(dir.path().join("state"), "registers").unwrap();
+    let files = ["--memory", "memory", "--state", "state", "--disk", "disk.raw", "--name", "asleep"];
+    let line = ok(dir.path(), &[&["image", "import-suspended"], &files[..]].concat());
+    assert!(line.contains("asleep") && line.contains("suspended") && line.contains("11.0 MiB"), "{line}");
+    for (part, bytes) in
+        [("memory", fs::read(dir.path().join("memory")).unwrap()), ("state", b"registers".to_vec()), ("disk", disk)]
+    {
+        ok(dir.path(), &["image", "export", "asleep", &format!("{part}.out"), "--part", part]);
+        assert!(fs::read(dir.path().join(format!("{part}.out"))).unwrap() == bytes, "{part}");
+    }
+    assert!(ok(dir.path(), &["image", "verify", "asleep"]).contains("asleep"));
+    assert!(fails(dir.path(), &["run", "asleep"]).contains("suspended guest"));
+    let odd = ["image", "import-suspended", "--memory", "state", "--state", "state", "--name", "odd"];
+    assert!(fails(dir.path(), &odd).contains("no multiple of 4096"));
+}
+
+#[test]
 fn an_image_gets_one_more_name_and_who_had_that_is_told() {
     let dir = tempfile::tempdir().unwrap();
     disk(dir.path(), "disk.raw");

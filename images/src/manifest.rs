@@ -18,6 +18,11 @@ pub const KERNEL: &str = "kernel";
 /// The part with an initial RAM disk.
 pub const INITRD: &str = "initrd";
 
+/// The part with a suspended guest's memory.
+pub const MEMORY: &str = "memory";
+/// The part with the state of a suspended guest's machine.
+pub const STATE: &str = "state";
+
 /// Parts that one image may have; three are used today.
 const MAX_PARTS: usize = 64;
 
@@ -59,6 +64,12 @@ pub enum ManifestError {
     /// A disk image without a disk.
     #[error("this image is of kind \"disk\" and has no part \"disk\"")]
     NoDisk,
+    /// A suspended guest without what it consists of.
+    #[error("this image is of kind \"suspended\" and has not both parts \"memory\" and \"state\"")]
+    NotSuspended,
+    /// A guest that goes on does not boot.
+    #[error("this image is of kind \"suspended\" and says how to boot it")]
+    BootOfSuspended,
     /// The boot data names a part that is not there.
     #[error("the boot data names the part {0:?}, which this image does not have")]
     BootPart(String),
@@ -104,8 +115,14 @@ pub fn validate(manifest: &Manifest) -> Result<(), ManifestError> {
     for (name, part) in &manifest.parts {
         validate_part(name, part)?;
     }
-    if manifest.kind == ImageKind::Disk && !manifest.parts.contains_key(DISK) {
-        return Err(ManifestError::NoDisk);
+    let has = |name: &str| manifest.parts.contains_key(name);
+    match manifest.kind {
+        ImageKind::Disk if !has(DISK) => return Err(ManifestError::NoDisk),
+        ImageKind::Suspended if !has(MEMORY) || !has(STATE) => return Err(ManifestError::NotSuspended),
+        ImageKind::Suspended if manifest.boot.is_some() || manifest.firmware.is_some() => {
+            return Err(ManifestError::BootOfSuspended);
+        }
+        ImageKind::Disk | ImageKind::Vmm | ImageKind::Suspended => {}
     }
     let Some(boot) = &manifest.boot else { return Ok(()) };
     if manifest.firmware.is_some() {
@@ -144,7 +161,8 @@ pub fn part<'a>(manifest: &'a Manifest, name: &str) -> Result<&'a Part, Manifest
 /// What lists show of the image that `name` points to.
 pub fn summary(name: &str, digest: Digest, manifest: &Manifest) -> ImageSummary {
     let sum = |of: fn(&Part) -> u64| manifest.parts.values().map(of).fold(0, u64::saturating_add);
-    let size = manifest.parts.get(DISK).map_or_else(|| sum(|part| part.size), |disk| disk.size);
+    let disk = manifest.parts.get(DISK).filter(|_| manifest.kind == ImageKind::Disk);
+    let size = disk.map_or_else(|| sum(|part| part.size), |disk| disk.size);
     ImageSummary {
         name: name.to_owned(),
         digest,
@@ -208,6 +226,26 @@ mod tests {
         let manifest = Manifest { origin: Some(origin), ..sample() };
         assert_eq!(String::from_utf8_lossy(&encode(&manifest).unwrap()), String::from_utf8_lossy(golden));
         assert_eq!(parse(golden).unwrap(), manifest);
+    }
+
+    /// A guest that stands still.
+    #[test]
+    fn golden_suspended() {
+        let golden = include_bytes!("../golden/manifest-v1-suspended.json");
+        let part = |size| Part { size, index: Digest::from_bytes([1; 32]), content: 1 };
+        let parts = [DISK, MEMORY, STATE].map(|name| (name.to_owned(), part(10))).into();
+        let manifest = Manifest { kind: ImageKind::Suspended, parts, boot: None, ..sample() };
+        assert_eq!(String::from_utf8_lossy(&encode(&manifest).unwrap()), String::from_utf8_lossy(golden));
+        assert_eq!(parse(golden).unwrap(), manifest);
+        let lacks = |name: &str| {
+            let mut manifest = manifest.clone();
+            manifest.parts.remove(name);
+            encode(&manifest).map_err(|error| error.to_string()).err().unwrap_or_default()
+        };
+        assert_eq!(lacks(DISK), "");
+        assert!(lacks(MEMORY).contains("\"memory\"") && lacks(STATE).contains("\"state\""));
+        let boots = Manifest { firmware: Some(bedplate_api::image::Firmware::Bios), ..manifest };
+        assert!(encode(&boots).unwrap_err().to_string().contains("says how to boot"));
     }
 
     #[test]

@@ -109,7 +109,7 @@ fn outside(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenar
 
 /// Waits for the end of a scenario. One that measures says its figures as it has them, and has as long for the next.
 fn until_done(machine: &Machine, done: &str, patience: Duration) -> bedplate_lab::Result<()> {
-    while machine.console().wait_for_any(&[done, inside::FIGURE], patience)?.0 != 0 {}
+    while machine.wait_for_any(&[done, inside::FIGURE], patience)?.0 != 0 {}
     Ok(())
 }
 

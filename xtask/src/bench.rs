@@ -2,6 +2,8 @@
 //!
 //! What runs are scenarios of the test programs, which `cargo xtask test` runs, too, once and by the usual clock.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result, bail};
 use bedplate_lab::accel;
 use bedplate_tests::suite::{PEERS, ROUNDS};
@@ -24,8 +26,8 @@ pub struct Options {
     filter: Option<String>,
     /// How often each figure is taken.
     rounds: u32,
-    /// VMMs to compare ours with, as [`PEERS`] wants them.
-    peers: Vec<String>,
+    /// VMMs to compare ours with: their names, which say how they are told what to run, and programs.
+    peers: Vec<(String, PathBuf)>,
 }
 
 impl Options {
@@ -39,10 +41,12 @@ impl Options {
                 "--peer" => {
                     let (name, path) = words.next()?.split_once('=')?;
                     let is_plain = |name: &str| name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c));
-                    if name.is_empty() || !is_plain(name) || path.is_empty() || path.contains(',') {
+                    // What is not known has no command line that could be written.
+                    let is_known = ["firecracker", "cloud-hypervisor"].iter().any(|known| name.starts_with(known));
+                    if !is_plain(name) || !is_known {
                         return None;
                     }
-                    options.peers.push(format!("{name}={path}"));
+                    options.peers.push((name.to_owned(), path.into()));
                 }
                 name if !name.starts_with('-') && options.filter.is_none() => options.filter = Some(name.to_owned()),
                 _ => return None,
@@ -60,6 +64,12 @@ pub fn run(options: &Options) -> Result<()> {
         let names: Vec<_> = BENCHES.iter().map(|(name, ..)| *name).collect();
         bail!("no measurement has {:?} in its name; there is {}", filter.unwrap_or_default(), names.join(", "));
     }
+    let mut peers = Vec::new();
+    for (name, path) in &options.peers {
+        // The test programs run elsewhere.
+        let path = path.canonicalize().with_context(|| format!("find {name}, {}", path.display()))?;
+        peers.push(format!("{name}={}", path.display()));
+    }
     setup::run()?;
     let suites = test::build_all()?;
     let artifacts = images::make(&|line| println!("{line}"))?;
@@ -71,7 +81,7 @@ pub fn run(options: &Options) -> Result<()> {
         loop {
             let mut command = suite.command(&artifacts);
             command.arg(scenario).env(accel::CHOICE, "counted").env(ROUNDS, rounds.to_string());
-            command.env(PEERS, options.peers.join(","));
+            command.env(PEERS, peers.join(","));
             let status = command.status().with_context(|| format!("run {program}"))?;
             if status.success() {
                 break;

@@ -22,8 +22,8 @@ usage: cargo xtask COMMAND
            each fuzz target, or those whose names contain TARGET, for a minute or N seconds
   bench [NAME] [--rounds N] [--peer NAME=PATH]
            figures of whole nodes, 5 times or N times each, by a clock that counts instructions: `cold` starts of VMs whose
-           image is elsewhere; `compare`, our VMM and statically linked ones given by --peer, such as firecracker=PATH and
-           cloud-hypervisor=PATH, on the same work
+           image is elsewhere; `compare`, our VMM and statically linked ones given by --peer firecracker=PATH and
+           --peer cloud-hypervisor=PATH (more behind the name tells builds apart), on the same work
   images   the VMM image, the sample image `web`, the tiny test image, into target/guest-images
   check    formatting, lints, and the rules of ARCHITECTURE.md
   setup    installs the Debian packages that the others need

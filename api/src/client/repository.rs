@@ -191,8 +191,11 @@ impl Client {
         let broken = |source| ClientError::Frames { endpoint: self.endpoint().clone(), source };
         while let Some((digest, compressed)) = frames.next().await.map_err(broken)? {
             if let Err(cause) = keep(digest, compressed).await {
-                if let Err(damaged @ ClientError::Api(_)) = self.check_chunks(vec![digest]).await {
-                    return Err(damaged);
+                // Another answer than about this chunk says nothing of why it was refused here.
+                if let Err(ClientError::Api(damaged)) = self.check_chunks(vec![digest]).await
+                    && damaged.message.contains(&digest.to_string())
+                {
+                    return Err(damaged.into());
                 }
                 let what = "/v1/chunks/fetch".to_owned();
                 return Err(ClientError::Answer { endpoint: self.endpoint().clone(), what, cause });

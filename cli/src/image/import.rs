@@ -3,9 +3,13 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use bedplate_api::image::ImageKind;
 use bedplate_images::Store;
 use bedplate_images::import::container::Layout;
-use bedplate_images::import::{ImportError, Imported, Options, import_disk, import_files, import_stream};
+use bedplate_images::import::{
+    ImportError, Imported, Options, SuspendedFiles, import_disk, import_files, import_stream, import_suspended,
+};
+use bedplate_images::manifest::DISK;
 
 use super::registry::{self, RegistryArgs, SCHEME};
 use super::{Error, note_moved, print_one};
@@ -44,8 +48,13 @@ fn begin(shown: &Path) -> Progress {
 }
 
 fn end(progress: Progress, imported: &Imported) {
-    let disk = imported.manifest.parts.get("disk");
-    let (size, content) = disk.map_or((0, 0), |disk| (disk.size, disk.content));
+    let all = imported.manifest.parts.values();
+    // Kernel and initial RAM disk of a disk are in it.
+    let of_disk = imported.manifest.parts.get(DISK).filter(|_| imported.manifest.kind == ImageKind::Disk);
+    let (size, content) = match of_disk {
+        Some(disk) => (disk.size, disk.content),
+        None => all.fold((0, 0), |(size, content), part| (size + part.size, content + part.content)),
+    };
     let there = match imported.reused {
         0 => String::new(),
         reused => format!("; {reused} of {} chunks were here already", imported.chunks),
@@ -73,6 +82,19 @@ pub(super) fn run(
         None => disk(store, file, Some(name), allow)?,
     };
     imported.report.iter().for_each(|line| note(line));
+    note_moved(name, before, &imported.digest);
+    Ok(print_one(&store.summary(name)?, format)?)
+}
+
+pub(super) fn run_suspended(store: &Store, files: SuspendedFiles<'_>, name: &str, format: Format) -> Result<(), Error> {
+    let before = store.tag(name).ok();
+    let progress = begin(files.memory);
+    let mut told = |done, total| {
+        progress.set(done, total);
+        ControlFlow::Continue(())
+    };
+    let imported = import_suspended(store, files, Some(name), &mut told)?;
+    end(progress, &imported);
     note_moved(name, before, &imported.digest);
     Ok(print_one(&store.summary(name)?, format)?)
 }

@@ -56,7 +56,7 @@ pub(super) fn print(images: &[ImageSummary], format: Format, empty: &str) -> Res
             (_, _, Some(Firmware::Uefi)) => "firmware (UEFI)",
             (_, _, Some(Firmware::Either)) => "firmware (BIOS, UEFI)",
             (ImageKind::Disk, false, None) => "no kernel found",
-            (ImageKind::Vmm, false, None) => "-",
+            (ImageKind::Vmm | ImageKind::Suspended, false, None) => "-",
         };
         vec![
             Cell::new(&image.name),

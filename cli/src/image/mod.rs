@@ -7,7 +7,7 @@ use bedplate_api::Digest;
 use bedplate_api::client::Endpoint;
 use bedplate_images::capture::CaptureError;
 use bedplate_images::disk::DiskError;
-use bedplate_images::import::ImportError;
+use bedplate_images::import::{ImportError, SuspendedFiles};
 use bedplate_images::{Store, StoreError, export};
 use clap::Subcommand;
 
@@ -117,6 +117,24 @@ enum Action {
         #[arg(long, default_value = "vmm")]
         name: String,
     },
+    /// Make an image of a suspended guest, from the files that a snapshot of its VMM left
+    ImportSuspended {
+        /// Its memory, from address 0 on, such as the memory file of a Firecracker snapshot
+        #[arg(long, value_name = "FILE")]
+        memory: PathBuf,
+        /// What its VMM wrote of processors and devices
+        #[arg(long, value_name = "FILE")]
+        state: PathBuf,
+        /// Its disk at that moment: raw, qcow2 or flat VMDK
+        #[arg(long, value_name = "FILE")]
+        disk: Option<PathBuf>,
+        /// Name to give it, which is taken from the image that has it
+        #[arg(long)]
+        name: String,
+        /// A file elsewhere that the disk may refer to as its backing or data file; can be given several times
+        #[arg(long, value_name = "FILE")]
+        allow: Vec<PathBuf>,
+    },
     /// List images
     Ls {
         #[command(flatten)]
@@ -217,7 +235,7 @@ enum Action {
         name: String,
         /// The file; must not be there yet
         file: PathBuf,
-        /// Which part: disk, kernel or initrd
+        /// Which part: disk, kernel or initrd; of a suspended guest memory, state or disk
         #[arg(long, default_value = "disk")]
         part: String,
         /// What to write: raw or qcow2 [default: qcow2 where the file's name ends so, else raw]
@@ -329,6 +347,10 @@ pub fn run(args: Args, format: Format) -> Result<(), Error> {
         }
         Action::ImportVmm { kernel, initrd, cmdline, name } => {
             import::run_vmm(&Store::create(dir)?, &kernel, &initrd, &cmdline, &name, format)?;
+        }
+        Action::ImportSuspended { memory, state, disk, name, allow } => {
+            let files = SuspendedFiles { memory: &memory, state: &state, disk: disk.as_deref(), allow: &allow };
+            import::run_suspended(&Store::create(dir)?, files, &name, format)?;
         }
         Action::Ls { remote: Remote { control: Some(endpoint) } } => {
             let session = session(endpoint)?;

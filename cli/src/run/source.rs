@@ -34,6 +34,11 @@ pub enum SourceError {
     /// A hypervisor's image.
     #[error("{0:?} is a VMM image: it boots machines, not VMs")]
     NotADisk(String),
+    /// A guest that stands still.
+    #[error(
+        "{0:?} is a suspended guest, which nothing here wakes yet; `bedplate image export --part` gives its files back"
+    )]
+    Suspended(String),
     /// The persistent disk has another origin.
     #[error(
         "the persistent disk of {name:?} was made from the image {found} and not from {wanted}: give the VM another name \
@@ -101,8 +106,10 @@ impl Source {
             other => other.into(),
         })?;
         let manifest = store.manifest(&digest)?;
-        if manifest.kind != ImageKind::Disk {
-            return Err(SourceError::NotADisk(image.to_owned()).into());
+        match manifest.kind {
+            ImageKind::Disk => {}
+            ImageKind::Vmm => return Err(SourceError::NotADisk(image.to_owned()).into()),
+            ImageKind::Suspended => return Err(SourceError::Suspended(image.to_owned()).into()),
         }
         Ok(Self { digest, manifest, file: None, image: image.to_owned() })
     }

@@ -28,6 +28,8 @@ use crate::control::{Control, GarbageError, blocking};
 
 /// An index is held in memory until its digest is known. One at a time, because one may have [`MAX_BLOB_LEN`] bytes.
 static LARGE_BODY: Semaphore = Semaphore::const_new(1);
+/// Who has chunks verified here, one at a time.
+static CHECKING: Semaphore = Semaphore::const_new(1);
 /// Frames are read and sent together up to about so many bytes: with a piece for each, waking the other thread took a
 /// good part of the time. Not more, so that they are in the processor's cache still when they are sent.
 const PIECE: usize = 192 << 10;
@@ -97,6 +99,9 @@ pub async fn bootable_disk(control: &Arc<Control>, name: &str) -> Result<Digest,
     match summary {
         ImageSummary { kind: ImageKind::Vmm, .. } => {
             unusable("it is of kind \"vmm\", a tier needs one of kind \"disk\"")
+        }
+        ImageSummary { kind: ImageKind::Suspended, .. } => {
+            unusable("it is of kind \"suspended\", a tier needs one of kind \"disk\"")
         }
         ImageSummary { direct_boot: false, firmware: Some(_), .. } => unusable(
             "it starts by its own boot loader under firmware, and VMs here are started from a kernel, which was not found in it",
@@ -270,13 +275,15 @@ pub async fn fetch_chunks(State(control): Shared, Body(list): Body<ChunkList>) -
     tokio::task::spawn_blocking(move || {
         let mut rest = list.digests.iter().filter(|digest| **digest != Digest::ZERO).peekable();
         while rest.peek().is_some() {
-            let piece = piece(&shared.images, &mut rest);
-            let broken = piece.is_err();
-            if let Err(error) = &piece {
-                tracing::error!("a chunk could not be sent: {error}");
+            let (wire, broken) = piece(&shared.images, &mut rest);
+            // The reader has gone.
+            if !wire.is_empty() && sender.blocking_send(Ok(wire)).is_err() {
+                return;
             }
-            // The reader has gone, or will be told.
-            if sender.blocking_send(piece).is_err() || broken {
+            if let Err(error) = broken {
+                tracing::error!("a chunk could not be sent: {error}");
+                // Or will be told.
+                let _gone = sender.blocking_send(Err(error));
                 return;
             }
         }
@@ -285,20 +292,24 @@ pub async fn fetch_chunks(State(control): Shared, Body(list): Body<ChunkList>) -
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], Stream::from_stream(stream)).into_response())
 }
 
-/// The frames of the next chunks, at least one, back to back.
-fn piece<'a>(images: &Store, rest: &mut impl Iterator<Item = &'a Digest>) -> Result<Bytes, StoreError> {
+/// The frames of the next chunks back to back, up to one that cannot be read, and why it cannot.
+fn piece<'a>(images: &Store, rest: &mut impl Iterator<Item = &'a Digest>) -> (Bytes, Result<(), StoreError>) {
     let mut wire = Vec::with_capacity(PIECE + FRAME_HEADER_LEN + MAX_FRAME_LEN);
     while wire.len() < PIECE
         && let Some(digest) = rest.next()
     {
-        append_frame(&mut wire, digest, |wire| images.append_frame(digest, wire))?;
+        if let Err(error) = append_frame(&mut wire, digest, |wire| images.append_frame(digest, wire)) {
+            return (wire.into(), Err(error));
+        }
     }
-    Ok(wire.into())
+    (wire.into(), Ok(()))
 }
 
 /// `POST /v1/chunks/check`.
 pub async fn check_chunks(State(control): Shared, Body(list): Body<ChunkList>) -> Result<StatusCode, Refusal> {
     check(&list.digests)?;
+    // It costs far more than asking for it does.
+    let _turn = CHECKING.acquire().await;
     let checked = ask(&control, move |images| list.digests.iter().try_for_each(|digest| images.check_chunk(digest)));
     checked.await.inspect_err(|refusal| tracing::error!("a chunk that was asked about: {}", refusal.0))?;
     Ok(StatusCode::NO_CONTENT)

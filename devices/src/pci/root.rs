@@ -255,14 +255,19 @@ impl Entry {
     /// function's for long, and is waited for.
     fn retire(self, bus: Option<&Bus>) {
         for bar in &self.bars {
-            if let (Some(bus), Some(mapped)) = (bus, bar.mapped) {
-                bus.remove(mapped);
-            }
-            // Who has found it on the bus before, and comes now, must not set it going again.
+            // Who finds it on the bus, or has found it, must not set it going again.
             bar.device.lock().unwrap_or_else(|e| e.into_inner()).function = None;
         }
         let mut function = lock(&self.function);
-        self.bars.iter().filter(|bar| bar.mapped.is_some()).for_each(|bar| function.bar_moved(bar.index, None));
+        for bar in &self.bars {
+            if let Some(mapped) = bar.mapped {
+                function.bar_moved(bar.index, None);
+                // Last: the guest can put another BAR there then, whose notifications must find the place free, too.
+                if let Some(bus) = bus {
+                    bus.remove(mapped);
+                }
+            }
+        }
         function.shutdown();
     }
 }

@@ -69,7 +69,7 @@ pub(crate) enum Content {
 }
 
 /// What swap space has at the end of its first page: as made, and with a system in it that hibernates.
-const SWAP: [&[u8]; 3] = [b"SWAPSPACE2", b"S1SUSPEND\0", b"S2SUSPEND\0"];
+const SWAP: [&[u8]; 5] = [b"SWAPSPACE2", b"S1SUSPEND\0", b"S2SUSPEND\0", b"ULSUSPEND\0", b"LINHIB0001"];
 
 fn number(bytes: &[u8], at: usize, len: usize) -> u64 {
     bytes[at..at + len].iter().rev().fold(0, |n, byte| n << 8 | u64::from(*byte))

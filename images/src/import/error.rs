@@ -113,6 +113,24 @@ pub enum ImportError {
         /// Its length.
         size: u64,
     },
+    /// No guest has half a page.
+    #[error("{path} has {size} bytes, which is no multiple of {page}: it is cut off or not the memory of a guest")]
+    Pages {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        size: u64,
+        /// What it should be a multiple of.
+        page: u64,
+    },
+    /// A disk beside something else, which is not unpacked on the way.
+    #[error("{path} is {format}: unpack it first")]
+    PackedPart {
+        /// The file.
+        path: PathBuf,
+        /// How it is packed.
+        format: super::format::Format,
+    },
     /// A claim that no real disk makes.
     #[error(
         "{path} is a disk of {size} bytes, and at most {most} bytes ({} TiB) can be imported: shrink it with \

@@ -13,6 +13,7 @@ mod layered;
 pub mod qcow2;
 mod source;
 mod stream;
+mod suspended;
 #[cfg(test)]
 mod tests;
 mod unpack;
@@ -42,6 +43,7 @@ use format::{Format, HEAD_LEN, detect};
 use source::{Bytes, open_file, read_ends};
 pub(crate) use source::{RawSource, Source};
 pub use stream::import_stream;
+pub use suspended::{SuspendedFiles, import_suspended};
 
 /// Largest disk that is imported: 4 TiB, whose index has 2 GiB. A qcow2 file of a few hundred bytes may claim any size.
 pub const MAX_IMPORT_SIZE: u64 = 4 << 40;
@@ -73,7 +75,7 @@ pub struct Imported {
     pub manifest: Manifest,
     /// What was found inside the disk, and why it boots or does not, for people; one line each.
     pub report: Vec<String>,
-    /// Distinct chunks that the disk, or all the parts of a VMM image, have.
+    /// Distinct chunks that the disk, or each part of another image, have.
     pub chunks: u64,
     /// Those of them that were in the store before: of other images, or of an import that broke off.
     pub reused: u64,

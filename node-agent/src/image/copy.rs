@@ -13,7 +13,7 @@ use bedplate_api::image::{MAX_CHUNK_LIST, Manifest};
 use bedplate_api::node::CopyProgress;
 use bedplate_images::index::chunk_len;
 use bedplate_images::{Store, StoreError};
-use futures_util::{StreamExt, TryStreamExt};
+use futures_util::StreamExt;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -185,7 +185,15 @@ async fn fetch_chunks(
     });
     let mut landing = futures_util::stream::iter(fetches).buffer_unordered(fetcher.limits().parallel.max(1));
     let (mut dirty, mut writing) = (0, None::<JoinHandle<Result<(), ImageError>>>);
-    while let Some(bytes) = landing.try_next().await? {
+    let mut landed = Ok(());
+    while let Some(next) = landing.next().await {
+        let bytes = match next {
+            Ok(bytes) => bytes,
+            Err(e) => {
+                landed = Err(e);
+                break;
+            }
+        };
         report(bytes);
         dirty += bytes;
         // Not waited for: what comes meanwhile goes with the next.
@@ -196,7 +204,8 @@ async fn fetch_chunks(
             written(writing.replace(next)).await?;
         }
     }
-    written(writing).await
+    // Also where the copy failed: what could not be written has to be known before anything of it counts.
+    written(writing).await.and(landed)
 }
 
 /// A failure to write counts, because the next to sync is not told of it any more.

@@ -25,8 +25,7 @@ use super::{DamagedChunk, ImageError, KEEP_FREE, blocking};
 const GIVE_WAY: Duration = Duration::from_secs(1);
 
 /// Chunks that are kept in one step at most: with four batches in flight 4 MiB. A step is another thread's; with a chunk in each,
-/// waking it and waiting for it took 8 in 100 of what a node does for a copy. Of a copy that waits for its peer's pieces, up to so
-/// many are fetched again when it breaks off.
+/// waking it and waiting for it took 8 in 100 of what a node does for a copy.
 const STEP: usize = 16;
 
 /// How much a node may copy at a time.
@@ -118,11 +117,12 @@ impl Fetcher {
         }
     }
 
+    /// For what a start of a guest waits for.
     pub(super) const fn source(&self) -> &Client {
-        &self.source
+        self.source_for(Urgency::Guest)
     }
 
-    const fn source_for(&self, urgency: Urgency) -> &Client {
+    pub(super) const fn source_for(&self, urgency: Urgency) -> &Client {
         match urgency {
             Urgency::Guest => &self.source,
             Urgency::Copy => &self.source_of_copies,
@@ -259,7 +259,7 @@ impl Fetcher {
         }
         let source = self.source_for(urgency);
         let mut frames = source.open_chunks(list).await?;
-        match self.keep(claim, &mut frames, urgency, &self.received.from_repository).await {
+        match self.keep(claim, &mut frames, &self.received.from_repository).await {
             Err(e) => Err(examined(e, image, source).await),
             Ok(()) => Ok(()),
         }
@@ -283,7 +283,7 @@ impl Fetcher {
         let all = async {
             let client = peers.client(peer.address, urgency)?;
             let mut frames = client.open_peer_chunks(list, wait).await?;
-            match self.keep(claim, &mut frames, urgency, &self.received.from_peers).await {
+            match self.keep(claim, &mut frames, &self.received.from_peers).await {
                 Err(e) => Err(examined(e, image, &client).await),
                 Ok(()) => Ok(()),
             }
@@ -296,7 +296,6 @@ impl Fetcher {
         &self,
         claim: &mut Claim<'_>,
         frames: &mut Frames<S>,
-        urgency: Urgency,
         counter: &AtomicU64,
     ) -> Result<(), ImageError>
     where
@@ -304,7 +303,7 @@ impl Fetcher {
         E: std::fmt::Display,
     {
         loop {
-            let (mut step, mut end) = arrived(frames, urgency).await;
+            let (mut step, mut end) = arrived(frames).await;
             if let Some(at) = step.iter().position(|(digest, _)| !claim.mine.contains_key(digest)) {
                 end = Some(Err(ImageError::NotAsked(step[at].0)));
                 step.truncate(at);
@@ -389,23 +388,16 @@ where
     frames.next().await.map_err(ImageError::Frames)
 }
 
-/// The next chunks, [`STEP`] at most, and how the stream ended, if it did. A copy waits for so many; for a guest these are the
-/// next one and those that have come with it.
-async fn arrived<S, E>(
-    frames: &mut Frames<S>,
-    urgency: Urgency,
-) -> (Vec<(Digest, Bytes)>, Option<Result<(), ImageError>>)
+/// The next chunk and those that have come with it, [`STEP`] at most: one that a guest waits for does not wait for others. Also
+/// how the stream ended, if it did.
+async fn arrived<S, E>(frames: &mut Frames<S>) -> (Vec<(Digest, Bytes)>, Option<Result<(), ImageError>>)
 where
     S: Stream<Item = Result<Bytes, E>> + Unpin,
     E: std::fmt::Display,
 {
     let mut step = Vec::new();
+    let mut frame = Some(next(frames).await);
     loop {
-        let frame = match urgency {
-            // What has come of a frame so far stays with `frames` when this gives up.
-            Urgency::Guest if !step.is_empty() => next(frames).now_or_never(),
-            _ => Some(next(frames).await),
-        };
         match frame {
             Some(Ok(Some(frame))) => step.push(frame),
             Some(Ok(None)) => return (step, Some(Ok(()))),
@@ -415,6 +407,8 @@ where
         if step.len() == STEP {
             return (step, None);
         }
+        // What has come of a frame so far stays with `frames` when this gives up.
+        frame = next(frames).now_or_never();
     }
 }
 
@@ -423,7 +417,7 @@ where
 async fn examined(error: ImageError, image: Digest, from: &Client) -> ImageError {
     let ImageError::Store(StoreError::FrameRefused { digest: chunk, cause }) = error else { return error };
     let found = match from.check_chunks(vec![chunk]).await {
-        Ok(()) => "it is whole there, so it was damaged on the way and is asked for again".to_owned(),
+        Ok(()) => "it is whole there now: it was damaged on the way, or another copy of it was".to_owned(),
         Err(e) => format!("asked to check it, that end says: {e}"),
     };
     ImageError::Damaged(Box::new(DamagedChunk { image, chunk, from: from.endpoint().clone(), cause, found }))

@@ -23,7 +23,7 @@ use bedplate_api::node::CopyProgress;
 use bedplate_api::{Digest, NodeId};
 use bedplate_images::trust::TrustError;
 use bedplate_images::{Store, StoreError};
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, timeout_at};
 
 use crate::files;
@@ -50,7 +50,7 @@ pub enum ImageError {
     #[error("image {0} is not complete in this node's store, and the node has no control node to copy it from")]
     NoSource(Digest),
     /// It is not a disk image.
-    #[error("image {0} is a hypervisor image, not a disk image; VMs need a disk image")]
+    #[error("image {0} is a hypervisor image or a suspended guest, not a disk image; VMs need a disk image")]
     NotADisk(Digest),
     /// It cannot be started directly.
     #[error(
@@ -234,6 +234,9 @@ impl Images {
     /// # Errors
     /// The first that is damaged, and was set aside, or is not here; or the store fails.
     pub async fn check_chunks(&self, digests: Vec<Digest>) -> Result<(), ImageError> {
+        // One at a time: it costs far more than asking for it does, and guests want the processor, too.
+        static TURN: Semaphore = Semaphore::const_new(1);
+        let _turn = TURN.acquire().await;
         let store = self.store.clone();
         blocking(move || Ok(digests.iter().try_for_each(|digest| store.check_chunk(digest))?)).await
     }
@@ -352,6 +355,8 @@ fn frames_here(store: &Store, mut rest: vec::IntoIter<Digest>) -> Result<(Vec<u8
         match append_frame(&mut wire, digest, |wire| store.append_frame(digest, wire)) {
             Ok(()) => drop(rest.next()),
             Err(e) if e.is_missing() => break,
+            // What was read before it goes first; the next call says this.
+            Err(_) if !wire.is_empty() => break,
             Err(e) => return Err(e.into()),
         }
     }

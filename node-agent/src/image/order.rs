@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use bedplate_api::Digest;
 use bedplate_api::image::{BootOrder, MAX_BOOT_ORDER};
 
+use super::fetch::Urgency;
 use super::{DISK_PART, ImageError, Images, blocking};
 
 /// What one boot has read so far.
@@ -41,7 +42,7 @@ impl Images {
     pub(super) async fn boot_order(&self, image: Digest) -> Result<Vec<Digest>, ImageError> {
         let asked = match &self.fetcher {
             // A control node that is away, or of an earlier version, is no reason to wait: it is a hint.
-            Some(fetcher) => fetcher.source().boot_order(&image).await.unwrap_or_default().chunks,
+            Some(fetcher) => fetcher.source_for(Urgency::Copy).boot_order(&image).await.unwrap_or_default().chunks,
             None => Vec::new(),
         };
         let store = self.store.clone();

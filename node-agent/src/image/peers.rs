@@ -87,19 +87,20 @@ impl Peers {
     /// The client of a peer, for who is in such a hurry.
     pub(super) fn client(&self, address: SocketAddr, urgency: Urgency) -> Result<Client, ClientError> {
         let now = Instant::now();
-        let mut known = self.known();
-        if let Some(known) = known.get_mut(&address) {
+        if let Some(known) = self.known().get_mut(&address) {
             known.used = now;
             return Ok(known.client_for(urgency));
         }
+        // Not under the lock, which who waits for a guest takes too. Should somebody else have made it meanwhile, theirs goes.
+        let client = Client::new(Endpoint::Http(address.to_string()), Some(self.token.clone()))?;
+        let new = Known { client_of_copies: client.another(), client, used: now, rests_until: None };
+        let client = new.client_for(urgency);
+        let mut known = self.known();
         if known.len() >= MOST
             && let Some(oldest) = known.iter().min_by_key(|(_, known)| known.used).map(|(address, _)| *address)
         {
             known.remove(&oldest);
         }
-        let client = Client::new(Endpoint::Http(address.to_string()), Some(self.token.clone()))?;
-        let new = Known { client_of_copies: client.another(), client, used: now, rests_until: None };
-        let client = new.client_for(urgency);
         known.insert(address, new);
         Ok(client)
     }

@@ -97,7 +97,7 @@ fn prepare() -> Result<Vec<String>> {
 pub fn rounds() -> usize {
     let words = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let asked = words.split_whitespace().find_map(|word| word.strip_prefix(ROUNDS)?.parse().ok());
-    asked.unwrap_or(1)
+    asked.unwrap_or(1).max(1)
 }
 
 /// Says a figure, which is printed outside, too.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use bedplate_lab::{Console, Process};
 use bedplate_tests::inside::PEERS;
 use serde_json::json;
@@ -45,8 +45,11 @@ pub fn all() -> Result<Vec<Side>> {
     brought.sort();
     for program in brought {
         let name = program.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let cloud = name.starts_with("cloud-hypervisor");
-        let dialect = if cloud { Dialect::CloudHypervisor } else { Dialect::Firecracker };
+        let dialect = match name.as_str() {
+            name if name.starts_with("cloud-hypervisor") => Dialect::CloudHypervisor,
+            name if name.starts_with("firecracker") => Dialect::Firecracker,
+            _ => bail!("{name} is neither firecracker… nor cloud-hypervisor…: nobody knows its command line"),
+        };
         sides.push(Side { name, program, dialect });
     }
     Ok(sides)

@@ -14,8 +14,8 @@ struct Holder<'a> {
     pmem: bool,
 }
 
-/// Checks that no device writes to what is another one, too: two caches in the guest would ruin it. What cannot be
-/// looked at is left to who opens it.
+/// Checks that no device writes to what is another one, too: two caches in the guest would ruin it. It goes by what the paths
+/// lead to now; what cannot be looked at, as a path that the sandbox does not show, is not known to be the same.
 ///
 /// # Errors
 /// The first two that are one file, by whatever paths.

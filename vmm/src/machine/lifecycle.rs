@@ -77,6 +77,10 @@ impl Lifecycle {
         }
         // A second call would be our bug and changes nothing.
         let _ = self.kickers.set(kickers);
+        // Who wanted something before has kicked nobody.
+        if self.lock().target != Target::Run {
+            self.kick_all();
+        }
     }
 
     /// Names the files in the guest's memory, once, before the first vCPU runs.

@@ -68,8 +68,7 @@ struct Jump {
     no: Place,
 }
 
-struct Program<'a> {
-    rules: &'a Rules,
+struct Program {
     code: Vec<sock_filter>,
     jumps: Vec<Jump>,
 }
@@ -77,7 +76,7 @@ struct Program<'a> {
 /// The program for `rules`; what is not in them is answered with `otherwise`. Calls by another architecture's numbers end the
 /// process.
 pub(super) fn program(rules: &Rules, otherwise: Answer) -> io::Result<Vec<sock_filter>> {
-    let mut program = Program { rules, code: Vec::new(), jumps: Vec::new() };
+    let mut program = Program { code: Vec::new(), jumps: Vec::new() };
     program.add(LOAD, ARCH);
     program.branch(IF_EQUAL, X86_64, Place::Next, Place::End(libc::SECCOMP_RET_KILL_PROCESS));
     program.add(LOAD, NUMBER);
@@ -126,6 +125,8 @@ fn spans(rules: &Rules, otherwise: Answer) -> io::Result<Vec<(u32, Place)>> {
             number,
             match rule {
                 Rule::Always(answer) => Place::End(answer.0),
+                // Nothing is allowed.
+                Rule::Only(_, values) if values.is_empty() => Place::End(otherwise.0),
                 Rule::Only(..) => Place::Rule(*call),
             },
         );
@@ -136,7 +137,7 @@ fn spans(rules: &Rules, otherwise: Answer) -> io::Result<Vec<(u32, Place)>> {
     Ok(spans)
 }
 
-impl Program<'_> {
+impl Program {
     fn add(&mut self, code: u16, k: u32) {
         self.code.push(sock_filter { code, jt: 0, jf: 0, k });
     }
@@ -186,7 +187,6 @@ impl Program<'_> {
 
     /// Writes down how far jumps go.
     fn link(mut self) -> io::Result<Vec<sock_filter>> {
-        debug_assert!(self.rules.len() < self.code.len());
         let far = || io::Error::other("a list of system calls is too long for one program");
         for jump in &self.jumps {
             let distance = |place: Place| match place {
@@ -263,6 +263,7 @@ mod tests {
             rules.insert(3, Rule::Always(Answer::errno(1)));
             rules.insert(16, Rule::Only(1, vec![0xae80, 5]));
             rules.insert(17, Rule::Only(0, vec![1]));
+            rules.insert(40, Rule::Only(0, Vec::new()));
             check(&rules, Answer::TRAP);
             rules.extend((18..24).map(|call| (call, Rule::Always(Answer::TRAP))));
             check(&rules, Answer::TRAP);

@@ -109,9 +109,10 @@ impl Tap {
         let mut frame = [0; 64];
         for _ in 0..MOST_WAITING {
             match file.read(&mut frame) {
-                Ok(1..) => {}
-                // Nothing waits; or the tap is gone, which the device will notice.
-                Ok(0) | Err(_) => break,
+                Ok(0) => break,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                // Also one that the kernel cannot describe. Should the tap be gone, the device will notice.
+                Ok(_) | Err(_) => {}
             }
         }
         Ok(Self { file: file.into() })
