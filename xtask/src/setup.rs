@@ -16,6 +16,7 @@ const PACKAGES: [(&str, &str); 10] = [
     ("docker-registry", "somebody else's registry to push images to"),
     ("xz-utils", "packed disk images"),
     ("minisign", "signatures of somebody else's making"),
+    ("cpio", "what reads an initramfs that we wrote"),
 ];
 
 /// Installs what is missing, in one go, and says so in one line.
