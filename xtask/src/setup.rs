@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 /// Beside those that the image recipes name.
-const PACKAGES: [(&str, &str); 10] = [
+const PACKAGES: [(&str, &str); 11] = [
     ("qemu-system-x86", "emulated machines"),
     ("ipxe", "first stage of network boot"),
     ("ovmf", "UEFI firmware of emulated machines"),
