@@ -201,7 +201,10 @@ async fn fetch_chunks(
             dirty = 0;
             let store = store.clone();
             let next = tokio::spawn(blocking(move || Ok(store.sync()?)));
-            written(writing.replace(next)).await?;
+            if let Err(e) = written(writing.replace(next)).await {
+                landed = Err(e);
+                break;
+            }
         }
     }
     // Also where the copy failed: what could not be written has to be known before anything of it counts.
