@@ -261,10 +261,10 @@ pub enum CpuTemplate {
 /// Size of the host pages behind the guest's RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum HugePages {
-    /// The host's normal pages.
+    /// What the host gives to programs that do not ask (`/sys/kernel/mm/transparent_hugepage/enabled`).
     #[default]
     None,
-    /// Huge pages where the host has some to spare and its setting for shared memory is `advise` or more.
+    /// Huge pages where the host has some to spare.
     Transparent,
     /// Huge pages of 2 MiB that the host has put aside; `mem_size_mib` is even.
     #[serde(rename = "2M")]

@@ -17,6 +17,7 @@ pub mod pci;
 pub mod platform;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod threads;
 pub mod virtio;
 
 /// A VM's RAM, shared between the machine and its devices. The mapping outlives every holder of the handle.

@@ -203,7 +203,7 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
         },
         memory_mib,
         pages: match spec.machine_config.huge_pages {
-            HugePages::None => Pages::Normal,
+            HugePages::None => Pages::Host,
             HugePages::Transparent => Pages::Transparent,
             HugePages::Of2Mib => Pages::Huge,
         },
@@ -222,7 +222,7 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
     match (&config.balloon, config.pages) {
         // What it gives back, another VM could reserve.
         (Some(_), Pages::Huge) => return Err(ConfigError::BalloonOfHugePages),
-        (None, Pages::Normal | Pages::Transparent) if devices < MAX_DEVICES => {
+        (None, Pages::Host | Pages::Transparent) if devices < MAX_DEVICES => {
             config.balloon = Some(BalloonConfig { reporting: true, ..BalloonConfig::default() });
         }
         _ => {}

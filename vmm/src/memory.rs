@@ -15,6 +15,8 @@
 //! Firmware chooses places for BARs itself, by rules that change with its version. With it BARs may be wherever nothing else
 //! is: see [`layout::MMIO32_FIRMWARE`] and [`Ram::mmio64_firmware`].
 
+mod file;
+
 use std::fs::File;
 use std::sync::Arc;
 
@@ -113,8 +115,10 @@ pub enum MemoryError {
 /// What pages of the host RAM is made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Pages {
-    /// 4 KiB.
+    /// As the host gives memory to programs that do not ask: 2 MiB or 4 KiB.
     #[default]
+    Host,
+    /// 4 KiB.
     Normal,
     /// 2 MiB where the host has some to spare.
     Transparent,
@@ -147,17 +151,16 @@ impl Ram {
         }
         let refused = |source| match pages {
             Pages::Huge => MemoryError::HugePages { asked_mib: mib, source },
-            Pages::Normal | Pages::Transparent => MemoryError::Refused { asked_mib: mib, source },
+            Pages::Host | Pages::Normal | Pages::Transparent => MemoryError::Refused { asked_mib: mib, source },
         };
-        let (memfd_flags, mmap_flags) = match pages {
-            Pages::Huge => (MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB, libc::MAP_SHARED),
-            Pages::Normal | Pages::Transparent => (MemfdFlags::empty(), libc::MAP_SHARED | libc::MAP_NORESERVE),
+        let mmap_flags = match pages {
+            Pages::Huge => libc::MAP_SHARED,
+            Pages::Host | Pages::Normal | Pages::Transparent => libc::MAP_SHARED | libc::MAP_NORESERVE,
         };
         // Cannot overflow: the host has that much.
         let len = mib << 20;
-        let memfd = memfd_create("guest-ram", memfd_flags | MemfdFlags::CLOEXEC).map_err(|e| refused(e.into()))?;
-        ftruncate(&memfd, len).map_err(|e| refused(e.into()))?;
-        let memfd = Arc::new(File::from(memfd));
+        let pages = if pages == Pages::Host { file::host_gives() } else { pages };
+        let memfd = Arc::new(file::create(len, pages).map_err(refused)?);
         let mut offset = 0;
         let mut regions = Vec::with_capacity(2);
         for (start, end) in ram_ranges(len) {

@@ -7,13 +7,14 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, OnceLock, mpsc};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{Active, Interrupt, Virtqueue};
 use crate::metrics::DeviceMetrics;
+use crate::threads;
 
 /// Tags of events: queues by number, then the order to stop, then the handler's own.
 const STOP: u32 = 1 << 16;
@@ -142,7 +143,7 @@ impl<H: Handler> Worker<H> {
             }
             receiver.recv().ok().map(|runner| run(manager, runner))
         };
-        let thread = thread::Builder::new().name(self.name.clone()).spawn(body)?;
+        let thread = threads::named(self.name.as_str()).spawn(body)?;
         if let State::Idle(handler) = std::mem::replace(&mut self.state, State::Running { stop, thread }) {
             let metrics = Arc::clone(&self.metrics);
             // The thread waits for just this, so that it cannot be gone.

@@ -20,10 +20,12 @@ fn held_mib(guest: &mut Guest) -> Result<u64> {
 }
 
 fn wait_until_below(guest: &mut Guest, mib: u64) -> Result<u64> {
-    until(&format!("less than {mib} MiB of guest memory"), PATIENCE, || {
+    let below = until(&format!("less than {mib} MiB of guest memory"), PATIENCE, || {
         let held = held_mib(guest)?;
         Ok((held < mib).then_some(held))
-    })
+    });
+    let mut counters = || Ok::<_, anyhow::Error>((held_mib(guest)?, guest.count("balloon", "reported_bytes")?));
+    below.with_context(|| format!("MiB held and bytes reported: {:?}", counters()))
 }
 
 /// Without a word in its configuration.
@@ -38,7 +40,7 @@ pub fn reports_free_pages() -> Result<()> {
     guest.run("rm /mnt/x && sync")?;
     let after = wait_until_below(&mut guest, full - MIB * 7 / 10)?;
     ensure!(guest.count("balloon", "reported_bytes")? > MIB << 19, "nothing was reported");
-    println!("held MiB: {full} full, {after} after");
+    bedplate_tests::inside::figure(&format!("held MiB: {full} full, {after} after"));
     // The guest takes them again, and finds what it writes.
     let sum = guest.run(&format!(
         "dd if=/dev/urandom of=/mnt/x bs=1M count={} 2>/dev/null; md5sum < /mnt/x; md5sum < /mnt/x",

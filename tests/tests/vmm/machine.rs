@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use bedplate_tests::inside::guest::GuestSpec;
+use bedplate_tests::inside::guest::{Guest, GuestSpec};
 use bedplate_tests::patience::until;
 use serde_json::json;
 
@@ -66,8 +66,29 @@ pub fn huge_pages() -> Result<()> {
     drop(guest);
     until("all huge pages to be free", Duration::from_secs(60), || Ok((free_huge_pages()? == 128).then_some(())))?;
     fs::write(reserve, "0")?;
-    huge("thp", "Transparent").boot()?;
+    let setting = "/sys/kernel/mm/transparent_hugepage/enabled";
+    for (given, kind, expected) in
+        [("always", "None", true), ("madvise", "None", false), ("madvise", "Transparent", true)]
+    {
+        fs::write(setting, given)?;
+        let is_huge = in_transparent_ones(&mut huge("thp", kind).boot()?)?;
+        ensure!(
+            is_huge == expected,
+            "the host's setting is {given}, huge_pages {kind}, and RAM is in huge pages: {is_huge}"
+        );
+    }
+    fs::write(setting, "always")?;
     Ok(())
+}
+
+/// Whether some of the guest's RAM is mapped by 2 MiB.
+fn in_transparent_ones(guest: &mut Guest) -> Result<bool> {
+    let smaps = fs::read_to_string(format!("/proc/{}/smaps", guest.process().pid()))?;
+    let mapped = smaps.lines().filter_map(|line| line.strip_prefix("ShmemPmdMapped:"));
+    Ok(mapped
+        .map(|size| size.trim().trim_end_matches(" kB").parse::<u64>())
+        .sum::<Result<u64, std::num::ParseIntError>>()?
+        > 0)
 }
 
 fn free_huge_pages() -> Result<u64> {

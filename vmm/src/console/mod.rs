@@ -18,10 +18,11 @@ use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use bedplate_devices::platform::SerialPort;
+use bedplate_devices::threads;
 use rustix::event::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -169,7 +170,7 @@ impl Console {
             quit: quit.try_clone()?,
             leave: leave.try_clone()?,
         };
-        let thread = thread::Builder::new().name("console".into()).spawn(move || {
+        let thread = threads::named("console").spawn(move || {
             sandbox::narrow(sandbox::Thread::Console);
             server.run();
         })?;

@@ -3,8 +3,9 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::thread;
 use std::time::Duration;
+
+use bedplate_devices::threads;
 
 use super::backlog::Backlog;
 use crate::sandbox;
@@ -47,7 +48,7 @@ impl Outlet {
         let Some(file) = self.file.take() else { return Ok(()) };
         let theirs = Arc::clone(&self.shared);
         self.shared.lock().done = false;
-        thread::Builder::new().name("console-out".into()).spawn(move || {
+        threads::named("console-out").spawn(move || {
             sandbox::narrow(sandbox::Thread::Console);
             theirs.carry(file);
         })?;

@@ -4,6 +4,7 @@
 //! ([`Vm::add_memory`]) and each vCPU's run page (`run_page`).
 
 mod cpuid;
+mod creation;
 mod exit;
 mod irq;
 mod msrs;
@@ -13,6 +14,7 @@ mod vcpu;
 mod vm;
 
 pub use cpuid::Topology;
+pub use creation::Creation;
 pub use exit::Exit;
 pub use irq::Interrupts;
 pub use vcpu::{Kicker, Vcpu, install_kick_signal};

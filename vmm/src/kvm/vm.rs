@@ -6,14 +6,14 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use bedplate_api::vmm::{CpuConfig, MsrModifier};
 use bedplate_devices::Memory;
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    CpuId, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
     kvm_userspace_memory_region,
 };
-use kvm_ioctls::VmFd;
+use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, VolatileMemory};
 
-use super::{Interrupts, KvmError, Topology, Vcpu, call, cpuid, msrs, open};
+use super::{Interrupts, KvmError, Topology, Vcpu, call, cpuid, msrs};
 use crate::memory::layout;
 use crate::pmem::FileMapping;
 
@@ -44,13 +44,14 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// A VM with `memory`, interrupt controllers and PIT, and no vCPU yet.
-    ///
-    /// # Errors
-    /// There is no KVM, it lacks what is needed, or it refuses.
-    pub fn new(memory: Memory, config: &VmConfig) -> Result<Self, KvmError> {
-        let kvm = open(&config.cpu.kvm_capabilities)?;
-        let fd = kvm.create_vm().map_err(call("create a VM"))?;
+    /// What KVM has made, with `memory`, interrupt controllers and PIT: [`Creation::finish`].
+    pub(super) fn new(
+        kvm: &Kvm,
+        fd: VmFd,
+        supported: CpuId,
+        memory: Memory,
+        config: &VmConfig,
+    ) -> Result<Self, KvmError> {
         // Both are Intel's needs: a task segment and page table for real mode. They lie under the top of 4 GiB.
         fd.set_tss_address(layout::TSS as usize).map_err(call("place the task segment"))?;
         fd.set_identity_map_address(layout::IDENTITY_MAP).map_err(call("place the identity map"))?;
@@ -59,8 +60,6 @@ impl Vm {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(call("create a timer"))?;
         msrs::ask_for_exits(&fd);
-        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("list processor features"))?;
-        let supported = cpuid::templated(&supported, &config.cpu.cpuid_modifiers)?;
         let fd = Arc::new(fd);
         let vm = Self {
             msrs: config.cpu.msr_modifiers.clone(),
@@ -135,11 +134,6 @@ impl Vm {
         unsafe { self.fd.set_user_memory_region(slot) }.map_err(call("map a pmem device's file"))?;
         self.files.push(Arc::clone(mapping));
         Ok(())
-    }
-
-    /// Number of bits in a guest-physical address.
-    pub fn address_bits(&self) -> u8 {
-        cpuid::address_bits(&self.supported)
     }
 
     /// Where interrupts and notifies are routed.

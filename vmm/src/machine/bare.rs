@@ -11,7 +11,7 @@ use super::counters::ExitCounters;
 use super::lifecycle::Lifecycle;
 use super::vcpu::{self, Buses};
 use crate::boot::{BootError, Entry};
-use crate::kvm::{Interrupts, Topology, Vcpu, Vm, VmConfig, install_kick_signal};
+use crate::kvm::{Creation, Interrupts, Topology, Vcpu, Vm, VmConfig, install_kick_signal};
 use crate::memory::{Pages, Ram};
 
 /// Where the code lies and begins.
@@ -40,7 +40,8 @@ impl BareMachine {
         ram.memory
             .write_slice(code, GuestAddress(CODE_ADDRESS.into()))
             .map_err(|e| BootError::Structures(e.to_string()))?;
-        let vm = Vm::new(Arc::clone(&ram.memory), &VmConfig::default())?;
+        let config = VmConfig::default();
+        let vm = Creation::begin(&config)?.finish(Arc::clone(&ram.memory), &config)?;
         let mut vcpus = vm.create_vcpus(Topology { vcpus: 1, threads_per_core: 1 })?;
         let Some(vcpu) = vcpus.pop() else { unreachable!("one was asked for") };
         vcpu.enter_at(Entry::Real { address: CODE_ADDRESS })?;

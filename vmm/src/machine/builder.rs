@@ -18,7 +18,7 @@ use crate::acpi;
 use crate::boot::{self, Boot, Entry};
 use crate::config::Config;
 use crate::firmware::{self, FirmwareError};
-use crate::kvm::{Vm, install_kick_signal};
+use crate::kvm::{Creation, install_kick_signal};
 use crate::memory::{MemoryError, Ram, layout};
 use crate::metadata::Metadata;
 use crate::pmem::{PmemFile, Watch};
@@ -83,15 +83,29 @@ fn clock(boot: &Boot, ram: &Ram) -> Rtc {
 /// # Errors
 /// The host cannot give what is asked, or a file is not what it should be. Nothing is left running.
 pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildError> {
-    // Memory, and the VM around it with interrupt controllers and timer.
+    // KVM begins to make a VM, and mostly waits. Meanwhile: memory, what the guest is told, and the kernel it boots.
+    let creation = Creation::begin(&config.kvm)?;
     let mut ram = Ram::new(config.memory_mib, config.pages)?;
     if let Some(hotplug) = config.hotplug {
         ram = ram.with_hotplug(hotplug.total_mib)?;
     }
     let files = config.pmems.iter().map(|pmem| PmemFile::open(pmem, &mut ram)).collect::<Result<Vec<_>, _>>()?;
-    let mut vm = Vm::new(Arc::clone(&ram.memory), &config.kvm)?;
+    let windows = Windows::of(&config.boot, &ram, creation.address_bits())?;
+    let bars = windows.all();
+    let Windows { mmio32, mmio64 } = windows;
+    let description = acpi::Description { vcpus: config.topology.vcpus, mmio32, mmio64 };
+    let entry = match &config.boot {
+        Boot::Kernel(kernel) => {
+            let rsdp = acpi::write(&ram.memory, &description)?;
+            boot::load(&ram, kernel, rsdp)?
+        }
+        // It goes around RAM and reads its tables from a device: below.
+        Boot::Firmware(_) => Entry::Reset,
+    };
+
+    // The VM around that, with interrupt controllers and timer.
+    let mut vm = creation.finish(Arc::clone(&ram.memory), &config.kvm)?;
     let interrupts = vm.interrupts();
-    let windows = Windows::of(&config.boot, &ram, vm.address_bits())?;
 
     // What can end it.
     install_kick_signal()?;
@@ -109,7 +123,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     }
 
     // PCI, and on it the devices, in the order in which the guest shall see them.
-    let pci = PciRoot::new(&buses.mmio, windows.all());
+    let pci = PciRoot::new(&buses.mmio, bars);
     buses.mmio.insert(layout::ECAM, pci::ECAM_LEN, pci.ecam())?;
     let config_ports = pci.config_ports();
     buses.ports.insert(pci::CONFIG_PORT, pci::CONFIG_PORTS, Arc::clone(&config_ports) as _)?;
@@ -153,26 +167,16 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     // Some of them may go again, and others come.
     platform::attach_hotplug(&buses.ports, &plug.signals, plug.departures.sink(&pci, &plug.signals))?;
 
-    // What the guest is told, and what it boots.
-    let Windows { mmio32, mmio64 } = windows;
-    let description = acpi::Description { vcpus: config.topology.vcpus, mmio32, mmio64 };
-    let entry = match &config.boot {
-        Boot::Kernel(kernel) => {
-            let rsdp = acpi::write(&ram.memory, &description)?;
-            boot::load(&ram, kernel, rsdp)?
-        }
-        Boot::Firmware(path) => {
-            let rom = firmware::read(path)?;
-            vm.add_rom(&rom, firmware::address(&rom))?;
-            firmware::shadow(&ram, &rom)?;
-            let items = firmware::items(&ram, &description, &disks).map_err(FirmwareError::Items)?;
-            let items = FwCfg::new(items, &ram.memory);
-            platform::attach_for_firmware(&buses.ports, &config_ports, &life, items, outlets.firmware_words)?;
-            Entry::Reset
-        }
-    };
+    if let Boot::Firmware(path) = &config.boot {
+        let rom = firmware::read(path)?;
+        vm.add_rom(&rom, firmware::address(&rom))?;
+        firmware::shadow(&ram, &rom)?;
+        let items = firmware::items(&ram, &description, &disks).map_err(FirmwareError::Items)?;
+        let items = FwCfg::new(items, &ram.memory);
+        platform::attach_for_firmware(&buses.ports, &config_ports, &life, items, outlets.firmware_words)?;
+    }
 
-    // Processors, the first of them at the kernel's entry, the others waiting for it.
+    // Processors, the first of them where the guest begins, the others waiting for it.
     let vcpus = vm.create_vcpus(config.topology)?;
     if let Some(first) = vcpus.first() {
         first.enter_at(entry)?;

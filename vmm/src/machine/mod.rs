@@ -18,13 +18,14 @@ pub mod vcpu;
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::{DeviceStatus, Exit, ExitCounts, ExitReason, VcpuInspection};
 use bedplate_devices::bus::OverlapError;
 use bedplate_devices::pci::{PciError, PciRoot};
 use bedplate_devices::platform::AcpiPm;
+use bedplate_devices::threads;
 
 use crate::acpi::AcpiError;
 use crate::boot::BootError;
@@ -109,7 +110,7 @@ impl Machine {
                 sandbox::narrow(sandbox::Thread::Vcpu);
                 vcpu::run(&mut vcpu, &buses, &life, &counters);
             };
-            match thread::Builder::new().name(name).spawn(body) {
+            match threads::named(name).spawn(body) {
                 Ok(thread) => self.threads.push(thread),
                 Err(error) => {
                     // Those that have no thread will never leave by themselves.

@@ -6,9 +6,10 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use bedplate_api::vmm::ExitReason;
+use bedplate_devices::threads;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::inotify;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -56,7 +57,7 @@ impl Watch {
             sandbox::narrow(sandbox::Thread::Worker);
             watch(self.events.as_fd(), &their_stop, &life);
         };
-        let thread = thread::Builder::new().name("pmem-watch".into()).spawn(body)?;
+        let thread = threads::named("pmem-watch").spawn(body)?;
         Ok(Watching { stop, thread: Some(thread) })
     }
 }

@@ -1,0 +1,43 @@
+//! The file that guest RAM is: in memory, without a name, of pages of one size or another.
+
+use std::fs::{self, File};
+use std::io;
+
+use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create, openat};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen};
+
+use super::Pages;
+
+/// A file of `len` zeros.
+pub(super) fn create(len: u64, pages: Pages) -> io::Result<File> {
+    let named = |flags| -> io::Result<_> { Ok(memfd_create("guest-ram", flags | MemfdFlags::CLOEXEC)?) };
+    let fd = match pages {
+        Pages::Huge => named(MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?,
+        Pages::Host | Pages::Normal => named(MemfdFlags::empty())?,
+        // What the host does not let us have is what advice is for, which it may refuse as well.
+        Pages::Transparent => of_huge_pages().map_or_else(|_| named(MemfdFlags::empty()), Ok)?,
+    };
+    ftruncate(&fd, len)?;
+    Ok(File::from(fd))
+}
+
+/// A file on a tmpfs of its own. One host setting decides for all files in memory whether they may be of huge pages, and is
+/// `never` nearly everywhere; a mount has an option of its own. Nothing but the file holds the mount, which is in no tree.
+fn of_huge_pages() -> io::Result<std::os::fd::OwnedFd> {
+    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    // A page that would reach past the end is a small one: RAM need not be a multiple of 2 MiB.
+    for (key, value) in [("huge", "within_size"), ("size", "0"), ("nr_inodes", "0"), ("mode", "0700")] {
+        fsconfig_set_string(&context, key, value)?;
+    }
+    fsconfig_create(&context)?;
+    let attributes =
+        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    Ok(openat(&mount, ".", OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR)?)
+}
+
+/// What the host gives to programs that do not ask, by its setting for memory of no file.
+pub(super) fn host_gives() -> Pages {
+    let setting = fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+    if setting.is_ok_and(|setting| setting.contains("[always]")) { Pages::Transparent } else { Pages::Normal }
+}
