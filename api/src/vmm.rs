@@ -310,6 +310,10 @@ pub struct NetworkInterface {
     /// How much it may send.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tx_rate_limiter: Option<RateLimiter>,
+    /// Pairs of queues, 1 to 8; more than one need a tap that was made for several (`multi_queue`). Absent: one for each
+    /// vCPU, up to 8, if the tap is such a one, else one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queue_pairs: Option<u8>,
 }
 
 /// A change of an interface of a VM that runs.

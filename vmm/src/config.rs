@@ -20,6 +20,7 @@ use bedplate_api::vmm::{
 use bedplate_devices::virtio::balloon::BalloonConfig;
 use bedplate_devices::virtio::block::Cache;
 use bedplate_devices::virtio::limiter::{BucketConfig, LimiterConfig, LimiterUpdate};
+use bedplate_devices::virtio::net::MAX_PAIRS;
 
 pub use self::boot::{BootSourceError, boot_source};
 pub use self::hotplug::{HotplugConfig, HotplugError, memory_hotplug};
@@ -136,6 +137,8 @@ pub enum ConfigError {
     MmdsAddress(Ipv4Addr),
     #[error("network interface {id:?}: mtu {mtu} is not offered: give {MIN_MTU} to 65535")]
     Mtu { id: String, mtu: u16 },
+    #[error("network interface {id:?}: queue_pairs {pairs} is not offered: give 1 to {MAX_PAIRS}, or leave it out")]
+    QueuePairs { id: String, pairs: usize },
     #[error("{what} {name:?} exists twice: give each its own")]
     Twice { what: &'static str, name: String },
     #[error("{what} {name:?} is not a name: give 1 to 64 letters, digits, underscores and hyphens")]

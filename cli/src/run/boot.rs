@@ -147,6 +147,7 @@ pub(super) fn config(args: &Args, start: Start, disk: PathBuf, net: Option<&Net>
         mtu: None,
         rx_rate_limiter: None,
         tx_rate_limiter: None,
+        queue_pairs: None,
     });
     let boot_source = match start {
         Start::Kernel(kernel) => BootSource {

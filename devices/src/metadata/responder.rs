@@ -30,8 +30,25 @@ const FRAME_LEN: usize = 1514;
 /// For a request to come, and for its answer to be taken.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Bytes of a frame that [`Responder::wants`] needs: up to the end of an ARP packet.
+/// Bytes of a frame that [`Destination::is_of`] needs: up to the end of an ARP packet.
 pub const HEAD_LEN: usize = 42;
+
+/// By what a frame for a server is known.
+#[derive(Debug, Clone, Copy)]
+pub struct Destination(Ipv4Addr);
+
+impl Destination {
+    /// Whether a frame that begins with `head` is for this server: then nobody else gets it.
+    pub fn is_of(&self, head: &[u8]) -> bool {
+        // Destination addresses: of ARP, the one that is asked for.
+        let at = match head.get(12..14) {
+            Some([0x08, 0x06]) => 38,
+            Some([0x08, 0x00]) => 30,
+            _ => return false,
+        };
+        head.get(at..at + 4) == Some(&self.0.octets()[..])
+    }
+}
 
 /// The server behind one interface.
 pub struct Responder {
@@ -67,15 +84,14 @@ impl Responder {
         Self { address, stack: Stack::new(address), service }
     }
 
-    /// Whether a frame that begins with `head` is for this server: then nobody else gets it.
+    /// Which frames it is to be given.
+    pub const fn destination(&self) -> Destination {
+        Destination(self.address)
+    }
+
+    /// Whether a frame that begins with `head` is for this server.
     pub fn wants(&self, head: &[u8]) -> bool {
-        // Destination addresses: of ARP, the one that is asked for.
-        let at = match head.get(12..14) {
-            Some([0x08, 0x06]) => 38,
-            Some([0x08, 0x00]) => 30,
-            _ => return false,
-        };
-        head.get(at..at + 4) == Some(&self.address.octets()[..])
+        self.destination().is_of(head)
     }
 
     /// Takes a frame and does all that can be done.

@@ -3,12 +3,13 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixDatagram;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::host::DEADLINE;
 use crate::virtio::block::Backend;
-use crate::virtio::net::Link;
+use crate::virtio::net::{Link, tap_features};
 
 /// A disk in memory. All writes are durable at once.
 pub struct RamDisk {
@@ -61,6 +62,8 @@ impl Backend for RamDisk {
 pub struct Wire {
     socket: UnixDatagram,
     offloads: Arc<Mutex<Vec<u64>>>,
+    attached: Arc<AtomicBool>,
+    stuck: Arc<AtomicBool>,
 }
 
 impl Wire {
@@ -70,7 +73,18 @@ impl Wire {
         ours.set_nonblocking(true).unwrap();
         theirs.set_read_timeout(Some(Duration::from_secs(DEADLINE.as_secs()))).unwrap();
         let offloads = Arc::<Mutex<Vec<u64>>>::default();
-        (Self { socket: ours, offloads: Arc::clone(&offloads) }, theirs, offloads)
+        let attached = Arc::new(AtomicBool::new(true));
+        (Self { socket: ours, offloads: Arc::clone(&offloads), attached, stuck: Arc::default() }, theirs, offloads)
+    }
+
+    /// Whether frames come to it, as the device has said.
+    pub fn attached(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.attached)
+    }
+
+    /// Set, it can be neither attached nor detached.
+    pub fn stuck(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.stuck)
     }
 }
 
@@ -81,8 +95,20 @@ impl AsFd for Wire {
 }
 
 impl Link for Wire {
-    fn set_offloads(&mut self, features: u64) -> io::Result<()> {
+    fn features(&self) -> u64 {
+        tap_features(true)
+    }
+
+    fn set_offloads(&self, features: u64) -> io::Result<()> {
         self.offloads.lock().unwrap().push(features);
+        Ok(())
+    }
+
+    fn attach(&self, on: bool) -> io::Result<()> {
+        if self.stuck.load(Ordering::SeqCst) {
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
+        self.attached.store(on, Ordering::SeqCst);
         Ok(())
     }
 }

@@ -56,8 +56,19 @@ fn net() -> Subject<Net<Wire>> {
     let (wire, peer, _) = Wire::new();
     peer.set_nonblocking(true).unwrap();
     let relax = Box::new(move || while peer.recv(&mut [0; 64]).is_ok() {});
-    let mut device = Net::new(wire, NetConfig { mac: [2, 0, 0, 0, 0, 1], ..NetConfig::default() }).unwrap();
+    let mut device = Net::new(vec![wire], NetConfig { mac: [2, 0, 0, 0, 0, 1], ..NetConfig::default() }).unwrap();
     device.set_responder(Responder::new(SERVER, Box::new(Echo))).unwrap();
+    Subject { device, served: &[0, 1], relax }
+}
+
+/// Several pairs, and a control queue.
+fn net_pairs() -> Subject<Net<Wire>> {
+    let (links, peers): (Vec<_>, Vec<_>) = (0..3).map(|_| Wire::new()).map(|(wire, peer, _)| (wire, peer)).unzip();
+    peers.iter().for_each(|peer| peer.set_nonblocking(true).unwrap());
+    let relax = Box::new(move || peers.iter().for_each(|peer| while peer.recv(&mut [0; 64]).is_ok() {}));
+    let mut device = Net::new(links, NetConfig::default()).unwrap();
+    device.set_responder(Responder::new(SERVER, Box::new(Echo))).unwrap();
+    // The other pairs are off, and the control queue is there for a driver that knows of it.
     Subject { device, served: &[0, 1], relax }
 }
 
@@ -302,4 +313,4 @@ macro_rules! contract {
     )*};
 }
 
-contract!(balloon, block, block_ring, mem, net, pmem, rng, vsock);
+contract!(balloon, block, block_ring, mem, net, net_pairs, pmem, rng, vsock);

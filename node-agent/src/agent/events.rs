@@ -117,7 +117,7 @@ impl Agent {
         let Some(network) = &self.network else { return };
         for vm in self.vms.values().filter(|vm| vm.is_active()) {
             if let Some(address) = vm.address
-                && let Err(e) = network.attach(vm.spec.id, address).await
+                && let Err(e) = network.attach(vm.spec.id, vm.spec.cpus, address).await
             {
                 tracing::warn!("VM {}: {e}", vm.spec.name);
             }

@@ -170,7 +170,7 @@ impl Agent {
         let (network, events) = (self.network.clone(), self.events.clone());
         tokio::spawn(async move {
             let attached = match (network, address) {
-                (Some(network), Some(address)) => network.attach(id, address).await.map(Some),
+                (Some(network), Some(address)) => network.attach(id, start.spec.cpus, address).await.map(Some),
                 _ => Ok(None),
             };
             let result = match attached {

@@ -2,6 +2,7 @@
 //!
 //! The one unsafe corner of the network: the kernel makes taps by `ioctl` only.
 
+use std::ffi::CString;
 use std::fs::OpenOptions;
 use std::os::fd::AsRawFd;
 
@@ -33,13 +34,16 @@ pub fn guest_mac(id: VmId) -> [u8; 6] {
     [0x02, a, b, c, d, e]
 }
 
-/// Makes the tap `name`, or finds it there.
+/// Makes the tap `name`, with queues for several vCPUs or with one, or finds it there as it is.
 ///
 /// # Errors
-/// There is no `/dev/net/tun`, or the kernel refuses: the name is another kind of interface's, or a process has the tap
-/// open, which then goes on using it.
-pub fn create(name: &str) -> Result<(), NetError> {
+/// There is no `/dev/net/tun`, or the kernel refuses.
+pub fn create(name: &str, several: bool) -> Result<(), NetError> {
     let what = format!("tap {name}");
+    // A tap with several queues can be opened by a second process, which would get a part of the frames.
+    if exists(name) {
+        return Ok(());
+    }
     let device = OpenOptions::new().read(true).write(true).open("/dev/net/tun");
     let device =
         device.map_err(|e| NetError::new("create", &what, &format!("/dev/net/tun: {e}; load the module tun")))?;
@@ -51,16 +55,12 @@ pub fn create(name: &str) -> Result<(), NetError> {
         *to = from.cast_signed();
     }
     // Constants of the kernel's interface, all far below the sign bit.
-    request.flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    let queues = if several { libc::IFF_MULTI_QUEUE } else { 0 };
+    request.flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | queues) as libc::c_short;
     // SAFETY: `request` has the size and layout of `struct ifreq` and outlives the call; the descriptor is open.
     let attached = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
     if attached < 0 {
-        let error = std::io::Error::last_os_error();
-        // Its VMM has it: so it is there.
-        if error.raw_os_error() == Some(libc::EBUSY) {
-            return Ok(());
-        }
-        return Err(NetError::new("create", &what, &error));
+        return Err(NetError::new("create", &what, &std::io::Error::last_os_error()));
     }
     // SAFETY: `TUNSETPERSIST` takes an integer; the descriptor is open and attached.
     let kept = unsafe { libc::ioctl(device.as_raw_fd(), libc::TUNSETPERSIST, 1 as libc::c_ulong) };
@@ -68,6 +68,12 @@ pub fn create(name: &str) -> Result<(), NetError> {
         return Err(NetError::new("keep", &what, &std::io::Error::last_os_error()));
     }
     Ok(())
+}
+
+fn exists(name: &str) -> bool {
+    let Ok(name) = CString::new(name) else { return false };
+    // SAFETY: a terminated string that lives through the call.
+    unsafe { libc::if_nametoindex(name.as_ptr()) != 0 }
 }
 
 #[cfg(test)]

@@ -60,13 +60,13 @@ impl VmNetwork {
         self.network
     }
 
-    /// Makes VM `id`'s tap, or finds it there, and puts it on the bridge; notes where `address` is.
+    /// Makes VM `id`'s tap, for `cpus` vCPUs, or finds it there, and puts it on the bridge; notes where `address` is.
     ///
     /// # Errors
     /// See [`NetError`].
-    pub async fn attach(&self, id: VmId, address: Ipv4Addr) -> Result<Nic, NetError> {
+    pub async fn attach(&self, id: VmId, cpus: u8, address: Ipv4Addr) -> Result<Nic, NetError> {
         let nic = Nic { tap: tap::name(id), mac: tap::guest_mac(id) };
-        tap::create(&nic.tap)?;
+        tap::create(&nic.tap, cpus > 1)?;
         let link = self.links.find(&nic.tap).await?;
         let link = link.ok_or_else(|| NetError::new("use", &nic.tap, &"it was removed at once"))?;
         self.links.join(&link, &self.bridge).await?;

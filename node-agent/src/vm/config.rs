@@ -55,6 +55,7 @@ pub fn vm_config(
                 mtu: None,
                 rx_rate_limiter: None,
                 tx_rate_limiter: None,
+                queue_pairs: None,
             })
             .into_iter()
             .collect(),

@@ -115,7 +115,7 @@ fn what_is_there_is_taken_over_and_what_is_nobodys_is_removed() {
             let (taken, _takers) = mpsc::channel(1);
             let vms = VmNetwork::open(node, network, taken).await.unwrap();
             for (n, id) in [(2, stays), (3, goes)] {
-                let nic = vms.attach(id, Ipv4Addr::new(10, 99, 8, n)).await.unwrap();
+                let nic = vms.attach(id, n, Ipv4Addr::new(10, 99, 8, n)).await.unwrap();
                 assert_eq!(nic.tap, tap::name(id));
             }
         }
@@ -132,7 +132,7 @@ fn what_is_there_is_taken_over_and_what_is_nobodys_is_removed() {
         let left = names().await;
         assert!(left.contains(&tap::name(stays)) && !left.contains(&tap::name(goes)), "{left:?}");
         let address = Ipv4Addr::new(10, 99, 9, 2);
-        vms.attach(stays, address).await.unwrap();
+        vms.attach(stays, 1, address).await.unwrap();
         vms.detach(stays, Some(address)).await.unwrap();
         vms.detach(stays, Some(address)).await.unwrap();
         assert!(!names().await.contains(&tap::name(stays)));

@@ -88,6 +88,14 @@ impl GuestSpec {
         self
     }
 
+    /// Sets more of the interface that was added last, such as its `queue_pairs`.
+    pub fn network_option(mut self, name: &str, value: Value) -> Self {
+        if let Some(card) = self.config["network-interfaces"].as_array_mut().and_then(|cards| cards.last_mut()) {
+            card[name] = value;
+        }
+        self
+    }
+
     /// Sets a section of the configuration, such as `vsock` or `entropy`.
     pub fn section(mut self, name: &str, value: Value) -> Self {
         self.config[name] = value;

@@ -35,7 +35,7 @@ pub fn tap(name: &str, address: Option<&str>) -> Result<()> {
 
 /// Takes a tap away, with its addresses.
 pub fn remove_tap(name: &str) -> Result<()> {
-    busybox(&["tunctl", "-d", name])?;
+    busybox(&["ip", "link", "del", name])?;
     Ok(())
 }
 

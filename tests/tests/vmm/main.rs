@@ -57,6 +57,7 @@ fn main() -> ExitCode {
         Scenario { name: "a_pmem_device_is_the_root_device", run: pmem::is_the_root_device },
         Scenario { name: "pmem_is_no_buffer_for_other_devices", run: pmem::is_no_buffer_for_other_devices },
         Scenario { name: "network_both_ways_in_bulk", run: network::host_and_guest },
+        Scenario { name: "two_vcpus_have_a_pair_of_queues_each", run: network::two_pairs },
         Scenario { name: "guests_reach_each_other", run: network::guest_and_guest },
         Scenario { name: "disks_and_interfaces_come_and_go", run: plug::come_and_go },
         Scenario { name: "a_guest_is_asked_for_a_device_and_keeps_the_others", run: plug::is_asked },

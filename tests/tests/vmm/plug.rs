@@ -15,6 +15,8 @@ use bedplate_tests::inside::tools::{busybox, remove_tap, tap};
 use bedplate_tests::patience::until;
 use serde_json::{Value, json};
 
+use crate::network::tap_of_several;
+
 /// For a guest to take or to let go of a device, in an emulated node.
 const PATIENCE: Duration = Duration::from_secs(60);
 const MIB: u64 = 8;
@@ -109,8 +111,14 @@ fn slot(guest: &Guest, path: &str) -> Result<String> {
     guest.run(&format!("readlink -f {path} | grep -o '0000:00:[0-9a-f]*' | head -n 1"))
 }
 
+/// Fails unless the guest's interface has so many pairs of queues.
+fn has_pairs(guest: &Guest, count: u8) -> Result<()> {
+    let last = count - 1;
+    guest.run(&format!("cd /sys/class/net/eth0/queues && [ -e tx-{last} ] && [ ! -e tx-{count} ]")).map(drop)
+}
+
 pub fn come_and_go() -> Result<()> {
-    tap("tap-plug", Some("10.7.0.1/24"))?;
+    tap_of_several("tap-plug", "10.7.0.1/24")?;
     tap("tap-other", None)?;
     let result = with_taps();
     remove_tap("tap-plug")?;
@@ -141,6 +149,7 @@ fn with_taps() -> Result<()> {
     let ping = "ip link set eth0 up && ip addr add 10.7.0.2/24 dev eth0 && ping -c 2 -W 10 10.7.0.1 > /dev/null";
     guest.run(ping)?;
     busybox(&["ping", "-c", "2", "-W", "10", "10.7.0.2"])?;
+    has_pairs(&guest, 2)?;
     let net_slot = slot(&guest, "/sys/class/net/eth0")?;
     ensure!(disk_slot != net_slot);
 
@@ -180,9 +189,19 @@ fn with_taps() -> Result<()> {
     put_drive(&guest, "data", &two, 204)?;
     appears(&guest, "/sys/block/vdb")?;
     ensure!(guest.run("head -c 3 /dev/vdb")? == "two" && slot(&guest, "/sys/block/vdb")? == disk_slot);
-    put_net(&guest, "net", "tap-plug", 204)?;
+    let body = |pairs: u8| json!({"iface_id": "net", "host_dev_name": "tap-plug", "queue_pairs": pairs}).to_string();
+    let said = guest.api("PUT", "/network-interfaces/net", &body(3), 400)?;
+    ensure!(said.contains("2 of tap tap-plug are kept"), "{said}");
+    guest.api("PUT", "/network-interfaces/net", &body(1), 204)?;
     appears(&guest, "/sys/class/net/eth0")?;
-    guest.run(ping)?;
+    // Several times: all that comes has to come over the only pair that is left.
+    (0..4).try_for_each(|_| {
+        guest
+            .run("ip link set eth0 down")
+            .and_then(|_| guest.run(&format!("ip addr flush dev eth0 && {ping}")))
+            .map(drop)
+    })?;
+    has_pairs(&guest, 1)?;
     ensure!(slot(&guest, "/sys/class/net/eth0")? == net_slot);
     for device in ["block_disk0", "block_data", "net_net"] {
         ensure!(guest.count(device, "guest_faults")? + guest.count(device, "host_faults")? == 0, "{device} has faults");

@@ -4,6 +4,7 @@ use std::net::Ipv4Addr;
 
 use bedplate_api::vmm::{MmdsConfig, NetworkInterface, VmConfig};
 use bedplate_devices::virtio::limiter::LimiterConfig;
+use bedplate_devices::virtio::net::MAX_PAIRS;
 
 use super::{ConfigError, distinct, limits, name};
 
@@ -24,6 +25,8 @@ pub struct NetConfig {
     pub metadata: Option<Ipv4Addr>,
     pub rx_limits: LimiterConfig,
     pub tx_limits: LimiterConfig,
+    /// Pairs of queues that it must have; as many as fit, if nobody says how many.
+    pub queue_pairs: Option<usize>,
 }
 
 /// Checks the network interfaces of `spec`, and says which of them lead to the guest's metadata.
@@ -62,8 +65,12 @@ pub fn net(net: &NetworkInterface) -> Result<NetConfig, ConfigError> {
     if let Some(mtu) = net.mtu.filter(|mtu| *mtu < MIN_MTU) {
         return Err(ConfigError::Mtu { id, mtu });
     }
+    let queue_pairs = net.queue_pairs.map(usize::from);
+    if let Some(pairs) = queue_pairs.filter(|pairs| !(1..=MAX_PAIRS).contains(pairs)) {
+        return Err(ConfigError::QueuePairs { id, pairs });
+    }
     let (rx_limits, tx_limits) = (limits(net.rx_rate_limiter), limits(net.tx_rate_limiter));
-    Ok(NetConfig { id, tap, mac, mtu: net.mtu, metadata: None, rx_limits, tx_limits })
+    Ok(NetConfig { id, tap, mac, mtu: net.mtu, metadata: None, rx_limits, tx_limits, queue_pairs })
 }
 
 /// Checks how the guest reaches its metadata; returns at which address.
@@ -117,11 +124,25 @@ mod tests {
             mtu: None,
             rx_rate_limiter: None,
             tx_rate_limiter: None,
+            queue_pairs: None,
         };
         let mac = net(&interface("tap0")).unwrap().mac;
         assert_eq!(mac[0] & 3, 2);
         assert_eq!(net(&interface("tap0")).unwrap().mac, mac);
         assert_ne!(net(&interface("tap1")).unwrap().mac, mac);
+    }
+
+    #[test]
+    fn pairs_of_queues_are_1_to_8_or_left_to_the_tap() {
+        for (pairs, expected) in [("1", Some(1)), ("8", Some(8)), ("null", None)] {
+            let text = format!(r#"{{"iface_id": "a", "host_dev_name": "t0", "queue_pairs": {pairs}}}"#);
+            assert_eq!(net(&serde_json::from_str(&text).unwrap()).unwrap().queue_pairs, expected);
+        }
+        for pairs in ["0", "9", "255"] {
+            let text = format!(r#"{{"iface_id": "a", "host_dev_name": "t0", "queue_pairs": {pairs}}}"#);
+            let error = net(&serde_json::from_str(&text).unwrap()).unwrap_err().to_string();
+            assert!(error.contains(&format!("\"a\": queue_pairs {pairs}")), "{error}");
+        }
     }
 
     #[test]

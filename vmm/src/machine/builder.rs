@@ -132,7 +132,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         host: Arc::new(interrupts.clone()),
         vcpus: config.topology.vcpus,
         metadata: outlets.metadata,
-        taps: Taps::keep(outlets.taps)?,
+        taps: Taps::keep(outlets.taps, config.topology.vcpus)?,
         signals: platform::hotplug_signals(&power),
         departures: Arc::new(Departures::new(outlets.departed.try_clone().map_err(BuildError::Host)?)),
     };

@@ -87,6 +87,21 @@ pub enum DeviceError {
         /// `host_dev_name`.
         tap: String,
     },
+    /// More queues of a kept tap are asked for than there are.
+    #[error(
+        "network interface {id}: Open tap device failed: queue_pairs {wanted} are asked for, and {kept} of tap {tap} are \
+         kept for this VM (one for each vCPU, up to 8, of a tap that was made with multi_queue): ask for {kept} at most"
+    )]
+    KeptQueues {
+        /// `iface_id`.
+        id: String,
+        /// `host_dev_name`.
+        tap: String,
+        /// `queue_pairs`.
+        wanted: usize,
+        /// Queues that there are.
+        kept: usize,
+    },
     /// The tap of a network interface cannot be used.
     #[error("network interface {id}: {source}")]
     Net {
@@ -151,9 +166,9 @@ impl Attach<'_> {
     }
 
     pub fn net(&mut self, net: &config::NetConfig) -> Result<Slot, BuildError> {
-        let tap = self.taps.open(&net.id, &net.tap)?;
+        let queues = self.taps.open(net)?;
         let config = NetConfig { mac: net.mac, mtu: net.mtu, rx_limits: net.rx_limits, tx_limits: net.tx_limits };
-        let mut device = Net::new(tap, config).map_err(BuildError::Host)?;
+        let mut device = Net::new(queues, config).map_err(BuildError::Host)?;
         if let Some(address) = net.metadata {
             let view = Box::new(GuestView::new(self.metadata.clone()));
             device.set_responder(Responder::new(address, view)).map_err(BuildError::Host)?;

@@ -4,9 +4,10 @@
 use std::collections::BTreeMap;
 use std::ffi::CString;
 
-use bedplate_devices::virtio::net::{Tap, TapError};
+use bedplate_devices::virtio::net::{Link, MAX_PAIRS, Tap, TapError, TapQueues};
 
 use super::DeviceError;
+use crate::config::NetConfig;
 
 /// A tap that is kept (`--tap`) cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -19,28 +20,33 @@ pub enum KeepError {
 }
 
 /// Where interfaces get their taps from.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Taps {
-    kept: BTreeMap<String, Tap>,
+    /// All queues of each.
+    kept: BTreeMap<String, Vec<Tap>>,
+    /// Queues of an interface for which nobody says how many, where the tap has as many.
+    usual: usize,
     /// The process is inside of its sandbox: no other tap can be reached.
     sealed: bool,
 }
 
 impl Taps {
-    /// Attaches to the taps of these names.
+    /// Attaches to the taps of these names, for a VM with so many vCPUs.
     ///
     /// # Errors
     /// One is not there, or cannot be used.
-    pub fn keep(names: &[String]) -> Result<Self, KeepError> {
-        let mut taps = Self::default();
+    pub fn keep(names: &[String], vcpus: u8) -> Result<Self, KeepError> {
+        let usual = usize::from(vcpus).min(MAX_PAIRS);
+        let mut kept = BTreeMap::new();
         for name in names {
             if !interface_exists(name) {
                 return Err(KeepError::None(name.clone()));
             }
-            let tap = Tap::open(name).map_err(|source| KeepError::Tap { name: name.clone(), source })?;
-            taps.kept.insert(name.clone(), tap);
+            let queues = Tap::open(name, TapQueues::UpTo(usual))
+                .map_err(|source| KeepError::Tap { name: name.clone(), source })?;
+            kept.insert(name.clone(), queues);
         }
-        Ok(taps)
+        Ok(Self { kept, usual, sealed: false })
     }
 
     /// From now on there are only those that are kept.
@@ -48,24 +54,33 @@ impl Taps {
         self.sealed = true;
     }
 
-    /// The tap `name` for the interface `id`. One that is kept forgets the frames that came while nobody had it.
+    /// The tap of `net`, queue by queue. One that is kept forgets the frames that came while nobody had it.
     ///
     /// # Errors
-    /// It is not there, cannot be used, or cannot be reached any more.
-    pub fn open(&self, id: &str, name: &str) -> Result<Tap, DeviceError> {
-        let failed = |source| DeviceError::Net { id: id.into(), source };
-        if let Some(kept) = self.kept.get(name) {
-            return kept.again().map_err(failed);
+    /// It is not there, cannot be used, has too few queues, or cannot be reached any more.
+    pub fn open(&self, net: &NetConfig) -> Result<Vec<Tap>, DeviceError> {
+        let (id, tap) = (net.id.clone(), net.tap.clone());
+        if let Some(kept) = self.kept.get(&tap) {
+            let wanted = net.queue_pairs.unwrap_or(kept.len());
+            if wanted > kept.len() {
+                return Err(DeviceError::KeptQueues { id, tap, wanted, kept: kept.len() });
+            }
+            let again = || {
+                // To those that the interface has not, or not yet, no frame may come.
+                kept.iter().skip(1).try_for_each(|queue| queue.attach(false)).map_err(TapError::Setup)?;
+                kept.iter().take(wanted).map(Tap::again).collect::<Result<Vec<_>, _>>()
+            };
+            return again().map_err(|source| DeviceError::Net { id, source });
         }
-        let (id, tap) = (id.to_owned(), name.to_owned());
         if self.sealed {
             return Err(DeviceError::SealedTap { id, tap });
         }
         // Opening a tap that is not there would make one that leads nowhere.
-        if !interface_exists(name) {
+        if !interface_exists(&tap) {
             return Err(DeviceError::NoTap { id, tap });
         }
-        Tap::open(name).map_err(failed)
+        let queues = net.queue_pairs.map_or(TapQueues::UpTo(self.usual), TapQueues::Exactly);
+        Tap::open(&tap, queues).map_err(|source| DeviceError::Net { id, source })
     }
 }
 

@@ -148,6 +148,7 @@ const IOCTLS: &[u32] = &[
     0x8138_ae83, // KVM_GET_SREGS
     0x4004_54d0, // TUNSETOFFLOAD
     0x4004_54d8, // TUNSETVNETHDRSZ
+    0x4004_54d9, // TUNSETQUEUE
     0x5421,      // FIONBIO
     0x5413,      // TIOCGWINSZ, by which a terminal is known
     0x5401,      // TCGETS

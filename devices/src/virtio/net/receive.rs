@@ -5,7 +5,11 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use super::aside::Aside;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_HDR_GSO_NONE,
+};
+
+use super::aside::Server;
 use super::tap::Link;
 use super::{HEADER_LEN, MAX_FRAME_LEN, NetMetrics};
 use crate::Memory;
@@ -16,8 +20,12 @@ use crate::virtio::{Buffers, Chain, Virtqueue};
 /// Frames that are handed over, and faulty chains that are returned, before other events are looked at: a driver that
 /// never pauses cannot keep a reset waiting.
 const ROUND: usize = 256;
-/// Offset of `num_buffers` in the header.
+/// Offsets in the header.
+const FLAGS: usize = 0;
+const GSO_TYPE: usize = 1;
 const NUM_BUFFERS: usize = 10;
+/// An Ethernet header and a VLAN tag, which an MTU does not count.
+const LINK_HEADER_LEN: usize = 18;
 
 /// What the link should be watched for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,6 +38,30 @@ pub(super) enum Next {
     Credit,
     /// Nothing: the link has failed.
     Nothing,
+}
+
+/// What the driver that there is may be given: Virtio 1.2, 5.1.4.1 and 5.1.6.4.1.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Rules {
+    /// One frame may fill several chains.
+    mergeable: bool,
+    /// It has to be told nothing about checksums: all are right.
+    plain: bool,
+    /// Bytes of a frame without its header, unless it stands for several.
+    longest: usize,
+}
+
+impl Rules {
+    /// For a driver with these features, whom the device offered this MTU.
+    pub(super) fn new(features: u64, mtu: Option<u16>) -> Self {
+        let has = |feature: u32| features & 1 << feature != 0;
+        let mtu = mtu.filter(|_| has(VIRTIO_NET_F_MTU));
+        Self {
+            mergeable: has(VIRTIO_NET_F_MRG_RXBUF),
+            plain: !has(VIRTIO_NET_F_GUEST_CSUM),
+            longest: mtu.map_or(MAX_FRAME_LEN, |mtu| usize::from(mtu) + LINK_HEADER_LEN),
+        }
+    }
 }
 
 /// A chain in hand.
@@ -45,17 +77,16 @@ pub(super) struct Receiver {
     held: VecDeque<Held>,
     /// Of all chains that are held, in order.
     buffers: Buffers,
-    /// One frame may fill several chains.
-    mergeable: bool,
+    rules: Rules,
     /// Takes what does not fit, so that a frame that was cut is known.
     overflow: Box<[u8]>,
 }
 
 impl Receiver {
-    pub(super) fn new(memory: &Memory, mergeable: bool) -> Self {
+    pub(super) fn new(memory: &Memory, rules: Rules) -> Self {
         let buffers = Buffers::new(Arc::clone(memory));
         let overflow = vec![0; MAX_FRAME_LEN].into_boxed_slice();
-        Self { chain: Chain::new(memory), held: VecDeque::new(), buffers, mergeable, overflow }
+        Self { chain: Chain::new(memory), held: VecDeque::new(), buffers, rules, overflow }
     }
 
     /// Hands frames over until there are none, or no buffers. After a round of them the queue's own event brings the
@@ -64,7 +95,7 @@ impl Receiver {
         &mut self,
         link: &impl Link,
         queue: &mut Virtqueue,
-        limiter: &mut Limiter,
+        limiter: &Limiter,
         metrics: &DeviceMetrics,
         counts: &NetMetrics,
     ) -> Next {
@@ -110,7 +141,7 @@ impl Receiver {
     /// Takes chains until the largest frame fits, or there are no more. Faulty ones are returned, at most `budget`.
     fn refill(&mut self, queue: &mut Virtqueue, metrics: &DeviceMetrics, budget: &mut usize) {
         let enough = |receiver: &Self| {
-            if receiver.mergeable { receiver.buffers.len() >= MAX_FRAME_LEN } else { !receiver.held.is_empty() }
+            if receiver.rules.mergeable { receiver.buffers.len() >= MAX_FRAME_LEN } else { !receiver.held.is_empty() }
         };
         while *budget > 0 && !enough(self) && queue.pop(&mut self.chain) {
             let chain = &mut self.chain;
@@ -132,17 +163,31 @@ impl Receiver {
     fn receive(&mut self, link: &impl Link, queue: &mut Virtqueue, counts: &NetMetrics) -> io::Result<usize> {
         let view = self.buffers.view();
         let len = view.read_once(link.as_fd(), &mut self.overflow)?;
-        if len > view.len() || len < HEADER_LEN {
+        if len > view.len() || len < HEADER_LEN || self.is_too_long(len) {
             counts.rx_dropped.increment();
             return Ok(0);
         }
+        if self.rules.plain {
+            // A tap says of what it has checked that it is right, also to who has not asked.
+            self.buffers.view().copy_from(&[0; FLAGS + 1]);
+        }
         Ok(self.complete(len, queue, counts))
+    }
+
+    /// Whether a frame of `len` bytes, which is in the buffers, is longer than the driver was told to expect.
+    fn is_too_long(&self, len: usize) -> bool {
+        if len - HEADER_LEN <= self.rules.longest {
+            return false;
+        }
+        let mut header = [0; HEADER_LEN];
+        self.buffers.view().copy_to(&mut header);
+        u32::from(header[GSO_TYPE]) == VIRTIO_NET_HDR_GSO_NONE
     }
 
     /// Hands over the frames of `aside` while there are buffers.
     pub(super) fn inject(
         &mut self,
-        aside: &mut Aside,
+        aside: &mut Server,
         queue: &mut Virtqueue,
         metrics: &DeviceMetrics,
         counts: &NetMetrics,
@@ -157,7 +202,7 @@ impl Receiver {
             budget -= 1;
             let len = HEADER_LEN + frame.len();
             if self.buffers.len() < len {
-                if self.mergeable || self.held.is_empty() {
+                if self.rules.mergeable || self.held.is_empty() {
                     if queue.want_notifications() {
                         queue.suppress_notifications();
                         continue;
@@ -244,9 +289,9 @@ mod tests {
         let (metrics, counts) = (Arc::<DeviceMetrics>::default(), NetMetrics::default());
         let mut queue =
             Virtqueue::new(0, ring, &machine.memory, Arc::clone(&notify), Arc::new(Silent), Arc::clone(&metrics));
-        let mut receiver = Receiver::new(&machine.memory, true);
-        let mut limiter = Limiter::open(LimiterConfig::NONE).unwrap();
-        let mut run = || (receiver.run(&wire, &mut queue, &mut limiter, &metrics, &counts), queue.state().next_used);
+        let mut receiver = Receiver::new(&machine.memory, Rules::new(1 << VIRTIO_NET_F_MRG_RXBUF, None));
+        let limiter = Limiter::open(LimiterConfig::NONE).unwrap();
+        let mut run = || (receiver.run(&wire, &mut queue, &limiter, &metrics, &counts), queue.state().next_used);
         for round in 1..=3 {
             assert_eq!(run(), (Next::Frame, 256 * round));
             assert_eq!(notify.read().unwrap(), 1, "nobody would come back");
@@ -273,9 +318,9 @@ mod tests {
         let notify = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
         let (metrics, counts) = (Arc::<DeviceMetrics>::default(), NetMetrics::default());
         let mut queue = Virtqueue::new(0, ring, &machine.memory, notify, Arc::new(Silent), Arc::clone(&metrics));
-        let mut receiver = Receiver::new(&machine.memory, true);
-        let mut limiter = Limiter::open(LimiterConfig::NONE).unwrap();
-        let mut run = || receiver.run(&wire, &mut queue, &mut limiter, &metrics, &counts);
+        let mut receiver = Receiver::new(&machine.memory, Rules::new(1 << VIRTIO_NET_F_MRG_RXBUF, None));
+        let limiter = Limiter::open(LimiterConfig::NONE).unwrap();
+        let mut run = || receiver.run(&wire, &mut queue, &limiter, &metrics, &counts);
         assert_eq!(run(), Next::Frame);
         // More chains than the ring has places for.
         machine.memory.write_obj(0x4000u16, GuestAddress(0x6002)).unwrap();
