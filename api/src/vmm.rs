@@ -60,7 +60,8 @@ use serde::{Deserialize, Serialize};
 pub use balloon::{Balloon, BalloonStats, BalloonStatsUpdate, BalloonUpdate, HintingStart, HintingStatus};
 pub use chunks::ChunkSource;
 pub use cpu::{
-    Bitmap, Capability, CpuConfig, CpuConfigSource, CpuidModifier, CpuidRegister, Hex, MsrModifier, RegisterModifier,
+    Bitmap, Capability, CpuBaseline, CpuConfig, CpuConfigSource, CpuidModifier, CpuidRegister, Hex, MsrModifier,
+    RegisterModifier,
 };
 pub use devices::{DeviceStatus, MetricsLine};
 pub use hotplug::{MemoryHotplug, MemoryHotplugStatus, MemoryHotplugUpdate};
@@ -224,6 +225,9 @@ pub struct MachineConfig {
     /// One of Firecracker's deprecated names of processors. Absent: `None`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<CpuTemplate>,
+    /// The processors have the features of this list and no others. Absent: what the host's processor and KVM offer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_baseline: Option<CpuBaseline>,
     /// KVM keeps a log of the pages that the guest writes.
     #[serde(default)]
     pub track_dirty_pages: bool,
@@ -239,6 +243,7 @@ impl Default for MachineConfig {
             mem_size_mib: 128,
             smt: false,
             cpu_template: None,
+            cpu_baseline: None,
             track_dirty_pages: false,
             huge_pages: HugePages::None,
         }
@@ -284,6 +289,8 @@ pub struct MachineConfigPatch {
     pub smt: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<CpuTemplate>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_baseline: Option<CpuBaseline>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub track_dirty_pages: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -119,7 +119,10 @@ pub enum ConfigError {
     OddVcpus(u8),
     #[error("mem_size_mib {0} is not a number of huge pages of 2 MiB: give an even number")]
     OddMemory(u64),
-    #[error("cpu_template {0:?} is not offered: put the bits that you need into cpu-config")]
+    #[error(
+        "cpu_template {0:?} is not offered: give cpu_baseline x86-64-v2, x86-64-v3 or x86-64-v4 in its place, or put the bits that you need into \
+         cpu-config"
+    )]
     Template(CpuTemplate),
     #[error("cpu-config {path}: {source}; correct it")]
     CpuConfigFile { path: String, source: io::Error },
@@ -198,6 +201,7 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
             threads_per_core: if spec.machine_config.smt && spec.machine_config.vcpu_count > 1 { 2 } else { 1 },
         },
         kvm: kvm::VmConfig {
+            baseline: spec.machine_config.cpu_baseline,
             cpu: spec.cpu_config.as_ref().map(cpu).transpose()?.unwrap_or_default(),
             log_dirty_pages: spec.machine_config.track_dirty_pages,
         },
@@ -393,7 +397,8 @@ mod tests {
             |more: &str| error(&format!(r#", "machine-config": {{"vcpu_count": 3, "mem_size_mib": 65{more}}}"#));
         assert!(machine(r#", "smt": true"#).contains("vcpu_count 3 with smt"));
         assert!(machine(r#", "huge_pages": "2M""#).contains("even"));
-        assert!(machine(r#", "cpu_template": "T2CL""#).contains("T2CL"));
+        let named = r#", "machine-config": {"vcpu_count": 1, "mem_size_mib": 64, "cpu_template": "T2CL"}"#;
+        assert!(error(named).contains("T2CL") && error(named).contains("cpu_baseline x86-64-v2"), "{}", error(named));
         assert!(error(r#", "cpu-config": "/nowhere/template""#).contains("cpu-config /nowhere/template: No such file"));
         let drive = r#"{"drive_id": "a", "path_on_host": "d", "is_root_device": true}"#;
         assert!(error(&format!(r#", "drives": [{drive}, {drive}]"#)).contains("exists twice"));

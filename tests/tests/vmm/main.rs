@@ -13,6 +13,7 @@ mod metadata;
 mod network;
 mod plug;
 mod pmem;
+mod processor;
 mod refusals;
 mod sandbox;
 mod serial;
@@ -70,6 +71,9 @@ fn main() -> ExitCode {
         Scenario { name: "the_api_refuses_bad_requests", run: api::bad_requests },
         Scenario { name: "threads_share_cores", run: machine::threads },
         Scenario { name: "a_template_changes_the_processor", run: machine::templates },
+        Scenario { name: "baselines_have_their_features_and_no_others", run: processor::baselines },
+        Scenario { name: "what_a_baseline_hides_faults", run: processor::hidden_faults },
+        Scenario { name: "the_guest_knows_what_time_it_is", run: processor::clock },
         Scenario { name: "memory_is_in_huge_pages", run: machine::huge_pages },
         Scenario { name: "the_boot_timer_is_logged", run: machine::boot_timer },
         Scenario { name: "a_disk_grows_and_is_replaced", run: machine::disks },

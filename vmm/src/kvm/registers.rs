@@ -46,7 +46,7 @@ pub(super) fn initialise(fd: &VcpuFd) -> Result<(), KvmError> {
     fd.set_lapic(&lapic).map_err(call("set a local interrupt controller"))
 }
 
-fn one_msr(index: u32, data: u64) -> Result<Msrs, KvmError> {
+pub(super) fn one_msr(index: u32, data: u64) -> Result<Msrs, KvmError> {
     let entry = kvm_msr_entry { index, data, ..Default::default() };
     Msrs::from_entries(&[entry]).map_err(|e| KvmError::Call {
         what: "list a model-specific register",

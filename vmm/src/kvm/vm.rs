@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use bedplate_api::vmm::{CpuConfig, MsrModifier};
+use bedplate_api::vmm::{CpuBaseline, CpuConfig, MsrModifier};
 use bedplate_devices::Memory;
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
@@ -13,14 +13,16 @@ use kvm_ioctls::VmFd;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, VolatileMemory};
 
-use super::{Interrupts, KvmError, Topology, Vcpu, call, cpuid, msrs, open};
+use super::{Interrupts, KvmError, Topology, Vcpu, baseline, call, cpuid, missing_for_baselines, msrs, open};
 use crate::memory::layout;
 use crate::pmem::FileMapping;
 
 /// What a VM is like for KVM.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct VmConfig {
-    /// Changes to the host's processor.
+    /// The processor, if it is one that has a name.
+    pub baseline: Option<CpuBaseline>,
+    /// Changes to it, or to the host's processor.
     pub cpu: CpuConfig,
     /// Keep a log of the pages that the guest writes.
     pub log_dirty_pages: bool,
@@ -29,6 +31,7 @@ pub struct VmConfig {
 /// A VM.
 pub struct Vm {
     fd: Arc<VmFd>,
+    has_baseline: bool,
     msrs: Vec<MsrModifier>,
     supported: CpuId,
     interrupts: Interrupts,
@@ -59,10 +62,19 @@ impl Vm {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(call("create a timer"))?;
         msrs::ask_for_exits(&fd);
-        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("list processor features"))?;
+        msrs::disable_counters(&fd);
+        let mut supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("list processor features"))?;
+        if let Some(baseline) = config.baseline {
+            if let [missing, ..] = &missing_for_baselines(&kvm)[..] {
+                return Err(KvmError::Baseline { baseline, missing: missing.clone(), best: None });
+            }
+            supported = baseline::apply(&supported, baseline)?;
+            msrs::allow_only_listed(&fd)?;
+        }
         let supported = cpuid::templated(&supported, &config.cpu.cpuid_modifiers)?;
         let fd = Arc::new(fd);
         let vm = Self {
+            has_baseline: config.baseline.is_some(),
             msrs: config.cpu.msr_modifiers.clone(),
             interrupts: Interrupts::new(Arc::clone(&fd))?,
             run_size: fd.run_size(),
@@ -163,6 +175,9 @@ impl Vm {
         let cpuid = cpuid::for_vcpu(&self.supported, index, topology)?;
         fd.set_cpuid2(&cpuid).map_err(call("set processor features"))?;
         super::registers::initialise(&fd)?;
+        if self.has_baseline {
+            msrs::go_with_cpuid(&fd)?;
+        }
         for modifier in &self.msrs {
             super::registers::modify(&fd, modifier)?;
         }

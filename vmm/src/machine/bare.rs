@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::BuildError;
 use super::counters::ExitCounters;
 use super::lifecycle::Lifecycle;
+use super::unknown_msrs::UnknownMsrs;
 use super::vcpu::{self, Buses};
 use crate::boot::{BootError, Entry};
 use crate::kvm::{Interrupts, Topology, Vcpu, Vm, VmConfig, install_kick_signal};
@@ -67,7 +68,8 @@ impl BareMachine {
 
     /// Runs the vCPU on the calling thread until the machine has ended; says how, and what was counted.
     pub fn run(mut self) -> (Exit, ExitCounts) {
-        vcpu::run(&mut self.vcpu, &self.buses, &self.life, &self.counters);
+        let unknown = UnknownMsrs::new(Box::new(|_| {}));
+        vcpu::run(&mut self.vcpu, &self.buses, &self.life, &self.counters, &unknown);
         let mut counts = ExitCounts::default();
         self.counters.add_to(&mut counts);
         let exit = self.life.exit().cloned();

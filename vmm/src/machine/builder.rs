@@ -12,6 +12,7 @@ use super::lifecycle::Lifecycle;
 use super::pci_devices::When;
 use super::plug::{Departures, Plug};
 use super::taps::Taps;
+use super::unknown_msrs::{UnknownMsrs, Warn};
 use super::vcpu::Buses;
 use super::{BuildError, Devices, Machine, platform};
 use crate::acpi;
@@ -39,6 +40,8 @@ pub struct Outlets<'a> {
     /// Told what firmware says while it works, line by line, if somebody wants to know: it takes time. Called on a vCPU's
     /// thread.
     pub firmware_words: Option<DebugLine>,
+    /// Told which model-specific registers the guest has touched that it does not have.
+    pub warn: Warn,
     /// What the guest can ask for.
     pub metadata: Metadata,
     /// What the process goes into before the guest runs, if it shall.
@@ -200,5 +203,5 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         counters,
         started: None,
     }
-    .run(vcpus)
+    .run(vcpus, &Arc::new(UnknownMsrs::new(outlets.warn)))
 }

@@ -13,6 +13,7 @@ mod platform;
 mod plug;
 pub mod ports;
 mod taps;
+pub mod unknown_msrs;
 pub mod vcpu;
 
 use std::collections::BTreeMap;
@@ -36,6 +37,7 @@ use crate::sandbox::{self, SandboxError};
 use counters::ExitCounters;
 use lifecycle::Lifecycle;
 use plug::Plug;
+use unknown_msrs::UnknownMsrs;
 use vcpu::Buses;
 
 pub use devices::{Devices, DiskControl};
@@ -96,18 +98,18 @@ pub struct Machine {
 
 impl Machine {
     /// Starts one thread per vCPU.
-    fn run(mut self, vcpus: Vec<Vcpu>) -> Result<Self, BuildError> {
+    fn run(mut self, vcpus: Vec<Vcpu>, unknown: &Arc<UnknownMsrs>) -> Result<Self, BuildError> {
         self.life.set_vcpus(vcpus.iter().map(Vcpu::kicker).collect());
         self.started = Some(Instant::now());
         let mut waiting = vcpus.len();
         for mut vcpu in vcpus {
-            let (buses, life) = (self.buses.clone(), Arc::clone(&self.life));
+            let (buses, life, unknown) = (self.buses.clone(), Arc::clone(&self.life), Arc::clone(unknown));
             let counters = Arc::new(ExitCounters::default());
             self.counters.push(Arc::clone(&counters));
             let name = format!("vcpu{}", vcpu.index());
             let body = move || {
                 sandbox::narrow(sandbox::Thread::Vcpu);
-                vcpu::run(&mut vcpu, &buses, &life, &counters);
+                vcpu::run(&mut vcpu, &buses, &life, &counters, &unknown);
             };
             match thread::Builder::new().name(name).spawn(body) {
                 Ok(thread) => self.threads.push(thread),

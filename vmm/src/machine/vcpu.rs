@@ -7,6 +7,7 @@ use bedplate_devices::bus::Bus;
 
 use super::counters::ExitCounters;
 use super::lifecycle::Lifecycle;
+use super::unknown_msrs::UnknownMsrs;
 use crate::kvm::{Exit, KvmError, Vcpu};
 
 /// The two address spaces of devices.
@@ -33,8 +34,9 @@ impl Default for Buses {
 
 /// Runs `vcpu` on the calling thread until the machine ends. Whatever ends it is told to `life`.
 ///
-/// Nothing here allocates, logs or takes a lock that another vCPU holds for long.
-pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCounters) {
+/// Nothing here allocates, logs or takes a lock that another vCPU holds for long, except for the few registers that are
+/// named to `unknown` first.
+pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCounters, unknown: &UnknownMsrs) {
     let kicker = vcpu.kicker();
     vcpu.attach();
     loop {
@@ -67,7 +69,12 @@ pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCoun
                     counters.unknown_mmio.count();
                 }
             }
-            Ok(Exit::Msr { register, write, faults }) => counters.msr(register, write, faults),
+            Ok(Exit::Msr { register, write, faults }) => {
+                counters.msr(register, write, faults);
+                if faults {
+                    unknown.note(register, write);
+                }
+            }
             Ok(Exit::Interrupted) => {
                 counters.interrupted();
                 if !life.checkpoint(vcpu, &kicker) {
