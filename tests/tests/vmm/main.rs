@@ -17,6 +17,7 @@ mod processor;
 mod refusals;
 mod sandbox;
 mod serial;
+mod vcpus;
 mod vsock;
 
 use std::process::ExitCode;
@@ -52,6 +53,8 @@ fn main() -> ExitCode {
         Scenario { name: "a_shared_disk_is_held_by_an_idle_guest_and_free_after_it", run: block::shared },
         Scenario { name: "free_pages_go_back_to_the_node", run: balloon::reports_free_pages },
         Scenario { name: "a_balloon_is_inflated_and_says_how_it_is", run: balloon::inflates_and_says_how_it_is },
+        Scenario { name: "vcpus_come_and_work", run: vcpus::come },
+        Scenario { name: "vcpus_come_after_firmware", run: vcpus::firmware },
         Scenario { name: "memory_is_added_and_taken_away", run: hotplug::grows_and_shrinks },
         Scenario { name: "a_pmem_device_keeps_what_is_synced", run: pmem::keeps_what_is_synced },
         Scenario { name: "a_pmem_file_that_shrinks_ends_its_vm", run: pmem::shrinks },

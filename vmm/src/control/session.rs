@@ -296,6 +296,8 @@ impl Session {
             Command::Balloon(command) => self.execute_balloon(command),
             Command::Hotplug(command) => self.execute_hotplug(command),
             Command::Pmem(command) => self.execute_pmem(command),
+            Command::DescribeVcpus => self.vcpus().map(Answer::Vcpus).ok_or_else(|| Fault::bad_request(BEFORE_START)),
+            Command::PlugVcpus(update) => self.plug_vcpus(&update).map(done),
             Command::ChangeState(target) => self.running()?.change_state(target).map(done),
             Command::PatchDrive(patch) => self.after_start()?.patch_drive(&patch).map(done),
             Command::PatchNetworkInterface(patch) => self.after_start()?.patch_network_interface(&patch).map(done),
@@ -361,6 +363,7 @@ impl Session {
             process_startup_time_cpu_us: self.startup.cpu_us,
             uptime_seconds: self.vm.as_ref().map_or(0, |vm| vm.machine.uptime().as_secs()),
             exits: self.vm.as_ref().map_or(ExitCounts::default(), |vm| vm.machine.exits()),
+            vcpus: self.vcpus(),
             devices: self.vm.as_ref().map(|vm| vm.machine.status()).unwrap_or_default(),
         }
     }

@@ -159,18 +159,19 @@ impl Vm {
         self.interrupts.clone()
     }
 
-    /// All vCPUs, with features and topology set, waiting at reset.
+    /// All vCPUs, with features and topology set, waiting at reset. Of those after the first `present` ones the guest
+    /// reaches nothing until they come ([`Vcpu::come`]).
     ///
     /// # Errors
     /// More than KVM takes, or KVM refuses.
-    pub fn create_vcpus(&self, topology: Topology) -> Result<Vec<Vcpu>, KvmError> {
+    pub fn create_vcpus(&self, topology: Topology, present: u8) -> Result<Vec<Vcpu>, KvmError> {
         if usize::from(topology.vcpus) > self.max_vcpus {
             return Err(KvmError::TooManyVcpus { asked: topology.vcpus.into(), limit: self.max_vcpus });
         }
-        (0..topology.vcpus).map(|index| self.create_vcpu(index, topology)).collect()
+        (0..topology.vcpus).map(|index| self.create_vcpu(index, topology, index < present)).collect()
     }
 
-    fn create_vcpu(&self, index: u8, topology: Topology) -> Result<Vcpu, KvmError> {
+    fn create_vcpu(&self, index: u8, topology: Topology, is_present: bool) -> Result<Vcpu, KvmError> {
         let fd = self.fd.create_vcpu(index.into()).map_err(call("create a vCPU"))?;
         let cpuid = cpuid::for_vcpu(&self.supported, index, topology)?;
         fd.set_cpuid2(&cpuid).map_err(call("set processor features"))?;
@@ -181,6 +182,9 @@ impl Vm {
         for modifier in &self.msrs {
             super::registers::modify(&fd, modifier)?;
         }
-        Vcpu::new(fd, index, self.run_size)
+        if !is_present {
+            super::registers::set_apic(&fd, false)?;
+        }
+        Vcpu::new(fd, index, is_present, self.run_size)
     }
 }

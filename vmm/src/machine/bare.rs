@@ -42,12 +42,12 @@ impl BareMachine {
             .write_slice(code, GuestAddress(CODE_ADDRESS.into()))
             .map_err(|e| BootError::Structures(e.to_string()))?;
         let vm = Vm::new(Arc::clone(&ram.memory), &VmConfig::default())?;
-        let mut vcpus = vm.create_vcpus(Topology { vcpus: 1, threads_per_core: 1 })?;
+        let mut vcpus = vm.create_vcpus(Topology { vcpus: 1, threads_per_core: 1 }, 1)?;
         let Some(vcpu) = vcpus.pop() else { unreachable!("one was asked for") };
         vcpu.enter_at(Entry::Real { address: CODE_ADDRESS })?;
         let ended = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(BuildError::Host)?;
         let life = Arc::new(Lifecycle::new(ended));
-        life.set_vcpus(vec![vcpu.kicker()]);
+        life.set_vcpus(vec![vcpu.kicker()], 1);
         Ok(Self { buses: Buses::new(), life, counters: ExitCounters::default(), vcpu, vm, ram })
     }
 

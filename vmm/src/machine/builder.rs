@@ -122,7 +122,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         vcpus: config.topology.vcpus,
         metadata: outlets.metadata,
         taps: Taps::keep(outlets.taps)?,
-        signals: platform::hotplug_signals(&power),
+        signals: platform::hotplug_signals(&power, config.vcpus),
         departures: Arc::new(Departures::new(outlets.departed.try_clone().map_err(BuildError::Host)?)),
     };
     let mut attach = plug.attach(When::Start, &pci, &ram.memory, &mut devices);
@@ -158,7 +158,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
 
     // What the guest is told, and what it boots.
     let Windows { mmio32, mmio64 } = windows;
-    let description = acpi::Description { vcpus: config.topology.vcpus, mmio32, mmio64 };
+    let description = acpi::Description { vcpus: config.topology.vcpus, present: config.vcpus, mmio32, mmio64 };
     let entry = match &config.boot {
         Boot::Kernel(kernel) => {
             let rsdp = acpi::write(&ram.memory, &description)?;
@@ -175,8 +175,8 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         }
     };
 
-    // Processors, the first of them at the kernel's entry, the others waiting for it.
-    let vcpus = vm.create_vcpus(config.topology)?;
+    // Processors, the first of them at the kernel's entry, the others waiting for it; some of them may come later.
+    let vcpus = vm.create_vcpus(config.topology, config.vcpus)?;
     if let Some(first) = vcpus.first() {
         first.enter_at(entry)?;
     }
@@ -199,6 +199,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         plug,
         serial,
         power,
+        present: config.vcpus,
         threads,
         counters,
         started: None,

@@ -1,6 +1,6 @@
 //! One VM, assembled and running.
 //!
-//! Threads: one per vCPU, made here; device workers, made by the devices when their drivers are ready. Everything else
+//! Threads: one per vCPU, made here, also for those that may come later; device workers, made by the devices when their drivers are ready. Everything else
 //! is done by whoever holds the [`Machine`], which is the control thread.
 
 pub mod bare;
@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use bedplate_api::vmm::{DeviceStatus, Exit, ExitCounts, ExitReason, VcpuInspection};
+use bedplate_api::vmm::{DeviceStatus, Exit, ExitCounts, ExitReason, VcpuInspection, Vcpus};
 use bedplate_devices::bus::OverlapError;
 use bedplate_devices::pci::{PciError, PciRoot};
 use bedplate_devices::platform::AcpiPm;
@@ -91,6 +91,8 @@ pub struct Machine {
     plug: Plug,
     serial: SerialLine,
     power: Arc<Mutex<AcpiPm>>,
+    /// The first so many vCPUs are there.
+    present: u8,
     threads: Vec<JoinHandle<()>>,
     counters: Vec<Arc<ExitCounters>>,
     started: Option<Instant>,
@@ -99,7 +101,7 @@ pub struct Machine {
 impl Machine {
     /// Starts one thread per vCPU.
     fn run(mut self, vcpus: Vec<Vcpu>, unknown: &Arc<UnknownMsrs>) -> Result<Self, BuildError> {
-        self.life.set_vcpus(vcpus.iter().map(Vcpu::kicker).collect());
+        self.life.set_vcpus(vcpus.iter().map(Vcpu::kicker).collect(), self.present.into());
         self.started = Some(Instant::now());
         let mut waiting = vcpus.len();
         for mut vcpu in vcpus {
@@ -184,7 +186,13 @@ impl Machine {
         self.started.map_or(Duration::ZERO, |start| start.elapsed())
     }
 
-    /// What each vCPU does: its registers, unless it does not leave the guest within `patience`, and its exits.
+    /// How many vCPUs there are, and may be.
+    pub fn vcpus(&self) -> Vcpus {
+        // At most 32.
+        Vcpus { count: self.present, max_count: self.counters.len() as u8 }
+    }
+
+    /// What each vCPU does that is there: its registers, unless it does not leave the guest within `patience`, and its exits.
     pub fn inspect(&self, patience: Duration) -> Vec<VcpuInspection> {
         let registers = self.life.look(patience);
         let vcpu = |(index, (registers, counters)): (usize, (_, &Arc<ExitCounters>))| VcpuInspection {
@@ -193,7 +201,7 @@ impl Machine {
             exits: counters.counts(),
             last_exits: counters.last(),
         };
-        registers.into_iter().zip(&self.counters).enumerate().map(vcpu).collect()
+        registers.into_iter().zip(&self.counters).take(self.present.into()).enumerate().map(vcpu).collect()
     }
 
     /// Exits of all vCPUs so far.

@@ -39,7 +39,9 @@ impl Default for Buses {
 pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCounters, unknown: &UnknownMsrs) {
     let kicker = vcpu.kicker();
     vcpu.attach();
-    loop {
+    // One that has not come stands still there.
+    let mut goes_on = life.checkpoint(vcpu, &kicker);
+    while goes_on {
         match vcpu.run() {
             Ok(Exit::PortRead { port, width, data }) => {
                 counters.port_read(port, data.len());
@@ -77,16 +79,14 @@ pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCoun
             }
             Ok(Exit::Interrupted) => {
                 counters.interrupted();
-                if !life.checkpoint(vcpu, &kicker) {
-                    break;
-                }
+                goes_on = life.checkpoint(vcpu, &kicker);
             }
             other => {
                 counters.other();
                 let end = classify(other);
                 if let Some(end) = end {
                     finish(vcpu, life, end);
-                    break;
+                    goes_on = false;
                 }
             }
         }
