@@ -38,6 +38,7 @@
 //! | `GET /balloon/hinting/status` | → [`HintingStatus`] |
 //! | `GET /bedplate/status` | → [`Status`] |
 //! | `GET /bedplate/inspect` | → [`Inspection`]; after the start only |
+//! | `GET`, `PUT /bedplate/vcpus` | → [`Vcpus`], [`VcpusUpdate`]; after the start only |
 //! | `PUT /bedplate/power-button` | no body; presses the ACPI power button |
 //! | `PUT /bedplate/stop` | no body; ends the VM at once, the process exits with code 0 |
 
@@ -60,10 +61,11 @@ use serde::{Deserialize, Serialize};
 pub use balloon::{Balloon, BalloonStats, BalloonStatsUpdate, BalloonUpdate, HintingStart, HintingStatus};
 pub use chunks::ChunkSource;
 pub use cpu::{
-    Bitmap, Capability, CpuConfig, CpuConfigSource, CpuidModifier, CpuidRegister, Hex, MsrModifier, RegisterModifier,
+    Bitmap, Capability, CpuBaseline, CpuConfig, CpuConfigSource, CpuidModifier, CpuidRegister, Hex, MsrModifier,
+    RegisterModifier,
 };
 pub use devices::{DeviceStatus, MetricsLine};
-pub use hotplug::{MemoryHotplug, MemoryHotplugStatus, MemoryHotplugUpdate};
+pub use hotplug::{MemoryHotplug, MemoryHotplugStatus, MemoryHotplugUpdate, Vcpus, VcpusUpdate};
 pub use inspect::{ExitKind, ExitRecord, Inspection, QueueInspection, Registers, VcpuInspection};
 pub use limits::{RateLimiter, TokenBucket};
 pub use log::{LogLevel, Logger, Metrics};
@@ -214,16 +216,22 @@ pub enum IoEngine {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
-    /// Number of vCPUs.
+    /// Number of vCPUs; of a VM that runs, those that have come included.
     pub vcpu_count: u8,
+    /// How many there may be while the VM runs. Absent: `vcpu_count`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_vcpu_count: Option<u8>,
     /// RAM in MiB.
     pub mem_size_mib: u64,
-    /// Two threads per core: `vcpu_count` is then 1 or even.
+    /// Two threads per core: `vcpu_count` is then 1 or even, and even where more may come.
     #[serde(default)]
     pub smt: bool,
     /// One of Firecracker's deprecated names of processors. Absent: `None`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<CpuTemplate>,
+    /// The processors have the features of this list and no others. Absent: what the host's processor and KVM offer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_baseline: Option<CpuBaseline>,
     /// KVM keeps a log of the pages that the guest writes.
     #[serde(default)]
     pub track_dirty_pages: bool,
@@ -236,9 +244,11 @@ impl Default for MachineConfig {
     fn default() -> Self {
         Self {
             vcpu_count: 1,
+            max_vcpu_count: None,
             mem_size_mib: 128,
             smt: false,
             cpu_template: None,
+            cpu_baseline: None,
             track_dirty_pages: false,
             huge_pages: HugePages::None,
         }
@@ -279,11 +289,15 @@ pub struct MachineConfigPatch {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vcpu_count: Option<u8>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_vcpu_count: Option<u8>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mem_size_mib: Option<u64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub smt: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<CpuTemplate>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_baseline: Option<CpuBaseline>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub track_dirty_pages: Option<bool>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -449,6 +463,9 @@ pub struct Status {
     pub process_startup_time_cpu_us: Option<u64>,
     /// Why vCPUs left the guest, summed over all of them.
     pub exits: ExitCounts,
+    /// The vCPUs; absent before the start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpus: Option<Vcpus>,
     /// What each device counts: `block_{drive_id}`, `net_{iface_id}`, `pmem_{id}`, `balloon`, `entropy`, `memory_hotplug`,
     /// `vsock`.
     #[serde(default)]

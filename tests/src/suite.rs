@@ -32,9 +32,9 @@ pub struct NodeSpec {
     pub patience: Duration,
 }
 
-/// Drivers for what the tests do inside: KVM, networks of VMs, vsock.
-const MODULES: [&str; 8] =
-    ["virtio_pci", "virtio-rng", "kvm-amd", "kvm-intel", "tun", "bridge", "vhost_vsock", "button"];
+/// Drivers for what the tests do inside: KVM, networks of VMs, vsock; and one that a guest gets from there.
+const MODULES: [&str; 9] =
+    ["virtio_pci", "virtio-rng", "kvm-amd", "kvm-intel", "tun", "bridge", "vhost_vsock", "button", "msr"];
 
 /// In the environment: how many times a scenario that measures takes each figure. Once is enough to see that it works.
 pub const ROUNDS: &str = "BEDPLATE_TEST_ROUNDS";

@@ -34,8 +34,8 @@ use crate::json;
 use crate::kvm::{self, Topology};
 use crate::memory::Pages;
 
-/// vCPUs of one VM, at most: as many as Firecracker gives.
-pub const MAX_VCPUS: u8 = 32;
+/// vCPUs of one VM, at most: as many as Firecracker gives, and as the hot-plug registers have bits for.
+pub const MAX_VCPUS: u8 = bedplate_devices::platform::MAX_VCPUS;
 /// MiB of RAM, at least: below it not even a small kernel fits.
 pub const MIN_MEMORY_MIB: u64 = 16;
 /// MiB of RAM, at most: a TiB, far from the end of what a processor addresses.
@@ -50,8 +50,10 @@ const FIRST_GUEST_CID: u32 = 3;
 /// A VM that can be built, as far as can be said without the host.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// vCPUs and cores.
+    /// vCPUs and cores, with those that may come later.
     pub topology: Topology,
+    /// vCPUs that are there from the start.
+    pub vcpus: u8,
     /// What the processors are.
     pub kvm: kvm::VmConfig,
     /// RAM.
@@ -116,11 +118,20 @@ pub enum ConfigError {
     Vcpus(u8),
     #[error("mem_size_mib {0} is not offered: give {MIN_MEMORY_MIB} to {MAX_MEMORY_MIB}")]
     Memory(u64),
+    #[error(
+        "max_vcpu_count {max} is not offered with vcpu_count {count}: give {count} to {MAX_VCPUS}, or leave it out"
+    )]
+    MaxVcpus { count: u8, max: u8 },
     #[error("vcpu_count {0} with smt leaves a core with one thread: give 1 or an even number")]
     OddVcpus(u8),
+    #[error("max_vcpu_count {max} with smt is filled core by core: give vcpu_count {count} and it even numbers")]
+    OddMaxVcpus { count: u8, max: u8 },
     #[error("mem_size_mib {0} is not a number of huge pages of 2 MiB: give an even number")]
     OddMemory(u64),
-    #[error("cpu_template {0:?} is not offered: put the bits that you need into cpu-config")]
+    #[error(
+        "cpu_template {0:?} is not offered: give cpu_baseline x86-64-v2, x86-64-v3 or x86-64-v4 in its place, or put the bits that you need into \
+         cpu-config"
+    )]
     Template(CpuTemplate),
     #[error("cpu-config {path}: {source}; correct it")]
     CpuConfigFile { path: String, source: io::Error },
@@ -195,12 +206,15 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
     let mut drives: Vec<_> = spec.drives.iter().collect();
     drives.sort_by_key(|drive| !drive.is_root_device);
     let memory_mib = spec.machine_config.mem_size_mib;
+    let max_vcpus = spec.machine_config.max_vcpu_count.unwrap_or(spec.machine_config.vcpu_count);
     let mut config = Config {
         topology: Topology {
-            vcpus: spec.machine_config.vcpu_count,
-            threads_per_core: if spec.machine_config.smt && spec.machine_config.vcpu_count > 1 { 2 } else { 1 },
+            vcpus: max_vcpus,
+            threads_per_core: if spec.machine_config.smt && max_vcpus > 1 { 2 } else { 1 },
         },
+        vcpus: spec.machine_config.vcpu_count,
         kvm: kvm::VmConfig {
+            baseline: spec.machine_config.cpu_baseline,
             cpu: spec.cpu_config.as_ref().map(cpu).transpose()?.unwrap_or_default(),
             log_dirty_pages: spec.machine_config.track_dirty_pages,
         },
@@ -263,6 +277,13 @@ pub fn balloon_pages(mib: u32, memory_mib: u64) -> Result<u32, ConfigError> {
 pub fn machine(spec: &MachineConfig) -> Result<(), ConfigError> {
     if !(1..=MAX_VCPUS).contains(&spec.vcpu_count) {
         return Err(ConfigError::Vcpus(spec.vcpu_count));
+    }
+    let (count, max) = (spec.vcpu_count, spec.max_vcpu_count.unwrap_or(spec.vcpu_count));
+    if !(count..=MAX_VCPUS).contains(&max) {
+        return Err(ConfigError::MaxVcpus { count, max });
+    }
+    if spec.smt && max > count && (!count.is_multiple_of(2) || !max.is_multiple_of(2)) {
+        return Err(ConfigError::OddMaxVcpus { count, max });
     }
     if !(MIN_MEMORY_MIB..=MAX_MEMORY_MIB).contains(&spec.mem_size_mib) {
         return Err(ConfigError::Memory(spec.mem_size_mib));
@@ -396,7 +417,14 @@ mod tests {
             |more: &str| error(&format!(r#", "machine-config": {{"vcpu_count": 3, "mem_size_mib": 65{more}}}"#));
         assert!(machine(r#", "smt": true"#).contains("vcpu_count 3 with smt"));
         assert!(machine(r#", "huge_pages": "2M""#).contains("even"));
-        assert!(machine(r#", "cpu_template": "T2CL""#).contains("T2CL"));
+        let more = |count: u8, max: u8, more: &str| {
+            let machine = format!(r#"{{"vcpu_count": {count}, "max_vcpu_count": {max}, "mem_size_mib": 64{more}}}"#);
+            error(&format!(r#", "machine-config": {machine}"#))
+        };
+        assert!(more(3, 2, "").contains("max_vcpu_count 2") && more(3, 33, "").contains("3 to 32"));
+        assert!(more(1, 4, r#", "smt": true"#).contains("even") && more(2, 5, r#", "smt": true"#).contains("even"));
+        let named = r#", "machine-config": {"vcpu_count": 1, "mem_size_mib": 64, "cpu_template": "T2CL"}"#;
+        assert!(error(named).contains("T2CL") && error(named).contains("cpu_baseline x86-64-v2"), "{}", error(named));
         assert!(error(r#", "cpu-config": "/nowhere/template""#).contains("cpu-config /nowhere/template: No such file"));
         let drive = r#"{"drive_id": "a", "path_on_host": "d", "is_root_device": true}"#;
         assert!(error(&format!(r#", "drives": [{drive}, {drive}]"#)).contains("exists twice"));

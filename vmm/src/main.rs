@@ -11,6 +11,7 @@ use bedplate_vmm::console::{Console, Target};
 use bedplate_vmm::control::{self, Server, Session, Settings, Signals, StartTimes};
 use bedplate_vmm::exit_file::ExitFile;
 use bedplate_vmm::json;
+use bedplate_vmm::kvm;
 use bedplate_vmm::sandbox::{Access, Sandbox, Unlisted, User};
 use clap::Parser;
 
@@ -98,6 +99,9 @@ struct Args {
     /// Processor time that the parent has spent for the process
     #[arg(long, value_name = "MICROSECONDS")]
     parent_cpu_time_us: Option<u64>,
+    /// Say which processors of the field cpu_baseline this host can give, and what it lacks for the others
+    #[arg(long)]
+    cpu_baselines: bool,
     /// Does nothing: devices are on PCI always
     #[arg(long)]
     enable_pci: bool,
@@ -124,6 +128,9 @@ fn instance_id(id: &str) -> Result<String, String> {
 fn main() -> ExitCode {
     one_heap();
     let args = Args::parse();
+    if args.cpu_baselines {
+        return say_baselines();
+    }
     // First of all: a VM whose end cannot be told is not started.
     let exit_file = match args.exit_file.as_deref().map(ExitFile::prepare).transpose() {
         Ok(exit_file) => exit_file,
@@ -154,6 +161,25 @@ fn one_heap() {
     // SAFETY: it sets a number, and no other thread is there yet.
     // Refused, there are more heaps.
     unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+}
+
+/// One line for each.
+fn say_baselines() -> ExitCode {
+    let baselines = match kvm::baselines() {
+        Ok(baselines) => baselines,
+        Err(error) => {
+            eprintln!("bedplate-vmm: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    for (baseline, missing) in baselines {
+        if missing.is_empty() {
+            println!("{baseline}  yes");
+        } else {
+            println!("{baseline}  no: this host lacks {}", missing.join(", "));
+        }
+    }
+    ExitCode::SUCCESS
 }
 
 fn run(args: &Args) -> Result<Exit> {

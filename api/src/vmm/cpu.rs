@@ -20,6 +20,36 @@ pub struct CpuConfig {
     pub msr_modifiers: Vec<MsrModifier>,
 }
 
+/// Processors by name: each has exactly the features of its list, on every host that has them all. The numbers are those of
+/// the x86-64 psABI.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum CpuBaseline {
+    /// SSE 4.2 and `POPCNT`, no `XSAVE`.
+    #[serde(rename = "x86-64-v2")]
+    V2,
+    /// AVX2, FMA, BMI; also AES.
+    #[serde(rename = "x86-64-v3")]
+    V3,
+    /// AVX-512.
+    #[serde(rename = "x86-64-v4")]
+    V4,
+}
+
+impl CpuBaseline {
+    /// All of them; each has what those before it have.
+    pub const ALL: [Self; 3] = [Self::V2, Self::V3, Self::V4];
+}
+
+impl fmt::Display for CpuBaseline {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::V2 => "x86-64-v2",
+            Self::V3 => "x86-64-v3",
+            Self::V4 => "x86-64-v4",
+        })
+    }
+}
+
 /// What a configuration file says of the processors: a template, or the path of a file with one.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
@@ -73,7 +103,7 @@ pub struct RegisterModifier {
 }
 
 /// The registers of an answer of `CPUID`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[allow(missing_docs)]
 pub enum CpuidRegister {
@@ -213,6 +243,15 @@ mod tests {
         let again = serde_json::to_string(&config).unwrap();
         assert!(again.contains(r#""0bxxxxxxxxxxxxxxxxxxxxxxxxxxxxx010""#), "{again}");
         assert_eq!(serde_json::from_str::<CpuConfig>(&again).unwrap(), config);
+    }
+
+    #[test]
+    fn a_baseline_is_shown_as_it_is_written() {
+        for baseline in CpuBaseline::ALL {
+            assert_eq!(serde_json::to_value(baseline).unwrap(), baseline.to_string());
+        }
+        let unknown = serde_json::from_str::<CpuBaseline>(r#""T2""#).unwrap_err().to_string();
+        assert!(unknown.contains("x86-64-v3"), "{unknown}");
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! Memory that is added to a VM that runs, and taken away again.
+//! Memory that is added to a VM that runs, and taken away again; and vCPUs that are added.
 
 use serde::{Deserialize, Serialize};
 
@@ -43,4 +43,21 @@ pub struct MemoryHotplugStatus {
     pub plugged_size_mib: u64,
     /// MiB that it shall have.
     pub requested_size_mib: u64,
+}
+
+/// The vCPUs of a VM that runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Vcpus {
+    /// Those that there are, from the first on. Which of them the guest uses is its own choice.
+    pub count: u8,
+    /// Those that there may be.
+    pub max_count: u8,
+}
+
+/// More vCPUs; none goes. As many as there are: the guest is told again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VcpusUpdate {
+    /// How many there shall be.
+    pub count: u8,
 }

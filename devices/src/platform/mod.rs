@@ -23,7 +23,10 @@ pub use boot_timer::{BOOT_TIMER_LEN, BootTimer, Booted};
 pub use control_port::{CONTROL_PORT, CONTROL_PORT_LEN, ControlPort};
 pub use debug_port::{DEBUG_PORT, DEBUG_PORT_LEN, DebugLine, DebugPort};
 pub use fw_cfg::{FW_CFG_LEN, FW_CFG_PORT, FwCfg, FwCfgError, FwCfgItems, FwCfgKey};
-pub use hotplug::{CAME_OFFSET, EJECT_OFFSET, EjectSink, HOTPLUG_LEN, HotplugPort, HotplugSignals, WANTED_OFFSET};
+pub use hotplug::{
+    CAME_OFFSET, EJECT_OFFSET, EjectSink, HOTPLUG_LEN, HotplugPort, HotplugSignals, MAX_VCPUS, VCPUS_CAME_OFFSET,
+    VCPUS_OFFSET, WANTED_OFFSET,
+};
 pub use i8042::{I8042, I8042_LEN};
 pub use rtc::{RTC_LEN, Rtc};
 pub use serial::{SERIAL_LEN, SerialPort};

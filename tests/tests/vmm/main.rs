@@ -13,9 +13,11 @@ mod metadata;
 mod network;
 mod plug;
 mod pmem;
+mod processor;
 mod refusals;
 mod sandbox;
 mod serial;
+mod vcpus;
 mod vsock;
 
 use std::process::ExitCode;
@@ -51,6 +53,8 @@ fn main() -> ExitCode {
         Scenario { name: "a_shared_disk_is_held_by_an_idle_guest_and_free_after_it", run: block::shared },
         Scenario { name: "free_pages_go_back_to_the_node", run: balloon::reports_free_pages },
         Scenario { name: "a_balloon_is_inflated_and_says_how_it_is", run: balloon::inflates_and_says_how_it_is },
+        Scenario { name: "vcpus_come_and_work", run: vcpus::come },
+        Scenario { name: "vcpus_come_after_firmware", run: vcpus::firmware },
         Scenario { name: "memory_is_added_and_taken_away", run: hotplug::grows_and_shrinks },
         Scenario { name: "a_pmem_device_keeps_what_is_synced", run: pmem::keeps_what_is_synced },
         Scenario { name: "a_pmem_file_that_shrinks_ends_its_vm", run: pmem::shrinks },
@@ -71,6 +75,9 @@ fn main() -> ExitCode {
         Scenario { name: "the_api_refuses_bad_requests", run: api::bad_requests },
         Scenario { name: "threads_share_cores", run: machine::threads },
         Scenario { name: "a_template_changes_the_processor", run: machine::templates },
+        Scenario { name: "baselines_have_their_features_and_no_others", run: processor::baselines },
+        Scenario { name: "what_a_baseline_hides_faults", run: processor::hidden_faults },
+        Scenario { name: "the_guest_knows_what_time_it_is", run: processor::clock },
         Scenario { name: "memory_is_in_huge_pages", run: machine::huge_pages },
         Scenario { name: "the_boot_timer_is_logged", run: machine::boot_timer },
         Scenario { name: "a_disk_grows_and_is_replaced", run: machine::disks },

@@ -30,12 +30,14 @@ const REVISION: u8 = 2;
 
 pub(super) fn dsdt(description: &Description) -> Sdt {
     let mut aml = Vec::new();
+    let later = description.present..description.vcpus;
     sleep_states(&mut aml);
     aml::Scope::new(
         Path::new("_SB_"),
         vec![
-            &Processors(description.vcpus),
-            &RootBridge { mmio32: &description.mmio32, mmio64: &description.mmio64 },
+            &Processors { present: description.present },
+            &hotplug::LaterProcessors(later.clone()),
+            &RootBridge { mmio32: &description.mmio32, mmio64: &description.mmio64, later },
             &Board,
             &Serial,
             &Clock,
@@ -53,13 +55,16 @@ fn sleep_states(aml: &mut Vec<u8>) {
     Name::new(Path::new("_S5_"), &package).to_aml_bytes(aml);
 }
 
-struct Processors(u8);
+/// Those that are there from the start, and stay.
+struct Processors {
+    present: u8,
+}
 
 impl Aml for Processors {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-        for id in 0..self.0 {
+        for id in 0..self.present {
             Device::new(
-                Path::new(&format!("C{id:03}")),
+                processor_name(id),
                 vec![&Name::new(Path::new("_HID"), &"ACPI0007"), &Name::new(Path::new("_UID"), &id)],
             )
             .to_aml_bytes(sink);
@@ -67,9 +72,20 @@ impl Aml for Processors {
     }
 }
 
+/// Name of a processor's device, without its path;
+pub(super) fn processor_text(id: u8) -> String {
+    format!("C{id:03}")
+}
+
+/// and as code.
+pub(super) fn processor_name(id: u8) -> Path {
+    Path::new(&processor_text(id))
+}
+
 struct RootBridge<'a> {
     mmio32: &'a [std::ops::Range<u64>],
     mmio64: &'a std::ops::Range<u64>,
+    later: std::ops::Range<u8>,
 }
 
 impl Aml for RootBridge<'_> {
@@ -99,7 +115,7 @@ impl Aml for RootBridge<'_> {
                 // Coherent for DMA.
                 &Name::new(Path::new("_CCA"), &1u8),
                 &Name::new(Path::new("_CRS"), &ResourceTemplate::new(resources)),
-                &hotplug::Slots,
+                &hotplug::Slots { processors: self.later.clone() },
             ],
         )
         .to_aml_bytes(sink);

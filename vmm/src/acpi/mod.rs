@@ -25,8 +25,10 @@ const AREA: Range<u64> = 0xe_0000..0x10_0000;
 
 /// What the tables tell.
 pub struct Description {
-    /// Number of vCPUs.
+    /// Number of vCPUs, those included that may come later.
     pub vcpus: u8,
+    /// How many of them are there from the start, the first ones.
+    pub present: u8,
     /// Windows for BARs below 4 GiB, for `_CRS`.
     pub mmio32: Vec<Range<u64>>,
     /// The one above.
@@ -92,7 +94,8 @@ impl Tables {
         let at = |table: usize| base + table as u64;
         let fadt = tables.put(&tables::fadt(at(dsdt), at(facs)));
         tables.links.extend(FADT_LINKS.map(|(offset, len)| (fadt + offset, len)));
-        let named = [fadt, tables.put(&tables::madt(description.vcpus)), tables.put(&tables::mcfg())];
+        let named =
+            [fadt, tables.put(&tables::madt(description.vcpus, description.present)), tables.put(&tables::mcfg())];
         let xsdt = tables.put(&tables::xsdt(&named.map(at)));
         tables.links.extend((0..named.len()).map(|index| (xsdt + XSDT_LINKS + 8 * index, 8)));
         tables::rsdp(at(xsdt)).to_aml_bytes(&mut tables.root);
@@ -125,12 +128,12 @@ mod tests {
         bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
     }
 
-    /// APIC ids of the local APICs, by walking the structures.
-    fn local_apics(madt: &[u8]) -> Vec<u8> {
+    /// APIC ids and flags of the local APICs, by walking the structures.
+    fn local_apics(madt: &[u8]) -> Vec<(u8, u8)> {
         let (mut ids, mut rest) = (Vec::new(), &madt[44..]);
-        while let [kind, len, _, id, ..] = rest {
+        while let [kind, len, _, id, flags, ..] = rest {
             if *kind == 0 {
-                ids.push(*id);
+                ids.push((*id, *flags));
             }
             rest = &rest[usize::from(*len)..];
         }
@@ -142,6 +145,7 @@ mod tests {
         let ram = Ram::new(8, Pages::Normal).unwrap();
         let description = Description {
             vcpus: 8,
+            present: 6,
             mmio32: vec![0xc000_0000..0xd000_0000, 0xd000_0000..0xe000_0000],
             mmio64: 1 << 34..1 << 35,
         };
@@ -164,7 +168,8 @@ mod tests {
                 assert_eq!((&dsdt[..4], sum(&dsdt)), (&b"DSDT"[..], 0));
             }
             if names.last().unwrap() == "APIC" {
-                assert_eq!(local_apics(&table), (0..8).collect::<Vec<_>>());
+                // Enabled; or, of those that come later, online capable.
+                assert_eq!(local_apics(&table), (0..8).map(|id| (id, if id < 6 { 1 } else { 2 })).collect::<Vec<_>>());
             }
         }
         assert_eq!(names, ["FACP", "APIC", "MCFG"]);

@@ -67,20 +67,32 @@ pub(super) fn fadt(dsdt: u64, facs: u64) -> FADT {
     fadt.finalize()
 }
 
+/// The processor is there;
+const ENABLED: u8 = 1;
+/// or it may come.
+const ONLINE_CAPABLE: u8 = 1 << 1;
+
+/// Local APIC: processor id, APIC id, flags.
+const fn local_apic(id: u8, flags: u8) -> [u8; 8] {
+    [0, 8, id, id, flags, 0, 0, 0]
+}
+
+/// What the MADT would say of a processor that has come.
+pub(super) fn present_processor(id: u8) -> Vec<u8> {
+    local_apic(id, ENABLED).into()
+}
+
 /// Local APICs, I/O APIC, and how the SCI and the NMI are wired.
-pub(super) fn madt(vcpus: u8) -> Sdt {
+pub(super) fn madt(vcpus: u8, present: u8) -> Sdt {
     const HEADER_LEN: u32 = 44;
     const HAS_PICS: u32 = 1;
-    const ENABLED: u32 = 1;
     const ACTIVE_HIGH_LEVEL: u16 = 1 | 3 << 2;
     const ALL_PROCESSORS: u8 = 0xff;
     let mut madt = Sdt::new(*b"APIC", HEADER_LEN, 5, OEM, OEM_TABLE, OEM_REVISION);
     madt.write_u32(36, layout::LOCAL_APIC);
     madt.write_u32(40, HAS_PICS);
     for id in 0..vcpus {
-        // Local APIC: processor id, APIC id, flags.
-        madt.append_slice(&[0, 8, id, id]);
-        madt.append_slice(&ENABLED.to_le_bytes());
+        madt.append_slice(&local_apic(id, if id < present { ENABLED } else { ONLINE_CAPABLE }));
     }
     // I/O APIC: its id (above those of the processors), address, first interrupt.
     madt.append_slice(&[1, 12, vcpus, 0]);

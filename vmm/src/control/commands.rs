@@ -3,8 +3,8 @@
 use bedplate_api::vmm::{
     ActionType, Balloon, BalloonStats, BootSource, CpuConfig, Drive, DrivePatch, Entropy, HintingStatus, Inspection,
     InstanceInfo, Logger, MachineConfig, MachineConfigPatch, MemoryHotplugStatus, Metrics, MmdsConfig, MmdsVersion,
-    NetworkInterface, NetworkInterfacePatch, SerialDevice, SnapshotCreate, SnapshotLoad, Status, TargetState, Version,
-    VmConfig, Vsock,
+    NetworkInterface, NetworkInterfacePatch, SerialDevice, SnapshotCreate, SnapshotLoad, Status, TargetState, Vcpus,
+    VcpusUpdate, Version, VmConfig, Vsock,
 };
 use serde_json::Value;
 
@@ -53,6 +53,10 @@ pub(super) enum Command {
     /// `InstanceStart` before the start, the others after it.
     Act(ActionType),
     /// After the start.
+    DescribeVcpus,
+    /// After the start.
+    PlugVcpus(VcpusUpdate),
+    /// After the start.
     ChangeState(TargetState),
     /// After the start, as all below up to `PressPowerButton`.
     PatchDrive(DrivePatch),
@@ -85,6 +89,7 @@ pub(super) enum Answer {
     BalloonStats(Box<BalloonStats>),
     Hinting(HintingStatus),
     Hotplug(MemoryHotplugStatus),
+    Vcpus(Vcpus),
 }
 
 impl Command {

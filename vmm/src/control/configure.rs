@@ -155,9 +155,11 @@ pub(super) fn warning_of_length(drive: &DriveConfig) -> Option<String> {
 fn patched(machine: &MachineConfig, patch: &MachineConfigPatch) -> MachineConfig {
     MachineConfig {
         vcpu_count: patch.vcpu_count.unwrap_or(machine.vcpu_count),
+        max_vcpu_count: patch.max_vcpu_count.or(machine.max_vcpu_count),
         mem_size_mib: patch.mem_size_mib.unwrap_or(machine.mem_size_mib),
         smt: patch.smt.unwrap_or(machine.smt),
         cpu_template: patch.cpu_template.or(machine.cpu_template),
+        cpu_baseline: patch.cpu_baseline.or(machine.cpu_baseline),
         track_dirty_pages: patch.track_dirty_pages.unwrap_or(machine.track_dirty_pages),
         huge_pages: patch.huge_pages.unwrap_or(machine.huge_pages),
     }

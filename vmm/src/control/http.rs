@@ -184,6 +184,7 @@ async fn answer(
         Ok(Answer::BalloonStats(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Hinting(body)) => json(StatusCode::OK, &body),
         Ok(Answer::Hotplug(body)) => json(StatusCode::OK, &body),
+        Ok(Answer::Vcpus(body)) => json(StatusCode::OK, &body),
         Err(fault) => json(fault.status, &fault.body()),
     };
     if deprecated {

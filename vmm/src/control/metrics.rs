@@ -58,6 +58,7 @@ mod tests {
             process_startup_time_us: None,
             process_startup_time_cpu_us: None,
             exits: ExitCounts::default(),
+            vcpus: None,
             devices: names.into_iter().map(|(name, reads)| (name.to_owned(), device(reads))).collect(),
         };
         let properties = Some(BTreeMap::from([("zone".to_owned(), "a".to_owned())]));

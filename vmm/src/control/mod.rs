@@ -16,6 +16,7 @@ mod routes;
 mod session;
 mod signals;
 mod startup;
+mod vcpus;
 
 use std::cell::RefCell;
 use std::io;

@@ -25,6 +25,7 @@ use crate::config::{self, Config, ConfigError};
 use crate::console::{Console, ConsoleError, Serving, Target};
 use crate::files;
 use crate::machine::builder::Outlets;
+use crate::machine::unknown_msrs::Warn;
 use crate::machine::{BuildError, Machine, builder};
 use crate::metadata::Metadata;
 use crate::sandbox::{self, Access, Sandbox};
@@ -169,6 +170,7 @@ impl Session {
             taps: &self.settings.taps,
             booted,
             firmware_words: self.log.wants(LogLevel::Debug).then(|| firmware_words(self.log.clone())),
+            warn: warn(self.log.clone()),
             metadata: self.metadata.clone(),
             sandbox: self.sandbox.clone().map(|sandbox| around(sandbox, &config)),
         };
@@ -225,7 +227,7 @@ impl Session {
         }
         let refused = self.vm.as_ref().map_or(0, |vm| vm.machine.exits().unknown_msr);
         if refused > 0 {
-            let message = format!("the guest touched model-specific registers that KVM does not have {refused} times");
+            let message = format!("the guest touched model-specific registers that it does not have {refused} times");
             self.log.write(LogLevel::Warning, &message);
         }
         self.vm = None;
@@ -294,6 +296,8 @@ impl Session {
             Command::Balloon(command) => self.execute_balloon(command),
             Command::Hotplug(command) => self.execute_hotplug(command),
             Command::Pmem(command) => self.execute_pmem(command),
+            Command::DescribeVcpus => self.vcpus().map(Answer::Vcpus).ok_or_else(|| Fault::bad_request(BEFORE_START)),
+            Command::PlugVcpus(update) => self.plug_vcpus(&update).map(done),
             Command::ChangeState(target) => self.running()?.change_state(target).map(done),
             Command::PatchDrive(patch) => self.after_start()?.patch_drive(&patch).map(done),
             Command::PatchNetworkInterface(patch) => self.after_start()?.patch_network_interface(&patch).map(done),
@@ -359,6 +363,7 @@ impl Session {
             process_startup_time_cpu_us: self.startup.cpu_us,
             uptime_seconds: self.vm.as_ref().map_or(0, |vm| vm.machine.uptime().as_secs()),
             exits: self.vm.as_ref().map_or(ExitCounts::default(), |vm| vm.machine.exits()),
+            vcpus: self.vcpus(),
             devices: self.vm.as_ref().map(|vm| vm.machine.status()).unwrap_or_default(),
         }
     }
@@ -405,6 +410,11 @@ fn around(mut sandbox: Sandbox, config: &Config) -> Sandbox {
 
 fn done((): ()) -> Answer {
     Answer::Done
+}
+
+/// Writes what a person should know of the guest.
+fn warn(log: Log) -> Warn {
+    Box::new(move |text| log.write(LogLevel::Warning, text))
 }
 
 /// Writes what firmware says.

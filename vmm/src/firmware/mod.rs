@@ -103,7 +103,8 @@ pub fn shadow(ram: &Ram, rom: &[u8]) -> Result<(), FirmwareError> {
 /// Something does not fit: our bug.
 pub fn items(ram: &Ram, description: &Description, disks: &[Slot]) -> Result<FwCfgItems, FwCfgError> {
     let mut items = FwCfgItems::new();
-    items.number(FwCfgKey::Cpus, description.vcpus.into());
+    // It waits for those that are there.
+    items.number(FwCfgKey::Cpus, description.present.into());
     items.number(FwCfgKey::MaxCpus, description.vcpus.into());
     items.file("etc/e820", memory_map(ram))?;
     // Where BARs may be, if firmware wants them above RAM.

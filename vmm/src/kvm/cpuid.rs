@@ -21,7 +21,12 @@ const LEAF_1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF_1_EDX_HTT: u32 = 1 << 28;
 const EXTENDED_1_ECX_CMP_LEGACY: u32 = 1 << 1;
 const EXTENDED_1_ECX_TOPOLOGY: u32 = 1 << 22;
-const EXTENDED_1_ECX_PERF_COUNTERS: u32 = 1 << 23;
+/// Counters of a core, of the memory controller, of time, of the last cache.
+const EXTENDED_1_ECX_PERF_COUNTERS: u32 = 1 << 23 | 1 << 24 | 1 << 27 | 1 << 28;
+/// 64-bit debug store; capabilities of performance counters.
+const LEAF_1_ECX_PERF_COUNTERS: u32 = 1 << 2 | 1 << 15;
+const LEAF_1_EDX_DEBUG_STORE: u32 = 1 << 21;
+const LEAF_7_EDX_LAST_BRANCHES: u32 = 1 << 19;
 /// Where leaf 0x80000008 is missing.
 const DEFAULT_ADDRESS_BITS: u8 = 36;
 
@@ -106,15 +111,18 @@ fn adapt(entry: &mut kvm_cpuid_entry2, index: u8, topology: Topology) {
             entry.ebx = entry.ebx & 0xff00 | index << 24 | count << 16;
             // KVM emulates the deadline timer and leaves it to us to say so.
             entry.ecx |= LEAF_1_ECX_HYPERVISOR | LEAF_1_ECX_TSC_DEADLINE;
+            set(&mut entry.ecx, LEAF_1_ECX_PERF_COUNTERS, false);
             set(&mut entry.edx, LEAF_1_EDX_HTT, count > 1);
+            set(&mut entry.edx, LEAF_1_EDX_DEBUG_STORE, false);
         }
         // Intel: caches; bits 31:26 are the cores in the package.
         4 if entry.eax & 0x1f != 0 => {
             let cores = count.div_ceil(threads);
             entry.eax = entry.eax & 0x3fff | sharers(entry.eax) << 14 | (cores - 1) << 26;
         }
-        // The performance counters are the host's.
-        0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+        7 if entry.index == 0 => set(&mut entry.edx, LEAF_7_EDX_LAST_BRANCHES, false),
+        // The performance counters are the host's (Intel: counters, last branches, more counters; AMD: sampling, counters).
+        0xa | 0x1c | 0x23 | 0x8000_001b | 0x8000_0022 => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
         0x8000_0001 => {
             // With two threads in a core the processors of the package are not all cores.
             set(&mut entry.ecx, EXTENDED_1_ECX_CMP_LEGACY, count > 1 && threads == 1);
@@ -178,6 +186,21 @@ mod tests {
         assert_eq!(leaf(&cpuid, 4, 0).eax >> 26, 4);
         assert_eq!(cpuid.as_slice().iter().filter(|e| e.function == 0xb).count(), 3);
     }
+
+    #[test]
+    fn nothing_tells_of_performance_counters() {
+        let functions = [1, 7, 0xa, 0x1c, 0x23, 0x8000_0001, 0x8000_001b, 0x8000_0022];
+        let full = |function| kvm_cpuid_entry2 { function, eax: !0, ebx: !0, ecx: !0, edx: !0, ..Default::default() };
+        let one = Topology { vcpus: 1, threads_per_core: 1 };
+        let cpuid = for_vcpu(&CpuId::from_entries(&functions.map(full)).unwrap(), 0, one).unwrap();
+        for function in [0xa, 0x1c, 0x23, 0x8000_001b, 0x8000_0022] {
+            let leaf = leaf(&cpuid, function, 0);
+            assert_eq!([leaf.eax, leaf.ebx, leaf.ecx, leaf.edx], [0; 4], "{function:#x}");
+        }
+        assert_eq!((leaf(&cpuid, 1, 0).ecx & 0x8004, leaf(&cpuid, 1, 0).edx >> 21 & 1), (0, 0));
+        assert_eq!((leaf(&cpuid, 7, 0).edx >> 19 & 1, leaf(&cpuid, 0x8000_0001, 0).ecx >> 23 & 0b11_0011), (0, 0));
+    }
+
     #[test]
     fn two_threads_share_a_core_and_its_caches() {
         let cache = |function, level: u32| kvm_cpuid_entry2 {

@@ -8,7 +8,7 @@ use bedplate_devices::threads;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VmFd};
 
-use super::{KvmError, Vm, VmConfig, call, cpuid, open};
+use super::{KvmError, Vm, VmConfig, baseline, call, cpuid, missing_for_baselines, open};
 
 /// KVM at work on a VM. It has little to do and waits long: for each VM it makes a thread of the kernel, and moving that into
 /// our control group takes a grace period of RCU, some ten milliseconds. What needs no VM yet is done meanwhile.
@@ -23,14 +23,20 @@ impl Creation {
     /// Checks KVM, and has it begin.
     ///
     /// # Errors
-    /// There is no KVM, or it lacks what is needed.
+    /// There is no KVM, or it or the processor lacks what is needed.
     pub fn begin(config: &VmConfig) -> Result<Self, KvmError> {
         let kvm = Arc::new(open(&config.cpu.kvm_capabilities)?);
+        let mut supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("list processor features"))?;
+        if let Some(baseline) = config.baseline {
+            if let [missing, ..] = &missing_for_baselines(&kvm)[..] {
+                return Err(KvmError::Baseline { baseline, missing: missing.clone(), best: None });
+            }
+            supported = baseline::apply(&supported, baseline)?;
+        }
+        let supported = cpuid::templated(&supported, &config.cpu.cpuid_modifiers)?;
         let theirs = Arc::clone(&kvm);
         let thread = threads::named("create-vm").spawn(move || theirs.create_vm());
         let thread = thread.map_err(|source| KvmError::Call { what: "create a VM", source })?;
-        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("list processor features"))?;
-        let supported = cpuid::templated(&supported, &config.cpu.cpuid_modifiers)?;
         Ok(Self { kvm, supported, thread: Some(thread) })
     }
 

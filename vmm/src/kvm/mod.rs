@@ -1,8 +1,9 @@
 //! The one place that names `kvm-ioctls`: everything above sees [`Vm`], [`Vcpu`] and [`Exit`].
 //!
 //! Unsafe code stands here because KVM is reached through shared mappings: guest RAM that KVM is told the address of
-//! ([`Vm::add_memory`]) and each vCPU's run page (`run_page`).
+//! ([`Vm::add_memory`]), each vCPU's run page (`run_page`), and a call that `kvm-ioctls` lacks (`msrs`).
 
+mod baseline;
 mod cpuid;
 mod creation;
 mod exit;
@@ -20,7 +21,8 @@ pub use irq::Interrupts;
 pub use vcpu::{Kicker, Vcpu, install_kick_signal};
 pub use vm::{Vm, VmConfig};
 
-use bedplate_api::vmm::Capability;
+use bedplate_api::vmm::{Capability, CpuBaseline};
+use kvm_bindings::{KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_X86_MSR_FILTER, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
 
 /// The only version of the KVM API that ever was stable.
@@ -69,6 +71,16 @@ pub enum KvmError {
     /// A template asks for a capability.
     #[error("cpu-config: this host's KVM lacks capability {0}: take it out of kvm_capabilities, or use a newer kernel")]
     NoCapability(u32),
+    /// This host has not all of a baseline.
+    #[error("cpu_baseline {baseline}: this host lacks {missing}; {}", advice(.best))]
+    Baseline {
+        /// As asked for.
+        baseline: CpuBaseline,
+        /// In words.
+        missing: String,
+        /// The largest one that it has.
+        best: Option<CpuBaseline>,
+    },
     /// A template changes a leaf that is not there.
     #[error(
         "cpu-config: this host's CPUID has no leaf {leaf:#x}, subleaf {subleaf:#x}: take it out of cpuid_modifiers"
@@ -109,6 +121,40 @@ pub enum KvmError {
 /// Turns the errno of a failed call into an error that says what was asked.
 fn call(what: &'static str) -> impl Fn(kvm_ioctls::Error) -> KvmError {
     move |error| KvmError::Call { what, source: std::io::Error::from_raw_os_error(error.errno()) }
+}
+
+fn advice(best: &Option<CpuBaseline>) -> String {
+    match best {
+        Some(best) => format!("give {best}, the best that it has, or use another host"),
+        None => "it has none of them: leave cpu_baseline out, or use another host".into(),
+    }
+}
+
+/// What of KVM a baseline needs, by number and name: both are of Linux 5.10.
+const NEEDED_BY_BASELINES: [(u32, &str); 2] = [
+    (KVM_CAP_X86_MSR_FILTER, "KVM's filter of model-specific registers"),
+    (KVM_CAP_ENFORCE_PV_FEATURE_CPUID, "KVM's refusal of its own features that are hidden"),
+];
+
+/// What KVM lacks for any baseline.
+fn missing_for_baselines(kvm: &Kvm) -> Vec<String> {
+    let lacks = |(number, name): &(u32, &str)| {
+        let is_there = kvm.check_extension_raw((*number).into()) > 0;
+        (!is_there).then(|| (*name).to_owned())
+    };
+    NEEDED_BY_BASELINES.iter().filter_map(lacks).collect()
+}
+
+/// Each baseline, and what this host lacks of it.
+///
+/// # Errors
+/// There is no KVM, or it lacks what any VM needs.
+pub fn baselines() -> Result<Vec<(CpuBaseline, Vec<String>)>, KvmError> {
+    let kvm = open(&[])?;
+    let host = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("list processor features"))?;
+    let of_kvm = missing_for_baselines(&kvm);
+    let missing = |baseline| (baseline, [baseline::missing(&host, baseline), of_kvm.clone()].concat());
+    Ok(CpuBaseline::ALL.map(missing).into())
 }
 
 /// Opens `/dev/kvm` and checks that it offers what is needed, as a template has changed that.

@@ -46,7 +46,15 @@ pub(super) fn initialise(fd: &VcpuFd) -> Result<(), KvmError> {
     fd.set_lapic(&lapic).map_err(call("set a local interrupt controller"))
 }
 
-fn one_msr(index: u32, data: u64) -> Result<Msrs, KvmError> {
+/// Turns the local interrupt controller on or off. Off, it takes no message, also none that would start the processor.
+pub(super) fn set_apic(fd: &VcpuFd, on: bool) -> Result<(), KvmError> {
+    const ENABLE: u64 = 1 << 11;
+    let mut sregs = fd.get_sregs().map_err(call("read system registers"))?;
+    sregs.apic_base = if on { sregs.apic_base | ENABLE } else { sregs.apic_base & !ENABLE };
+    fd.set_sregs(&sregs).map_err(call("set system registers"))
+}
+
+pub(super) fn one_msr(index: u32, data: u64) -> Result<Msrs, KvmError> {
     let entry = kvm_msr_entry { index, data, ..Default::default() };
     Msrs::from_entries(&[entry]).map_err(|e| KvmError::Call {
         what: "list a model-specific register",

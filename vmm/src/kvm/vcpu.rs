@@ -18,6 +18,7 @@ pub struct Vcpu {
     page: Arc<RunPage>,
     thread: Arc<AtomicI32>,
     index: u8,
+    is_present: bool,
 }
 
 /// Makes one vCPU leave the guest soon, from any thread, also after the vCPU is gone.
@@ -60,18 +61,33 @@ pub fn install_kick_signal() -> Result<(), KvmError> {
 }
 
 impl Vcpu {
-    pub(super) fn new(fd: VcpuFd, index: u8, run_size: usize) -> Result<Self, KvmError> {
+    pub(super) fn new(fd: VcpuFd, index: u8, is_present: bool, run_size: usize) -> Result<Self, KvmError> {
         use std::os::fd::{AsRawFd, BorrowedFd};
         // SAFETY: `fd` outlives this borrow, which ends with the call below.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
         let page = RunPage::map(borrowed, run_size)
             .map_err(|source| KvmError::Call { what: "share the run page of a vCPU", source })?;
-        Ok(Self { fd, page: Arc::new(page), thread: Arc::default(), index })
+        Ok(Self { fd, page: Arc::new(page), thread: Arc::default(), index, is_present })
     }
 
     /// Its number, which is its APIC id.
     pub const fn index(&self) -> u8 {
         self.index
+    }
+
+    /// Whether the guest can have it run.
+    pub const fn is_present(&self) -> bool {
+        self.is_present
+    }
+
+    /// From now on the guest can have it run: its interrupt controller takes messages.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn come(&mut self) -> Result<(), KvmError> {
+        super::registers::set_apic(&self.fd, true)?;
+        self.is_present = true;
+        Ok(())
     }
 
     /// A handle to make it leave the guest.

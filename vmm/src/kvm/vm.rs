@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use bedplate_api::vmm::{CpuConfig, MsrModifier};
+use bedplate_api::vmm::{CpuBaseline, CpuConfig, MsrModifier};
 use bedplate_devices::Memory;
 use kvm_bindings::{
     CpuId, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
@@ -20,7 +20,9 @@ use crate::pmem::FileMapping;
 /// What a VM is like for KVM.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct VmConfig {
-    /// Changes to the host's processor.
+    /// The processor, if it is one that has a name.
+    pub baseline: Option<CpuBaseline>,
+    /// Changes to it, or to the host's processor.
     pub cpu: CpuConfig,
     /// Keep a log of the pages that the guest writes.
     pub log_dirty_pages: bool,
@@ -29,6 +31,7 @@ pub struct VmConfig {
 /// A VM.
 pub struct Vm {
     fd: Arc<VmFd>,
+    has_baseline: bool,
     msrs: Vec<MsrModifier>,
     supported: CpuId,
     interrupts: Interrupts,
@@ -60,8 +63,13 @@ impl Vm {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
         fd.create_pit2(pit).map_err(call("create a timer"))?;
         msrs::ask_for_exits(&fd);
+        msrs::disable_counters(&fd);
+        if config.baseline.is_some() {
+            msrs::allow_only_listed(&fd)?;
+        }
         let fd = Arc::new(fd);
         let vm = Self {
+            has_baseline: config.baseline.is_some(),
             msrs: config.cpu.msr_modifiers.clone(),
             interrupts: Interrupts::new(Arc::clone(&fd))?,
             run_size: fd.run_size(),
@@ -141,25 +149,32 @@ impl Vm {
         self.interrupts.clone()
     }
 
-    /// All vCPUs, with features and topology set, waiting at reset.
+    /// All vCPUs, with features and topology set, waiting at reset. Of those after the first `present` ones the guest
+    /// reaches nothing until they come ([`Vcpu::come`]).
     ///
     /// # Errors
     /// More than KVM takes, or KVM refuses.
-    pub fn create_vcpus(&self, topology: Topology) -> Result<Vec<Vcpu>, KvmError> {
+    pub fn create_vcpus(&self, topology: Topology, present: u8) -> Result<Vec<Vcpu>, KvmError> {
         if usize::from(topology.vcpus) > self.max_vcpus {
             return Err(KvmError::TooManyVcpus { asked: topology.vcpus.into(), limit: self.max_vcpus });
         }
-        (0..topology.vcpus).map(|index| self.create_vcpu(index, topology)).collect()
+        (0..topology.vcpus).map(|index| self.create_vcpu(index, topology, index < present)).collect()
     }
 
-    fn create_vcpu(&self, index: u8, topology: Topology) -> Result<Vcpu, KvmError> {
+    fn create_vcpu(&self, index: u8, topology: Topology, is_present: bool) -> Result<Vcpu, KvmError> {
         let fd = self.fd.create_vcpu(index.into()).map_err(call("create a vCPU"))?;
         let cpuid = cpuid::for_vcpu(&self.supported, index, topology)?;
         fd.set_cpuid2(&cpuid).map_err(call("set processor features"))?;
         super::registers::initialise(&fd)?;
+        if self.has_baseline {
+            msrs::go_with_cpuid(&fd)?;
+        }
         for modifier in &self.msrs {
             super::registers::modify(&fd, modifier)?;
         }
-        Vcpu::new(fd, index, self.run_size)
+        if !is_present {
+            super::registers::set_apic(&fd, false)?;
+        }
+        Vcpu::new(fd, index, is_present, self.run_size)
     }
 }

@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::BuildError;
 use super::counters::ExitCounters;
 use super::lifecycle::Lifecycle;
+use super::unknown_msrs::UnknownMsrs;
 use super::vcpu::{self, Buses};
 use crate::boot::{BootError, Entry};
 use crate::kvm::{Creation, Interrupts, Topology, Vcpu, Vm, VmConfig, install_kick_signal};
@@ -42,12 +43,12 @@ impl BareMachine {
             .map_err(|e| BootError::Structures(e.to_string()))?;
         let config = VmConfig::default();
         let vm = Creation::begin(&config)?.finish(Arc::clone(&ram.memory), &config)?;
-        let mut vcpus = vm.create_vcpus(Topology { vcpus: 1, threads_per_core: 1 })?;
+        let mut vcpus = vm.create_vcpus(Topology { vcpus: 1, threads_per_core: 1 }, 1)?;
         let Some(vcpu) = vcpus.pop() else { unreachable!("one was asked for") };
         vcpu.enter_at(Entry::Real { address: CODE_ADDRESS })?;
         let ended = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(BuildError::Host)?;
         let life = Arc::new(Lifecycle::new(ended));
-        life.set_vcpus(vec![vcpu.kicker()]);
+        life.set_vcpus(vec![vcpu.kicker()], 1);
         Ok(Self { buses: Buses::new(), life, counters: ExitCounters::default(), vcpu, vm, ram })
     }
 
@@ -68,7 +69,8 @@ impl BareMachine {
 
     /// Runs the vCPU on the calling thread until the machine has ended; says how, and what was counted.
     pub fn run(mut self) -> (Exit, ExitCounts) {
-        vcpu::run(&mut self.vcpu, &self.buses, &self.life, &self.counters);
+        let unknown = UnknownMsrs::new(Box::new(|_| {}));
+        vcpu::run(&mut self.vcpu, &self.buses, &self.life, &self.counters, &unknown);
         let mut counts = ExitCounts::default();
         self.counters.add_to(&mut counts);
         let exit = self.life.exit().cloned();

@@ -12,6 +12,7 @@ use super::lifecycle::Lifecycle;
 use super::pci_devices::When;
 use super::plug::{Departures, Plug};
 use super::taps::Taps;
+use super::unknown_msrs::{UnknownMsrs, Warn};
 use super::vcpu::Buses;
 use super::{BuildError, Devices, Machine, platform};
 use crate::acpi;
@@ -39,6 +40,8 @@ pub struct Outlets<'a> {
     /// Told what firmware says while it works, line by line, if somebody wants to know: it takes time. Called on a vCPU's
     /// thread.
     pub firmware_words: Option<DebugLine>,
+    /// Told which model-specific registers the guest has touched that it does not have.
+    pub warn: Warn,
     /// What the guest can ask for.
     pub metadata: Metadata,
     /// What the process goes into before the guest runs, if it shall.
@@ -93,7 +96,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     let windows = Windows::of(&config.boot, &ram, creation.address_bits())?;
     let bars = windows.all();
     let Windows { mmio32, mmio64 } = windows;
-    let description = acpi::Description { vcpus: config.topology.vcpus, mmio32, mmio64 };
+    let description = acpi::Description { vcpus: config.topology.vcpus, present: config.vcpus, mmio32, mmio64 };
     let entry = match &config.boot {
         Boot::Kernel(kernel) => {
             let rsdp = acpi::write(&ram.memory, &description)?;
@@ -133,7 +136,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         vcpus: config.topology.vcpus,
         metadata: outlets.metadata,
         taps: Taps::keep(outlets.taps, config.topology.vcpus)?,
-        signals: platform::hotplug_signals(&power),
+        signals: platform::hotplug_signals(&power, config.vcpus),
         departures: Arc::new(Departures::new(outlets.departed.try_clone().map_err(BuildError::Host)?)),
     };
     let mut attach = plug.attach(When::Start, &pci, &ram.memory, &mut devices);
@@ -176,8 +179,8 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         platform::attach_for_firmware(&buses.ports, &config_ports, &life, items, outlets.firmware_words)?;
     }
 
-    // Processors, the first of them where the guest begins, the others waiting for it.
-    let vcpus = vm.create_vcpus(config.topology)?;
+    // Processors, the first of them where the guest begins, the others waiting for it; some of them may come later.
+    let vcpus = vm.create_vcpus(config.topology, config.vcpus)?;
     if let Some(first) = vcpus.first() {
         first.enter_at(entry)?;
     }
@@ -200,9 +203,10 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         plug,
         serial,
         power,
+        present: config.vcpus,
         threads,
         counters,
         started: None,
     }
-    .run(vcpus)
+    .run(vcpus, &Arc::new(UnknownMsrs::new(outlets.warn)))
 }

@@ -1,4 +1,4 @@
-//! Run, pause, end: what all threads of a machine agree on.
+//! Run, pause, end: what all threads of a machine agree on; and which vCPUs are there yet.
 //!
 //! A vCPU thread looks here only when it was kicked, so that a guest exit costs nothing for it.
 
@@ -26,6 +26,10 @@ struct State {
     alive: usize,
     /// Of these, those that stand still.
     parked: usize,
+    /// The first so many vCPUs shall be there;
+    wanted: usize,
+    /// and this many are, which no longer change.
+    present: usize,
     /// By vCPU: what control wants to see of it.
     looks: Vec<Look>,
 }
@@ -55,7 +59,14 @@ impl Lifecycle {
     /// Of a machine that runs as soon as it has vCPUs. `ended` is signalled when it has ended.
     pub fn new(ended: EventFd) -> Self {
         Self {
-            state: Mutex::new(State { target: Target::Run, alive: 0, parked: 0, looks: Vec::new() }),
+            state: Mutex::new(State {
+                target: Target::Run,
+                alive: 0,
+                parked: 0,
+                wanted: 0,
+                present: 0,
+                looks: Vec::new(),
+            }),
             changed: Condvar::new(),
             kickers: OnceLock::new(),
             files: OnceLock::new(),
@@ -68,11 +79,12 @@ impl Lifecycle {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Names the vCPUs, once, before the first of them runs.
-    pub fn set_vcpus(&self, kickers: Vec<Kicker>) {
+    /// Names the vCPUs, once, before the first of them runs. The first `present` are there.
+    pub fn set_vcpus(&self, kickers: Vec<Kicker>, present: usize) {
         {
             let mut state = self.lock();
             state.alive = kickers.len();
+            (state.wanted, state.present) = (present, present);
             state.looks.resize(kickers.len(), Look::Unwanted);
         }
         // A second call would be our bug and changes nothing.
@@ -123,6 +135,17 @@ impl Lifecycle {
         state.target == Target::Pause
     }
 
+    /// Has the first `count` vCPUs be there; returns when they are, and false if that takes longer than `patience` or the
+    /// machine has ended.
+    pub fn plug(&self, count: usize, patience: Duration) -> bool {
+        let mut state = self.lock();
+        state.wanted = state.wanted.max(count);
+        self.changed.notify_all();
+        let wait = |state: &mut State| state.target != Target::End && state.present < count;
+        let (state, _) = self.changed.wait_timeout_while(state, patience, wait).unwrap_or_else(|e| e.into_inner());
+        state.target != Target::End && state.present >= count
+    }
+
     /// Lets them go on.
     pub fn resume(&self) {
         self.aim(Target::Run);
@@ -162,30 +185,47 @@ impl Lifecycle {
         state.looks.iter_mut().map(taken).collect()
     }
 
-    /// For the thread of a vCPU that was kicked: lets itself be looked at, and stands still as long as it must; true when
-    /// it shall run again.
-    pub fn checkpoint(&self, vcpu: &Vcpu, kicker: &Kicker) -> bool {
+    /// For the thread of a vCPU that begins or was kicked: lets itself be looked at, comes when it shall, and stands still as
+    /// long as it must; true when it shall run.
+    pub fn checkpoint(&self, vcpu: &mut Vcpu, kicker: &Kicker) -> bool {
+        let index = usize::from(vcpu.index());
         // Before the look at what is wanted: what is wanted after it comes with a kick of its own.
         kicker.clear();
         let mut state = self.lock();
         let mut told = false;
         loop {
-            if let Some(look @ Look::Wanted) = state.looks.get_mut(usize::from(vcpu.index())) {
+            if let Some(look @ Look::Wanted) = state.looks.get_mut(index) {
                 *look = Look::Taken(vcpu.registers().ok().map(Box::new));
                 self.changed.notify_all();
             }
-            if state.target != Target::Pause {
+            // Under the lock: whoever has it come tells the guest only afterwards, so that no message to it is lost.
+            if !vcpu.is_present() && index < state.wanted {
+                if let Err(error) = vcpu.come() {
+                    drop(state);
+                    self.end(ExitReason::HostFault, error.to_string());
+                    return false;
+                }
+                state.present += 1;
+                self.changed.notify_all();
+            }
+            let is_present = vcpu.is_present();
+            let stands = move |state: &State| match state.target {
+                Target::Run => !is_present,
+                Target::Pause => true,
+                Target::End => false,
+            };
+            if !stands(&state) {
                 return state.target == Target::Run;
             }
-            if !told {
+            if state.target == Target::Pause && !told {
                 vcpu.note_pause();
                 told = true;
             }
             state.parked += 1;
             self.changed.notify_all();
             let idle = |state: &mut State| {
-                let wanted = matches!(state.looks.get(usize::from(vcpu.index())), Some(Look::Wanted));
-                state.target == Target::Pause && !wanted
+                let is_wanted = matches!(state.looks.get(index), Some(Look::Wanted));
+                stands(state) && !is_wanted && (is_present || index >= state.wanted)
             };
             state = self.changed.wait_while(state, idle).unwrap_or_else(|e| e.into_inner());
             state.parked -= 1;

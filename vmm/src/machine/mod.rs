@@ -1,6 +1,6 @@
 //! One VM, assembled and running.
 //!
-//! Threads: one per vCPU, made here; device workers, made by the devices when their drivers are ready. Everything else
+//! Threads: one per vCPU, made here, also for those that may come later; device workers, made by the devices when their drivers are ready. Everything else
 //! is done by whoever holds the [`Machine`], which is the control thread.
 
 pub mod bare;
@@ -13,6 +13,7 @@ mod platform;
 mod plug;
 pub mod ports;
 mod taps;
+pub mod unknown_msrs;
 pub mod vcpu;
 
 use std::collections::BTreeMap;
@@ -21,7 +22,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use bedplate_api::vmm::{DeviceStatus, Exit, ExitCounts, ExitReason, VcpuInspection};
+use bedplate_api::vmm::{DeviceStatus, Exit, ExitCounts, ExitReason, VcpuInspection, Vcpus};
 use bedplate_devices::bus::OverlapError;
 use bedplate_devices::pci::{PciError, PciRoot};
 use bedplate_devices::platform::AcpiPm;
@@ -37,6 +38,7 @@ use crate::sandbox::{self, SandboxError};
 use counters::ExitCounters;
 use lifecycle::Lifecycle;
 use plug::Plug;
+use unknown_msrs::UnknownMsrs;
 use vcpu::Buses;
 
 pub use devices::{Devices, DiskControl};
@@ -90,6 +92,8 @@ pub struct Machine {
     plug: Plug,
     serial: SerialLine,
     power: Arc<Mutex<AcpiPm>>,
+    /// The first so many vCPUs are there.
+    present: u8,
     threads: Vec<JoinHandle<()>>,
     counters: Vec<Arc<ExitCounters>>,
     started: Option<Instant>,
@@ -97,18 +101,18 @@ pub struct Machine {
 
 impl Machine {
     /// Starts one thread per vCPU.
-    fn run(mut self, vcpus: Vec<Vcpu>) -> Result<Self, BuildError> {
-        self.life.set_vcpus(vcpus.iter().map(Vcpu::kicker).collect());
+    fn run(mut self, vcpus: Vec<Vcpu>, unknown: &Arc<UnknownMsrs>) -> Result<Self, BuildError> {
+        self.life.set_vcpus(vcpus.iter().map(Vcpu::kicker).collect(), self.present.into());
         self.started = Some(Instant::now());
         let mut waiting = vcpus.len();
         for mut vcpu in vcpus {
-            let (buses, life) = (self.buses.clone(), Arc::clone(&self.life));
+            let (buses, life, unknown) = (self.buses.clone(), Arc::clone(&self.life), Arc::clone(unknown));
             let counters = Arc::new(ExitCounters::default());
             self.counters.push(Arc::clone(&counters));
             let name = format!("vcpu{}", vcpu.index());
             let body = move || {
                 sandbox::narrow(sandbox::Thread::Vcpu);
-                vcpu::run(&mut vcpu, &buses, &life, &counters);
+                vcpu::run(&mut vcpu, &buses, &life, &counters, &unknown);
             };
             match threads::named(name).spawn(body) {
                 Ok(thread) => self.threads.push(thread),
@@ -183,7 +187,13 @@ impl Machine {
         self.started.map_or(Duration::ZERO, |start| start.elapsed())
     }
 
-    /// What each vCPU does: its registers, unless it does not leave the guest within `patience`, and its exits.
+    /// How many vCPUs there are, and may be.
+    pub fn vcpus(&self) -> Vcpus {
+        // At most 32.
+        Vcpus { count: self.present, max_count: self.counters.len() as u8 }
+    }
+
+    /// What each vCPU does that is there: its registers, unless it does not leave the guest within `patience`, and its exits.
     pub fn inspect(&self, patience: Duration) -> Vec<VcpuInspection> {
         let registers = self.life.look(patience);
         let vcpu = |(index, (registers, counters)): (usize, (_, &Arc<ExitCounters>))| VcpuInspection {
@@ -192,7 +202,7 @@ impl Machine {
             exits: counters.counts(),
             last_exits: counters.last(),
         };
-        registers.into_iter().zip(&self.counters).enumerate().map(vcpu).collect()
+        registers.into_iter().zip(&self.counters).take(self.present.into()).enumerate().map(vcpu).collect()
     }
 
     /// Exits of all vCPUs so far.

@@ -82,9 +82,10 @@ impl IrqLine for HotplugEvent {
     }
 }
 
-/// What tells the guest of devices that come and go, through the ACPI registers `power`.
-pub(super) fn hotplug_signals(power: &Arc<Mutex<AcpiPm>>) -> HotplugSignals {
-    HotplugSignals::new(Box::new(HotplugEvent(Arc::clone(power))))
+/// What tells the guest of devices that come and go, and of vCPUs that come, through the ACPI registers `power`. So many
+/// vCPUs are there from the start.
+pub(super) fn hotplug_signals(power: &Arc<Mutex<AcpiPm>>, vcpus: u8) -> HotplugSignals {
+    HotplugSignals::new(Box::new(HotplugEvent(Arc::clone(power))), vcpus)
 }
 
 pub(super) fn attach_hotplug(ports: &Bus, signals: &HotplugSignals, sink: EjectSink) -> Result<(), BuildError> {

@@ -4,11 +4,14 @@
 //! told. It goes in two steps. Control asks the guest for it; the guest lets go of it whenever it likes, and the vCPU that
 //! says so takes the device off the bus and stops it. Control is woken, and forgets it: with that its files are closed.
 //!
+//! A vCPU only comes. Its thread is there from the start and runs nothing until then ([`super::lifecycle`]).
+//!
 //! What the guest lets go of without being asked stays, and the guest is told that it is there: which devices a VM has is
 //! its owner's to say. A guest that was asked twice may let go twice, of what is in the slot by then; it gets that back.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use bedplate_devices::Memory;
 use bedplate_devices::host::PciHost;
@@ -22,9 +25,13 @@ use super::{BuildError, Devices, Machine};
 use crate::config::{DriveConfig, NetConfig};
 use crate::metadata::Metadata;
 
+/// How long a vCPU may take to come. It comes at once; its thread may have to wait for a processor.
+const VCPU_PATIENCE: Duration = Duration::from_secs(1);
+
 /// What devices are built with, at the start and later, and which of them are to go.
 pub(super) struct Plug {
     pub host: Arc<dyn PciHost>,
+    /// Those that may come included: a disk cannot get more queues later.
     pub vcpus: u8,
     pub metadata: Metadata,
     pub taps: Taps,
@@ -149,6 +156,17 @@ impl Machine {
         list.asked.values().chain(&list.leaving).chain(&list.gone).any(|departing| departing == name)
     }
 
+    /// Has the first `count` vCPUs be there, and tells the guest; again, where they were there before. False where they do
+    /// not come in time, or the machine has ended.
+    pub fn plug_vcpus(&mut self, count: u8) -> bool {
+        let have_come = self.life.plug(count.into(), VCPU_PATIENCE);
+        if have_come {
+            self.plug.signals.vcpus_came(count);
+            self.present = count;
+        }
+        have_come
+    }
+
     /// Forgets the devices that the guest has let go of, and closes what they had open. Returns their names.
     pub fn settle(&mut self) -> Vec<String> {
         let gone = std::mem::take(&mut self.plug.departures.lock().gone);
@@ -183,7 +201,7 @@ mod tests {
         let gone = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let departures = Arc::new(Departures::new(gone.try_clone().unwrap()));
         let line = Line::default();
-        let signals = HotplugSignals::new(Box::new(line.clone()));
+        let signals = HotplugSignals::new(Box::new(line.clone()), 1);
         let is_told = || *line.0.lock().unwrap();
         let lets_go = departures.sink(&machine.root, &signals);
         let device = || {

@@ -7,6 +7,7 @@ use bedplate_devices::bus::Bus;
 
 use super::counters::ExitCounters;
 use super::lifecycle::Lifecycle;
+use super::unknown_msrs::UnknownMsrs;
 use crate::kvm::{Exit, KvmError, Vcpu};
 
 /// The two address spaces of devices.
@@ -33,11 +34,14 @@ impl Default for Buses {
 
 /// Runs `vcpu` on the calling thread until the machine ends. Whatever ends it is told to `life`.
 ///
-/// Nothing here allocates, logs or takes a lock that another vCPU holds for long.
-pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCounters) {
+/// Nothing here allocates, logs or takes a lock that another vCPU holds for long, except for the few registers that are
+/// named to `unknown` first.
+pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCounters, unknown: &UnknownMsrs) {
     let kicker = vcpu.kicker();
     vcpu.attach();
-    loop {
+    // One that has not come stands still there.
+    let mut goes_on = life.checkpoint(vcpu, &kicker);
+    while goes_on {
         match vcpu.run() {
             Ok(Exit::PortRead { port, width, data }) => {
                 counters.port_read(port, data.len());
@@ -67,19 +71,22 @@ pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCoun
                     counters.unknown_mmio.count();
                 }
             }
-            Ok(Exit::Msr { register, write, faults }) => counters.msr(register, write, faults),
+            Ok(Exit::Msr { register, write, faults }) => {
+                counters.msr(register, write, faults);
+                if faults {
+                    unknown.note(register, write);
+                }
+            }
             Ok(Exit::Interrupted) => {
                 counters.interrupted();
-                if !life.checkpoint(vcpu, &kicker) {
-                    break;
-                }
+                goes_on = life.checkpoint(vcpu, &kicker);
             }
             other => {
                 counters.other();
                 let end = classify(other);
                 if let Some(end) = end {
                     finish(vcpu, life, end);
-                    break;
+                    goes_on = false;
                 }
             }
         }

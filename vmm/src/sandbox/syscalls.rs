@@ -146,6 +146,7 @@ const IOCTLS: &[u32] = &[
     0xaead,      // KVM_KVMCLOCK_CTRL
     0x8090_ae81, // KVM_GET_REGS
     0x8138_ae83, // KVM_GET_SREGS
+    0x4138_ae84, // KVM_SET_SREGS, by which a vCPU comes
     0x4004_54d0, // TUNSETOFFLOAD
     0x4004_54d8, // TUNSETVNETHDRSZ
     0x4004_54d9, // TUNSETQUEUE

@@ -1,5 +1,5 @@
-//! Devices that come and go under any guest: its accesses to the hot-plug registers, to configuration space and to the
-//! windows, and an owner who plugs and asks. Afterwards the bus must empty for a guest that does as it is told.
+//! Devices that come and go, and vCPUs that come, under any guest: its accesses to the hot-plug registers, to configuration
+//! space and to the windows, and an owner who plugs and asks. Afterwards the bus must empty for a guest that does as it is told.
 #![no_main]
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 
 use bedplate_devices::bus::BusDevice;
 use bedplate_devices::pci::{SLOTS, Slot};
-use bedplate_devices::platform::{EJECT_OFFSET, HotplugPort, HotplugSignals, IrqLine};
+use bedplate_devices::platform::{
+    EJECT_OFFSET, HotplugPort, HotplugSignals, IrqLine, MAX_VCPUS, VCPUS_CAME_OFFSET, VCPUS_OFFSET,
+};
 use bedplate_devices::testing::Machine;
 use bedplate_devices::virtio::limiter::LimiterConfig;
 use bedplate_devices::virtio::pci::VirtioPciDevice;
@@ -30,7 +32,7 @@ fn device(machine: &Machine) -> Arc<Mutex<VirtioPciDevice>> {
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let machine = Machine::new();
     let (line, asked) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU32::new(0)));
-    let signals = HotplugSignals::new(Box::new(Line(Arc::clone(&line))));
+    let signals = HotplugSignals::new(Box::new(Line(Arc::clone(&line))), 1);
     let (root, theirs) = (machine.root.clone(), Arc::clone(&asked));
     let sink = move |slot: Slot| {
         let bit = 1 << slot.number();
@@ -46,8 +48,9 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
             signals.wanted(slot);
         }
     };
+    let mut vcpus = 1;
     for step in bytes.chunks_exact(12) {
-        let (kind, width, at) = (step[0] % 7, 1 << (step[1] % 4), step[2]);
+        let (kind, width, at) = (step[0] % 8, 1 << (step[1] % 4), step[2]);
         let mut data = [0; 8];
         data.copy_from_slice(&step[4..]);
         let slot = Slot::new(at % SLOTS).expect("it is below the end");
@@ -58,8 +61,8 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
                 }
             }
             1 => ask(slot),
-            2 => port.write(u64::from(at % 16), &data[..width]),
-            3 => port.read(u64::from(at % 16), &mut data[..width]),
+            2 => port.write(u64::from(at % 24), &data[..width]),
+            3 => port.read(u64::from(at % 24), &mut data[..width]),
             4 => machine.write(Machine::config(slot, u64::from(step[3])), &data[..width]),
             5 => {
                 let place = Machine::WINDOW.start + u64::from(step[3] % 4) * 0x8000;
@@ -67,12 +70,20 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
                 machine.write_config(slot, 0x10, place as u32);
                 machine.write_config(slot, 4, 6);
             }
+            6 => {
+                vcpus = vcpus.max(at.clamp(1, MAX_VCPUS));
+                signals.vcpus_came(at);
+            }
             _ => machine.write(Machine::WINDOW.start + u64::from(at) * 0x100, &data[..width]),
         }
     }
     slots().for_each(ask);
     port.write(EJECT_OFFSET, &u32::MAX.to_le_bytes());
     port.write(0, &[0xff; 8]);
+    port.write(VCPUS_CAME_OFFSET, &[0xff; 8]);
+    let mut present = [0; 4];
+    port.read(VCPUS_OFFSET, &mut present);
+    assert_eq!(u32::from_le_bytes(present), u32::MAX >> (MAX_VCPUS - vcpus), "vCPUs are not those that came");
     assert!(!line.load(Ordering::Relaxed), "there is nothing to be told");
     assert!(slots().all(|slot| !machine.root.is_occupied(slot)), "a device has stayed");
     assert!(machine.host.notify_addresses().is_empty(), "ioeventfds are left");
