@@ -12,6 +12,7 @@ pub mod cluster;
 pub mod control;
 pub mod http;
 pub mod inside;
+pub mod load;
 pub mod patience;
 pub mod suite;
 

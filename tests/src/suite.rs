@@ -3,6 +3,7 @@
 //!
 //! Outside it takes libtest's place: same words, same exit code, filters by name.
 
+use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -43,6 +44,9 @@ pub const ROUNDS: &str = "BEDPLATE_TEST_ROUNDS";
 /// so they are linked statically.
 pub const PEERS: &str = "BEDPLATE_TEST_PEERS";
 
+/// In the environment: a file to which each figure is added, a line of JSON.
+pub const FIGURES: &str = "BEDPLATE_TEST_FIGURES";
+
 /// For an emulated machine to get to its init.
 const BOOT: Duration = Duration::from_secs(180);
 
@@ -79,7 +83,7 @@ fn outside(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenar
         Ok(machine) => machine,
         Err(error) => return chosen.iter().map(|scenario| (scenario.name, format!("{error:#}"))).collect(),
     };
-    let (mut failures, mut figures_said) = (Vec::new(), 0);
+    let (mut failures, mut figures_said, mut data_kept) = (Vec::new(), 0, 0);
     for scenario in chosen {
         let done = format!("{}{} ", inside::DONE, scenario.name);
         // The word after the name, to the end of the line: `ok`, or why not.
@@ -96,6 +100,11 @@ fn outside(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenar
             println!("    {figure}");
             figures_said += 1;
         });
+        let data = text.lines().filter_map(|line| line.split_once(inside::DATA)).skip(data_kept).map(|(_, data)| data);
+        match keep(data) {
+            Ok(kept) => data_kept += kept,
+            Err(error) => failures.push((scenario.name, format!("{FIGURES}: {error}"))),
+        }
         if why != "ok" {
             machine.console().keep_log();
             failures.push((scenario.name, why));
@@ -105,6 +114,22 @@ fn outside(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenar
         println!("the node's console is in {}", machine.console().log().display());
     }
     failures
+}
+
+/// Adds figures to the file that the environment names, if it does; how many.
+fn keep<'a>(data: impl Iterator<Item = &'a str>) -> std::io::Result<usize> {
+    let mut file = match std::env::var_os(FIGURES) {
+        Some(path) => Some(std::fs::File::options().create(true).append(true).open(path)?),
+        None => None,
+    };
+    let mut kept = 0;
+    for line in data {
+        if let Some(file) = &mut file {
+            writeln!(file, "{line}")?;
+        }
+        kept += 1;
+    }
+    Ok(kept)
 }
 
 /// Waits for the end of a scenario. One that measures says its figures as it has them, and has as long for the next.

@@ -37,6 +37,8 @@ pub(crate) const UP: &str = "INSIDE up";
 pub(crate) const DONE: &str = "INSIDE done ";
 /// Begins a line with a figure.
 pub(crate) const FIGURE: &str = "INSIDE figure ";
+/// Begins a line with the same as JSON.
+pub(crate) const DATA: &str = "INSIDE data ";
 /// On the kernel's command line: names of scenarios.
 pub(crate) const CHOICE: &str = "inside=";
 /// On the kernel's command line: how many times a figure is taken.
@@ -103,6 +105,11 @@ pub fn rounds() -> usize {
 /// Says a figure, which is printed outside, too.
 pub fn figure(line: &str) {
     say(&format!("{FIGURE}{line}"));
+}
+
+/// Says a figure once more, for a program that reads it outside.
+pub fn data(figure: &serde_json::Value) {
+    say(&format!("{DATA}{figure}"));
 }
 
 /// Prints a line on the node's console.

@@ -12,13 +12,13 @@ pub struct Guest {
     pub kernel: &'static str,
     pub initrd: Option<&'static str>,
     pub cmdline: &'static str,
-    /// What it prints when it is there.
+    /// What it prints first of all.
     pub says: &'static str,
 }
 
 /// Debian's kernel, uncompressed, with the tiny image's init.
 pub const DEBIAN: Guest =
-    Guest { kernel: ELF, initrd: Some(INITRD), cmdline: "console=ttyS0 reboot=k panic=-1 quiet", says: "TINY ready" };
+    Guest { kernel: ELF, initrd: Some(INITRD), cmdline: "console=ttyS0 reboot=k panic=-1 quiet", says: "TINY init" };
 
 /// 2 KiB that print a word and halt: all the rest of its start is the VMM's.
 pub const SMALL: Guest = Guest { kernel: "/run/small", initrd: None, cmdline: "quiet", says: "small" };

@@ -2,6 +2,7 @@
 //!
 //! As a test it shows that everything can be measured; figures worth keeping want the clock that counts instructions.
 
+mod data;
 mod figures;
 mod guests;
 mod sides;
@@ -15,6 +16,10 @@ use bedplate_tests::suite::{self, NodeSpec, Scenario};
 
 fn main() -> ExitCode {
     let node = NodeSpec { memory_mib: 3072, programs: &["bedplate-vmm"], patience: Duration::from_secs(600) };
-    let scenarios = [Scenario { name: "vmms_start_side_by_side", run: starts::figures }];
+    let scenarios = [
+        Scenario { name: "vmms_start_side_by_side", run: starts::figures },
+        Scenario { name: "vmms_move_blocks_side_by_side", run: data::blocks },
+        Scenario { name: "vmms_move_frames_side_by_side", run: data::frames },
+    ];
     suite::main("compare", &node, &scenarios)
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use bedplate_lab::{Console, Process};
 use bedplate_tests::inside::PEERS;
 use serde_json::json;
@@ -14,6 +14,14 @@ use crate::guests::Guest;
 
 /// For a guest to say that it is there.
 const BOOT: Duration = Duration::from_secs(120);
+
+/// For a command in a guest.
+const WORK: Duration = Duration::from_secs(120);
+
+/// Of every guest's interface.
+const MAC: &str = "02:00:00:00:09:02";
+/// On the kernel's command line, for an interface: the tiny image's init sets it.
+const ADDRESS: &str = " tiny.ip=10.9.0.2/24";
 
 /// MiB of RAM of every guest.
 pub const MEMORY_MIB: u64 = 256;
@@ -55,6 +63,15 @@ pub fn all() -> Result<Vec<Side>> {
     Ok(sides)
 }
 
+/// What a VM has besides a processor and memory.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Extras<'a> {
+    /// A disk.
+    pub disk: Option<&'a Path>,
+    /// A tap to the node.
+    pub tap: Option<&'a str>,
+}
+
 /// A VM that runs; it ends when this is dropped.
 pub struct Running {
     pub process: Process,
@@ -63,19 +80,29 @@ pub struct Running {
 }
 
 impl Side {
-    /// Starts a VM.
-    pub fn start(&self, guest: Guest) -> Result<Running> {
+    /// Starts a VM. Its devices are on PCI, whoever it is.
+    pub fn start(&self, guest: Guest, extras: Extras<'_>) -> Result<Running> {
         let dir = Path::new("/run/compare");
         fs::create_dir_all(dir)?;
         let mut command = Command::new(&self.program);
+        let cmdline = format!("{}{}", guest.cmdline, if extras.tap.is_some() { ADDRESS } else { "" });
         match self.dialect {
             Dialect::Firecracker => {
-                let mut source = json!({"kernel_image_path": guest.kernel, "boot_args": guest.cmdline});
+                let mut source = json!({"kernel_image_path": guest.kernel, "boot_args": cmdline});
                 if let Some(initrd) = guest.initrd {
                     source["initrd_path"] = json!(initrd);
                 }
                 let machine = json!({"vcpu_count": 1, "mem_size_mib": MEMORY_MIB});
-                let config = json!({"boot-source": source, "machine-config": machine, "drives": []});
+                let mut config = json!({"boot-source": source, "machine-config": machine, "drives": []});
+                if let Some(disk) = extras.disk {
+                    config["drives"] = json!([{"drive_id": "disk", "path_on_host": disk, "is_root_device": false, "is_read_only": false}]);
+                }
+                if let Some(tap) = extras.tap {
+                    config["network-interfaces"] = json!([{"iface_id": "net", "host_dev_name": tap, "guest_mac": MAC}]);
+                }
+                if extras.disk.is_some() || extras.tap.is_some() {
+                    command.arg("--enable-pci");
+                }
                 let file = dir.join("config.json");
                 fs::write(&file, config.to_string())?;
                 command.args(["--no-api", "--config-file"]).arg(file);
@@ -83,9 +110,15 @@ impl Side {
             Dialect::CloudHypervisor => {
                 command.args(["--cpus", "boot=1", "--memory", &format!("size={MEMORY_MIB}M")]);
                 command.args(["--serial", "tty", "--console", "off", "--kernel", guest.kernel]);
-                command.args(["--cmdline", guest.cmdline]);
+                command.args(["--cmdline", &cmdline]);
                 if let Some(initrd) = guest.initrd {
                     command.args(["--initramfs", initrd]);
+                }
+                if let Some(disk) = extras.disk {
+                    command.args(["--disk", &format!("path={},image_type=raw", disk.display())]);
+                }
+                if let Some(tap) = extras.tap {
+                    command.args(["--net", &format!("tap={tap},mac={MAC}")]);
                 }
             }
         }
@@ -100,10 +133,32 @@ impl Side {
 impl Running {
     /// Waits until its guest says that it is there.
     pub fn is_there(&self) -> Result<()> {
-        let heard = self.console.wait_for(self.guest.says, BOOT);
-        heard
-            .with_context(|| format!("on stderr: {}", fs::read_to_string("/run/compare/stderr").unwrap_or_default()))?;
+        self.console.wait_for(self.guest.says, BOOT).with_context(|| self.words())?;
         Ok(())
+    }
+
+    /// Waits until a command can be typed.
+    pub fn is_ready(&self) -> Result<()> {
+        self.console.wait_for("TINY ready", BOOT).with_context(|| self.words())?;
+        Ok(())
+    }
+
+    /// Runs a command in the guest; what it printed.
+    pub fn run(&self, command: &str) -> Result<String> {
+        self.console.send(format!("echo TINY begin; {command}\n").as_bytes())?;
+        self.console.wait_for("TINY begin\n", WORK).with_context(|| self.words())?;
+        let start = self.console.position();
+        self.console.wait_for("TINY end ", WORK).with_context(|| self.words())?;
+        let end = self.console.position();
+        let code = self.console.wait_for("\n", WORK)?;
+        let printed = self.console.between(start, end).replace("TINY end ", "");
+        let (printed, code) = (printed.trim(), code.trim());
+        ensure!(code.ends_with('0'), "{command:?} in the guest ended with {code}: {printed}");
+        Ok(printed.to_owned())
+    }
+
+    fn words(&self) -> String {
+        format!("on stderr: {}", fs::read_to_string("/run/compare/stderr").unwrap_or_default())
     }
 
     /// KiB of memory that are its alone, without the guest's RAM: of all mappings that are not as large as that.

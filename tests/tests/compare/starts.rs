@@ -5,7 +5,7 @@ use bedplate_tests::inside::{figure, rounds};
 
 use crate::figures::Figure;
 use crate::guests::{self, DEBIAN, Guest, SMALL};
-use crate::sides::{self, Side};
+use crate::sides::{self, Extras, Side};
 use crate::trace::{self, Trace};
 
 /// VMs that are started in a row.
@@ -62,7 +62,7 @@ pub fn figures() -> Result<()> {
 fn start(side: &Side, guest: Guest, trace: &Trace) -> Result<Start> {
     trace.clear()?;
     let before = trace::exits()?;
-    let mut vm = side.start(guest)?;
+    let mut vm = side.start(guest, Extras::default())?;
     vm.is_there()?;
     let there = trace::now();
     let exits = trace::exits()? - before;
@@ -76,7 +76,7 @@ fn start(side: &Side, guest: Guest, trace: &Trace) -> Result<Start> {
 fn in_a_row(side: &Side) -> Result<f64> {
     let begun = trace::now();
     for _ in 0..ROW {
-        let mut vm = side.start(SMALL)?;
+        let mut vm = side.start(SMALL, Extras::default())?;
         vm.is_there()?;
         vm.process.kill()?;
     }
