@@ -206,7 +206,7 @@ fn caches(vendor: Vendor) -> Vec<kvm_cpuid_entry2> {
             leaves
         }
         Vendor::Amd => {
-            let third = three / per_half_mib << 18 | SIXTEEN_WAYS | 1 << 8 | LINE;
+            let third = (three / per_half_mib) << 18 | SIXTEEN_WAYS | 1 << 8 | LINE;
             // 64 entries, all of them anywhere, for data and for instructions.
             const TLB: u32 = 0xff40_ff40;
             let first = first(one, ways);
