@@ -37,6 +37,8 @@ fn each_request_has_its_time() {
         ("PATCH", "/balloon/hinting/start", ""),
         ("PATCH", "/hotplug/memory", r#"{"requested_size_mib": 0}"#),
         ("DELETE", "/drives/d", ""),
+        ("GET", "/bedplate/vcpus", ""),
+        ("PUT", "/bedplate/vcpus", r#"{"count": 2}"#),
         ("PUT", "/actions", r#"{"action_type": "FlushMetrics"}"#),
         ("PUT", "/actions", r#"{"action_type": "SendCtrlAltDel"}"#),
         ("PUT", "/snapshot/create", snapshot),
@@ -121,6 +123,28 @@ fn a_disk_gets_another_file_while_the_vm_runs() {
 }
 
 #[test]
+fn vcpus_come_and_none_goes() {
+    let api = Api::new();
+    api.put("/machine-config", r#"{"vcpu_count": 2, "max_vcpu_count": 6, "mem_size_mib": 64, "smt": true}"#);
+    if !api.start() {
+        return api.stop();
+    }
+    let vcpus = |count: u8| format!(r#"{{"count": {count}}}"#);
+    assert_eq!(api.ask("GET", "/bedplate/vcpus", ""), (200, r#"{"count":2,"max_count":6}"#.into()));
+    for (count, words) in [(8, "more than 6"), (1, "none is taken away"), (0, "none is"), (3, "with smt")] {
+        let said = api.refusal("PUT", "/bedplate/vcpus", &vcpus(count));
+        assert!(said.contains(words), "{count}: {said}");
+    }
+    for count in [4, 4, 6] {
+        api.put("/bedplate/vcpus", &vcpus(count));
+    }
+    assert_eq!(api.ask("GET", "/bedplate/vcpus", ""), (200, r#"{"count":6,"max_count":6}"#.into()));
+    assert!(api.ask("GET", "/machine-config", "").1.contains(r#""vcpu_count":6"#));
+    assert!(api.ask("GET", "/bedplate/status", "").1.contains(r#""vcpus":{"count":6,"max_count":6}"#));
+    api.stop();
+}
+
+#[test]
 fn metadata_is_put_merged_and_limited() {
     let api = Api::new();
     assert_eq!(api.ask("GET", "/mmds", ""), (200, "{}".into()));
@@ -183,6 +207,9 @@ fn bodies_that_are_wrong_are_answered_in_words() {
         ("/machine-config", r#"{"vcpu_count": 256, "mem_size_mib": 64}"#, "256"),
         ("/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": -1}"#, "-1"),
         ("/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 64, "huge_pages": "1G"}"#, "1G"),
+        ("/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 64, "cpu_baseline": "T2"}"#, "`x86-64-v3`"),
+        ("/machine-config", r#"{"vcpu_count": 2, "max_vcpu_count": 1, "mem_size_mib": 64}"#, "max_vcpu_count 1"),
+        ("/bedplate/vcpus", r#"{"count": 256}"#, "256"),
         ("/logger", r#"{"level": "Loud"}"#, "Loud"),
         ("/actions", "\u{0}", "deserializing the json body"),
         ("/vsock", "", "Empty PUT request."),

@@ -166,6 +166,8 @@ mod tests {
                 let dsdt = u64::from_le_bytes(table[140..148].try_into().unwrap());
                 let dsdt = self::table(&ram, dsdt);
                 assert_eq!((&dsdt[..4], sum(&dsdt)), (&b"DSDT"[..], 0));
+                let count = |name: &[u8]| dsdt.windows(name.len()).filter(|bytes| *bytes == name).count();
+                assert_eq!((count(b"ACPI0007"), count(b"_MAT"), count(b"_STA")), (8, 2, 2), "two come later");
             }
             if names.last().unwrap() == "APIC" {
                 // Enabled; or, of those that come later, online capable.

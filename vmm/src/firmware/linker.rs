@@ -107,6 +107,7 @@ mod tests {
     fn loaded_tables_are_those_that_were_made_for_their_address() {
         let description = Description {
             vcpus: 3,
+            present: 2,
             mmio32: vec![0xc000_0000..0xd000_0000, 0xd000_0000..0xe000_0000],
             mmio64: 1 << 34..1 << 35,
         };

@@ -10,7 +10,6 @@ fn host(name: &[u8; 12], seed: u32) -> CpuId {
     let full = !(seed & 1);
     let mut entries = vec![
         leaf(0, name(0x1f + seed)),
-        // Of ecx, bit 0 is one that all have; the host's own bits are those that no baseline has.
         leaf(1, [0x1234 * seed, seed << 8, !0, !0]),
         leaf(2, [seed; 4]),
         leaf(5, [seed; 4]),
