@@ -23,6 +23,7 @@ use super::signals::Signal;
 use super::startup::{StartTimes, StartupTimes, cpu_time};
 use crate::config::{self, Config, ConfigError};
 use crate::console::{Console, ConsoleError, Serving, Target};
+use crate::debugger::{DebugSocket, Words};
 use crate::files;
 use crate::machine::builder::Outlets;
 use crate::machine::{BuildError, Machine, builder};
@@ -89,6 +90,7 @@ pub struct Session {
     /// What the process goes into at the start, with what must stay visible whatever the VM is; none if a person wants
     /// none.
     pub(super) sandbox: Option<Sandbox>,
+    debugger: Option<DebugSocket>,
     leave: EventFd,
     ended: EventFd,
     departed: EventFd,
@@ -122,11 +124,17 @@ impl Session {
             metrics: None,
             flushed: Instant::now(),
             sandbox,
+            debugger: None,
             leave: event()?,
             ended: event()?,
             departed: event()?,
             early_exit: None,
         })
+    }
+
+    /// The guest, when it is started, waits for a debugger.
+    pub fn set_debugger(&mut self, socket: DebugSocket) {
+        self.debugger = Some(socket);
     }
 
     /// Takes over all of `spec` and starts it.
@@ -169,6 +177,7 @@ impl Session {
             taps: &self.settings.taps,
             booted,
             firmware_words: self.log.wants(LogLevel::Debug).then(|| firmware_words(self.log.clone())),
+            debugger: self.debugger.as_ref().map(|socket| (socket, debugger_words(self.log.clone()))),
             metadata: self.metadata.clone(),
             sandbox: self.sandbox.clone().map(|sandbox| around(sandbox, &config)),
         };
@@ -187,7 +196,15 @@ impl Session {
         self.flushed = Instant::now();
         sandbox::narrow(sandbox::Thread::Control);
         self.vm = Some(Running { machine, paused: false, _console: console });
-        self.log.write(LogLevel::Info, "the VM runs");
+        match &self.debugger {
+            None => self.log.write(LogLevel::Info, "the VM runs"),
+            Some(socket) => {
+                let path = socket.path().display();
+                let message =
+                    format!("the guest waits for a debugger, which can do anything to it: target remote {path}");
+                self.log.write(LogLevel::Warning, &message);
+            }
+        }
         Ok(())
     }
 
@@ -405,6 +422,11 @@ fn around(mut sandbox: Sandbox, config: &Config) -> Sandbox {
 
 fn done((): ()) -> Answer {
     Answer::Done
+}
+
+/// Writes what debuggers do.
+fn debugger_words(log: Log) -> Words {
+    Box::new(move |words| log.write(LogLevel::Info, words))
 }
 
 /// Writes what firmware says.

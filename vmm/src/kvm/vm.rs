@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use bedplate_api::vmm::{CpuConfig, MsrModifier};
 use bedplate_devices::Memory;
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
-    kvm_userspace_memory_region,
+    CpuId, KVM_CAP_SET_GUEST_DEBUG2, KVM_MAX_CPUID_ENTRIES, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY,
+    KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::VmFd;
 use vm_memory::mmap::MmapRegion;
@@ -34,6 +34,7 @@ pub struct Vm {
     interrupts: Interrupts,
     run_size: usize,
     max_vcpus: usize,
+    debug_flags: u32,
     next_slot: AtomicU32,
     /// Kept because KVM knows the addresses of its mappings.
     memory: Memory,
@@ -67,6 +68,7 @@ impl Vm {
             interrupts: Interrupts::new(Arc::clone(&fd))?,
             run_size: fd.run_size(),
             max_vcpus: kvm.get_max_vcpus(),
+            debug_flags: u32::try_from(kvm.check_extension_raw(KVM_CAP_SET_GUEST_DEBUG2.into())).unwrap_or_default(),
             next_slot: AtomicU32::new(0),
             fd,
             supported,
@@ -166,6 +168,6 @@ impl Vm {
         for modifier in &self.msrs {
             super::registers::modify(&fd, modifier)?;
         }
-        Vcpu::new(fd, index, self.run_size)
+        Vcpu::new(fd, index, self.run_size, self.debug_flags)
     }
 }

@@ -17,6 +17,7 @@ use super::{BuildError, Devices, Machine, platform};
 use crate::acpi;
 use crate::boot::{self, Boot, Entry};
 use crate::config::Config;
+use crate::debugger::{DebugSocket, Debugger, Words};
 use crate::firmware::{self, FirmwareError};
 use crate::kvm::{Vm, install_kick_signal};
 use crate::memory::{MemoryError, Ram, layout};
@@ -39,6 +40,8 @@ pub struct Outlets<'a> {
     /// Told what firmware says while it works, line by line, if somebody wants to know: it takes time. Called on a vCPU's
     /// thread.
     pub firmware_words: Option<DebugLine>,
+    /// Where a debugger is awaited, if at all, and who is told what it does.
+    pub debugger: Option<(&'a DebugSocket, Words)>,
     /// What the guest can ask for.
     pub metadata: Metadata,
     /// What the process goes into before the guest runs, if it shall.
@@ -96,6 +99,8 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     // What can end it.
     install_kick_signal()?;
     let life = Arc::new(Lifecycle::new(outlets.ended.try_clone().map_err(BuildError::Host)?));
+    let debugger = outlets.debugger.map(|(socket, words)| Debugger::new(socket, words, &life));
+    let debugger = debugger.transpose().map_err(BuildError::Host)?;
     life.set_files(files.iter().map(PmemFile::witness).collect());
 
     // The platform: devices at fixed places.
@@ -150,6 +155,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         attach.mem(hotplug, region)?;
     }
 
+
     // Some of them may go again, and others come.
     platform::attach_hotplug(&buses.ports, &plug.signals, plug.departures.sink(&pci, &plug.signals))?;
 
@@ -184,10 +190,13 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         plug.taps.seal();
     }
     let _watching = watch.map(|watch| watch.start(&life)).transpose().map_err(BuildError::Host)?;
+    let debugging = debugger.map(|debugger| debugger.start(&life, Arc::clone(&ram.memory), vcpus.len()));
+    let _debugging = debugging.transpose().map_err(BuildError::Host)?;
     let (threads, counters) = (Vec::new(), Vec::new());
     Machine {
         _vm: vm,
         _watching,
+        _debugging,
         ram,
         buses,
         life,

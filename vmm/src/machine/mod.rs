@@ -28,6 +28,7 @@ use bedplate_devices::platform::AcpiPm;
 
 use crate::acpi::AcpiError;
 use crate::boot::BootError;
+use crate::debugger::Debugging;
 use crate::firmware::FirmwareError;
 use crate::kvm::{KvmError, Vcpu, Vm};
 use crate::memory::{MemoryError, Ram};
@@ -81,6 +82,8 @@ pub struct Machine {
     _vm: Vm,
     /// Ends it when a file in its memory becomes shorter.
     _watching: Option<Watching>,
+    /// Serves a debugger, which may hold the vCPUs.
+    _debugging: Option<Debugging>,
     ram: Ram,
     buses: Buses,
     life: Arc<Lifecycle>,
@@ -99,12 +102,13 @@ impl Machine {
     fn run(mut self, vcpus: Vec<Vcpu>) -> Result<Self, BuildError> {
         self.life.set_vcpus(vcpus.iter().map(Vcpu::kicker).collect());
         self.started = Some(Instant::now());
-        let mut waiting = vcpus.len();
+        let all = vcpus.len();
         for mut vcpu in vcpus {
             let (buses, life) = (self.buses.clone(), Arc::clone(&self.life));
             let counters = Arc::new(ExitCounters::default());
             self.counters.push(Arc::clone(&counters));
-            let name = format!("vcpu{}", vcpu.index());
+            let index = usize::from(vcpu.index());
+            let name = format!("vcpu{index}");
             let body = move || {
                 sandbox::narrow(sandbox::Thread::Vcpu);
                 vcpu::run(&mut vcpu, &buses, &life, &counters);
@@ -114,11 +118,10 @@ impl Machine {
                 Err(error) => {
                     // Those that have no thread will never leave by themselves.
                     self.life.end(ExitReason::HostFault, error.to_string());
-                    (0..waiting).for_each(|_| self.life.leave());
+                    (index..all).for_each(|vcpu| self.life.leave(vcpu));
                     return Err(BuildError::Host(error));
                 }
             }
-            waiting -= 1;
         }
         Ok(self)
     }

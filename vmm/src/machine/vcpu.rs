@@ -6,7 +6,7 @@ use bedplate_api::vmm::ExitReason;
 use bedplate_devices::bus::Bus;
 
 use super::counters::ExitCounters;
-use super::lifecycle::Lifecycle;
+use super::lifecycle::{Lifecycle, Stop};
 use crate::kvm::{Exit, KvmError, Vcpu};
 
 /// The two address spaces of devices.
@@ -74,6 +74,22 @@ pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCoun
                     break;
                 }
             }
+            Ok(Exit::Debug(exit)) => {
+                counters.other();
+                match vcpu.sort_out(exit) {
+                    Ok(None) => {}
+                    Ok(Some(trap)) => {
+                        life.stopped(Stop { vcpu: vcpu.index().into(), trap });
+                        if !life.checkpoint(vcpu, &kicker) {
+                            break;
+                        }
+                    }
+                    Err(error) => {
+                        finish(vcpu, life, End::Host(error.to_string()));
+                        break;
+                    }
+                }
+            }
             other => {
                 counters.other();
                 let end = classify(other);
@@ -85,7 +101,7 @@ pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCoun
         }
     }
     vcpu.detach();
-    life.leave();
+    life.leave(vcpu.index().into());
 }
 
 /// An exit after which this vCPU runs no more.
