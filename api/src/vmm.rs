@@ -43,6 +43,7 @@
 
 mod balloon;
 pub mod chunks;
+mod core_dump;
 mod cpu;
 mod devices;
 mod hotplug;
@@ -59,6 +60,7 @@ use serde::{Deserialize, Serialize};
 
 pub use balloon::{Balloon, BalloonStats, BalloonStatsUpdate, BalloonUpdate, HintingStart, HintingStatus};
 pub use chunks::ChunkSource;
+pub use core_dump::CoreDump;
 pub use cpu::{
     Bitmap, Capability, CpuConfig, CpuConfigSource, CpuidModifier, CpuidRegister, Hex, MsrModifier, RegisterModifier,
 };

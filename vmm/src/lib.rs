@@ -15,6 +15,7 @@ pub mod chunks;
 pub mod config;
 pub mod console;
 pub mod control;
+pub mod core_dump;
 pub mod debugger;
 pub mod exit_file;
 mod files;

@@ -40,6 +40,7 @@ fn each_request_has_its_time() {
         ("PUT", "/actions", r#"{"action_type": "FlushMetrics"}"#),
         ("PUT", "/actions", r#"{"action_type": "SendCtrlAltDel"}"#),
         ("PUT", "/snapshot/create", snapshot),
+        ("PUT", "/bedplate/core-dump", r#"{"path": "p"}"#),
     ];
     for (method, path, body) in late {
         assert_eq!(api.refusal(method, path, body), BEFORE, "{path}");
@@ -327,4 +328,26 @@ fn counters_are_written_at_the_end_wherever_they_were_asked_for() {
         assert!(text.contains(r#""port_write":"#), "{text}");
         std::fs::remove_file(&path).unwrap();
     }
+}
+
+#[test]
+fn a_core_dump_is_written_where_the_process_sees_it() {
+    let api = Api::new();
+    if !api.start() {
+        return;
+    }
+    // The directory of its socket is visible.
+    let path = api.rig.path("core");
+    for _ in 0..2 {
+        api.put("/bedplate/core-dump", &format!(r#"{{"path": {path:?}}}"#));
+    }
+    let dump = std::fs::read(&path).unwrap();
+    assert!(dump.starts_with(b"\x7fELF") && dump.len() > 128 << 20, "{} bytes", dump.len());
+    // The kernel is where it was loaded.
+    let head = dump.len() - (128 << 20);
+    assert_eq!(dump[head + (1 << 20)..][..SAY_X.len()], SAY_X);
+    let said = api.refusal("PUT", "/bedplate/core-dump", r#"{"path": "/nowhere/core"}"#);
+    assert!(said.contains("/nowhere/core") && said.contains("--visible"), "{said}");
+    assert!(api.ask("GET", "/", "").1.contains("Running"));
+    api.stop();
 }

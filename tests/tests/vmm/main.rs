@@ -5,6 +5,7 @@ mod api;
 mod balloon;
 mod block;
 mod boot;
+mod core_dump;
 mod debugger;
 mod ends;
 mod firmware;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         Scenario { name: "firmware_without_a_boot_loader_says_so", run: firmware::nothing_to_boot },
         Scenario { name: "breakpoints_are_the_debuggers_or_the_guests", run: debugger::breakpoints },
         Scenario { name: "a_kernel_is_debugged", run: debugger::kernel },
+        Scenario { name: "a_core_dump_is_read_back", run: core_dump::is_read_back },
         Scenario { name: "a_reboot_ends_it", run: ends::reboot },
         Scenario { name: "the_power_button_ends_it", run: ends::power_button },
         Scenario { name: "sigterm_is_the_power_button", run: ends::sigterm },

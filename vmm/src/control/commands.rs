@@ -1,10 +1,10 @@
 //! Everything that can be asked of a VM process.
 
 use bedplate_api::vmm::{
-    ActionType, Balloon, BalloonStats, BootSource, CpuConfig, Drive, DrivePatch, Entropy, HintingStatus, Inspection,
-    InstanceInfo, Logger, MachineConfig, MachineConfigPatch, MemoryHotplugStatus, Metrics, MmdsConfig, MmdsVersion,
-    NetworkInterface, NetworkInterfacePatch, SerialDevice, SnapshotCreate, SnapshotLoad, Status, TargetState, Version,
-    VmConfig, Vsock,
+    ActionType, Balloon, BalloonStats, BootSource, CoreDump, CpuConfig, Drive, DrivePatch, Entropy, HintingStatus,
+    Inspection, InstanceInfo, Logger, MachineConfig, MachineConfigPatch, MemoryHotplugStatus, Metrics, MmdsConfig,
+    MmdsVersion, NetworkInterface, NetworkInterfacePatch, SerialDevice, SnapshotCreate, SnapshotLoad, Status,
+    TargetState, Version, VmConfig, Vsock,
 };
 use serde_json::Value;
 
@@ -60,6 +60,7 @@ pub(super) enum Command {
     Unplug(Unplug),
     /// Refused: there are no snapshots.
     CreateSnapshot(SnapshotCreate),
+    DumpCore(CoreDump),
     PressPowerButton,
     /// Always, as the two below.
     DescribeMetadata,

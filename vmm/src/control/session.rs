@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::{
-    ActionType, Exit, ExitCounts, ExitReason, Inspection, InstanceInfo, LogLevel, RunState, Status, TargetState,
-    Version, VmConfig,
+    ActionType, CoreDump, Exit, ExitCounts, ExitReason, Inspection, InstanceInfo, LogLevel, RunState, Status,
+    TargetState, Version, VmConfig,
 };
 use bedplate_devices::platform::{Booted, DebugLine};
 use bedplate_images::disk::Disk;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::change::ONLY_VISIBLE;
 use super::commands::{Answer, Command};
 use super::configure::warning_of_length;
 use super::fault::Fault;
@@ -308,6 +309,7 @@ impl Session {
                 self.running()?.machine.press_power_button();
                 Ok(Answer::Done)
             }
+            Command::DumpCore(dump) => self.dump_core(&dump).map(done),
             Command::Balloon(command) => self.execute_balloon(command),
             Command::Hotplug(command) => self.execute_hotplug(command),
             Command::Pmem(command) => self.execute_pmem(command),
@@ -321,6 +323,21 @@ impl Session {
             Command::LoadSnapshot(_) => self.before_start()?.no_snapshots("Load").map(done),
             configuring => self.before_start()?.configure(configuring).map(done),
         }
+    }
+
+    /// The VM stands still meanwhile, and so does the API.
+    fn dump_core(&mut self, dump: &CoreDump) -> Result<(), Fault> {
+        let seen = if self.sandbox.is_some() { ONLY_VISIBLE } else { "" };
+        let vm = self.running()?;
+        let stood = vm.paused;
+        let dumped = vm.machine.dump_core(Path::new(&dump.path), INSPECT_PATIENCE);
+        if !stood {
+            vm.machine.resume();
+        }
+        dumped.map_err(|error| {
+            let hint = if error.is_of_place() { seen } else { "" };
+            Fault::bad_request(format!("{error}{hint}"))
+        })
     }
 
     pub(super) fn before_start(&mut self) -> Result<&mut Self, Fault> {

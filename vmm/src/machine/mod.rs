@@ -17,6 +17,7 @@ pub mod vcpu;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -28,9 +29,10 @@ use bedplate_devices::platform::AcpiPm;
 
 use crate::acpi::AcpiError;
 use crate::boot::BootError;
+use crate::core_dump::{self, CoreDumpError};
 use crate::debugger::Debugging;
 use crate::firmware::FirmwareError;
-use crate::kvm::{KvmError, Vcpu, Vm};
+use crate::kvm::{KvmError, Vcpu, VcpuState, Vm};
 use crate::memory::{MemoryError, Ram};
 use crate::pmem::{PmemFileError, Watching};
 use crate::sandbox::{self, SandboxError};
@@ -195,6 +197,22 @@ impl Machine {
             last_exits: counters.last(),
         };
         registers.into_iter().zip(&self.counters).enumerate().map(vcpu).collect()
+    }
+
+    /// Writes memory and registers to a file, while the vCPUs stand still; they do so after it, too. Devices finish what they
+    /// have begun.
+    ///
+    /// # Errors
+    /// It cannot be written, or the machine has ended.
+    pub fn dump_core(&self, path: &Path, patience: Duration) -> Result<(), CoreDumpError> {
+        if !self.pause() {
+            return Err(CoreDumpError::Ended);
+        }
+        let states = self.life.ask_each(patience, |vcpu| vcpu.state().ok());
+        let known =
+            |(index, state): (usize, Option<Option<VcpuState>>)| state.flatten().ok_or(CoreDumpError::Vcpu(index));
+        let states = states.into_iter().enumerate().map(known).collect::<Result<Vec<_>, _>>()?;
+        core_dump::write(path, &states, &self.ram)
     }
 
     /// Exits of all vCPUs so far.
