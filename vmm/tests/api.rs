@@ -41,6 +41,7 @@ fn each_request_has_its_time() {
         ("PUT", "/actions", r#"{"action_type": "SendCtrlAltDel"}"#),
         ("PUT", "/snapshot/create", snapshot),
         ("PUT", "/bedplate/core-dump", r#"{"path": "p"}"#),
+        ("PATCH", "/bedplate/console", r#"{"columns": 1, "rows": 1}"#),
     ];
     for (method, path, body) in late {
         assert_eq!(api.refusal(method, path, body), BEFORE, "{path}");
@@ -58,6 +59,7 @@ fn each_request_has_its_time() {
         ("/pmem/p", format!(r#"{{"id": "p", "path_on_host": {disk:?}, "read_only": true}}"#)),
         ("/vsock", format!(r#"{{"guest_cid": 3, "uds_path": {:?}}}"#, api.rig.path("v"))),
         ("/entropy", "{}".to_owned()),
+        ("/bedplate/console", format!(r#"{{"socket": {:?}}}"#, api.rig.path("hvc"))),
         ("/balloon", r#"{"amount_mib": 1, "deflate_on_oom": true}"#.to_owned()),
         ("/hotplug/memory", r#"{"total_size_mib": 128}"#.to_owned()),
         ("/serial", "{}".to_owned()),
@@ -350,4 +352,28 @@ fn a_core_dump_is_written_where_the_process_sees_it() {
     assert!(said.contains("/nowhere/core") && said.contains("--visible"), "{said}");
     assert!(api.ask("GET", "/", "").1.contains("Running"));
     api.stop();
+}
+
+#[test]
+fn a_virtio_console_listens_from_the_start_to_the_end() {
+    let api = Api::new();
+    let socket = api.rig.path("hvc");
+    assert!(api.refusal("PUT", "/bedplate/console", "{}").contains("a socket or a file"));
+    api.put("/bedplate/console", r#"{"socket": "/nowhere/hvc"}"#);
+    api.put("/boot-source", &format!(r#"{{"kernel_image_path": {:?}}}"#, api.rig.path("kernel")));
+    assert!(api.refusal("PUT", "/actions", START).contains("console: /nowhere/hvc"));
+    api.put("/bedplate/console", &format!(r#"{{"socket": {socket:?}, "columns": 80, "rows": 25}}"#));
+    if !api.start() {
+        return;
+    }
+    let mut client = UnixStream::connect(&socket).unwrap();
+    // Nobody reads in this guest; that holds nobody up.
+    client.write_all(&[b'x'; 1000]).unwrap();
+    let (status, _) = api.ask("PATCH", "/bedplate/console", r#"{"columns": 132, "rows": 43}"#);
+    assert_eq!(status, 204);
+    let status = api.ask("GET", "/bedplate/status", "").1;
+    assert!(status.contains(r#""console":{"#) && status.contains(r#""output_bytes":0"#), "{status}");
+    assert!(api.ask("GET", "/vm/config", "").1.contains(r#""columns":132"#));
+    api.stop();
+    assert!(!socket.exists());
 }

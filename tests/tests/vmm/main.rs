@@ -5,6 +5,7 @@ mod api;
 mod balloon;
 mod block;
 mod boot;
+mod console;
 mod core_dump;
 mod debugger;
 mod ends;
@@ -69,6 +70,8 @@ fn main() -> ExitCode {
         Scenario { name: "the_bus_is_filled_and_emptied", run: plug::fill_the_bus },
         Scenario { name: "a_plugged_copy_on_write_disk_keeps_what_was_written", run: plug::copy_on_write },
         Scenario { name: "vsock_both_ways", run: vsock::both_ways },
+        Scenario { name: "the_virtio_console_has_two_ends", run: console::socket },
+        Scenario { name: "a_system_lives_on_the_virtio_console", run: console::system },
         Scenario { name: "the_serial_socket_has_a_backlog_and_many_clients", run: serial::socket },
         Scenario { name: "the_serial_log_is_written", run: serial::log },
         Scenario { name: "is_configured_and_started_through_the_api", run: api::configured_by_api },

@@ -9,6 +9,7 @@ use bedplate_api::vmm::{
 use serde_json::Value;
 
 use super::balloon::BalloonCommand;
+use super::console::ConsoleCommand;
 use super::hotplug::HotplugCommand;
 use super::plug::Unplug;
 use super::pmem::PmemCommand;
@@ -50,6 +51,8 @@ pub(super) enum Command {
     Hotplug(HotplugCommand),
     /// Likewise.
     Pmem(PmemCommand),
+    /// Likewise.
+    Console(ConsoleCommand),
     /// `InstanceStart` before the start, the others after it.
     Act(ActionType),
     /// After the start.

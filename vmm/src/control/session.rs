@@ -104,6 +104,8 @@ pub(super) struct Running {
     pub(super) machine: Machine,
     paused: bool,
     _console: Serving,
+    /// The virtio one.
+    _second: Option<Serving>,
 }
 
 impl Session {
@@ -165,6 +167,8 @@ impl Session {
         let booted = self.settings.boot_timer.then(|| boot_timer(self.log.clone()));
         let config = config::validate(&self.spec)?;
         config::separate(&config.drives, &config.pmems)?;
+        let second = config.console.as_ref().map(|console| Console::open(&console.target, None));
+        let second = second.transpose()?;
         let console = match self.console.take() {
             Some(console) => console,
             None => Console::open(&Target::Off, None)?,
@@ -173,6 +177,7 @@ impl Session {
         let lengths: Vec<_> = config.drives.iter().filter_map(warning_of_length).collect();
         let outlets = Outlets {
             serial: Box::new(console.sink()),
+            console: second.as_ref().map(Console::sink),
             ended: &self.ended,
             departed: &self.departed,
             taps: &self.settings.taps,
@@ -193,10 +198,12 @@ impl Session {
         for warning in lengths.into_iter().chain(machine.devices_mut().take_warnings()) {
             self.log.write(LogLevel::Warning, &warning);
         }
-        let console = console.serve(machine.serial(), &self.leave)?;
+        let console = console.serve(machine.serial().try_clone()?, &self.leave)?;
+        let second = second.zip(machine.devices().console().cloned());
+        let _second = second.map(|(console, line)| console.serve(line, &self.leave)).transpose()?;
         self.flushed = Instant::now();
         sandbox::narrow(sandbox::Thread::Control);
-        self.vm = Some(Running { machine, paused: false, _console: console });
+        self.vm = Some(Running { machine, paused: false, _console: console, _second });
         match &self.debugger {
             None => self.log.write(LogLevel::Info, "the VM runs"),
             Some(socket) => {
@@ -309,6 +316,7 @@ impl Session {
                 self.running()?.machine.press_power_button();
                 Ok(Answer::Done)
             }
+            Command::Console(command) => self.execute_console(command).map(done),
             Command::DumpCore(dump) => self.dump_core(&dump).map(done),
             Command::Balloon(command) => self.execute_balloon(command),
             Command::Hotplug(command) => self.execute_hotplug(command),
@@ -430,6 +438,9 @@ fn around(mut sandbox: Sandbox, config: &Config) -> Sandbox {
                 sandbox.keep_place_of(Path::new(&source.socket));
             }
         }
+    }
+    if let Some(config::ConsoleConfig { target: Target::Socket(path), .. }) = &config.console {
+        sandbox.keep_place_of(path);
     }
     if let Some(vsock) = &config.vsock {
         sandbox.keep_place_of(&vsock.path);

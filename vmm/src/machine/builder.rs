@@ -17,6 +17,7 @@ use super::{BuildError, Devices, Machine, platform};
 use crate::acpi;
 use crate::boot::{self, Boot, Entry};
 use crate::config::Config;
+use crate::console::Sink;
 use crate::debugger::{DebugSocket, Debugger, Words};
 use crate::firmware::{self, FirmwareError};
 use crate::kvm::{Vm, install_kick_signal};
@@ -29,6 +30,8 @@ use crate::sandbox::Sandbox;
 pub struct Outlets<'a> {
     /// The guest's serial output; must not block.
     pub serial: Box<dyn Write + Send>,
+    /// The output of its virtio console, if it has one.
+    pub console: Option<Sink>,
     /// Signalled when the VM has ended.
     pub ended: &'a EventFd,
     /// Signalled when the guest has let go of a device ([`Machine::settle`]).
@@ -155,6 +158,9 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         attach.mem(hotplug, region)?;
     }
 
+    if let (Some(console), Some(sink)) = (&config.console, outlets.console) {
+        attach.console(sink, console.size)?;
+    }
 
     // Some of them may go again, and others come.
     platform::attach_hotplug(&buses.ports, &plug.signals, plug.departures.sink(&pci, &plug.signals))?;
