@@ -44,6 +44,8 @@
 
 mod balloon;
 pub mod chunks;
+mod console;
+mod core_dump;
 mod cpu;
 mod devices;
 mod hotplug;
@@ -60,6 +62,8 @@ use serde::{Deserialize, Serialize};
 
 pub use balloon::{Balloon, BalloonStats, BalloonStatsUpdate, BalloonUpdate, HintingStart, HintingStatus};
 pub use chunks::ChunkSource;
+pub use console::{ConsoleSize, VirtioConsole};
+pub use core_dump::CoreDump;
 pub use cpu::{
     Bitmap, Capability, CpuBaseline, CpuConfig, CpuConfigSource, CpuidModifier, CpuidRegister, Hex, MsrModifier,
     RegisterModifier,
@@ -120,6 +124,9 @@ pub struct VmConfig {
     /// Memory that can be added while the VM runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_hotplug: Option<MemoryHotplug>,
+    /// A virtio console beside the serial one. Ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<VirtioConsole>,
     /// Where the serial console goes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<SerialDevice>,

@@ -18,12 +18,13 @@ const BUSYBOX: &str = "busybox";
 const UDHCPC: &str = include_str!("../files/tiny/udhcpc");
 
 /// Loaded by init in this order.
-const MODULES: [&str; 11] = [
+const MODULES: [&str; 12] = [
     "virtio_pci",
     "virtio_net",
     "virtio_blk",
     "virtio-rng",
     "virtio_balloon",
+    "virtio_console",
     "virtio_mem",
     "virtio_pmem",
     "nd_pmem",

@@ -2,6 +2,7 @@
 //! looks at files, and [`validate`] at one with a template of processors.
 
 mod boot;
+mod console;
 mod hotplug;
 mod net;
 mod pmem;
@@ -23,6 +24,7 @@ use bedplate_devices::virtio::limiter::{BucketConfig, LimiterConfig, LimiterUpda
 use bedplate_devices::virtio::net::MAX_PAIRS;
 
 pub use self::boot::{BootSourceError, boot_source};
+pub use self::console::{ConsoleConfig, ConsoleConfigError, console};
 pub use self::hotplug::{HotplugConfig, HotplugError, memory_hotplug};
 use self::net::MIN_MTU;
 pub use self::net::{NetConfig, mmds_address, net, nets};
@@ -42,7 +44,7 @@ pub const MIN_MEMORY_MIB: u64 = 16;
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 /// Bytes of a file with a template: some hundred modifiers, of a hundred bytes each.
 const MAX_TEMPLATE: u64 = 1 << 20;
-/// Drives, network interfaces, pmem devices and the four others share 31 slots of the PCI bus.
+/// Drives, network interfaces, pmem devices and the five others share 31 slots of the PCI bus.
 const MAX_DEVICES: usize = 31;
 /// Context ids below are the host's and the hypervisor's.
 const FIRST_GUEST_CID: u32 = 3;
@@ -76,6 +78,8 @@ pub struct Config {
     pub balloon: Option<BalloonConfig>,
     /// Memory that can be added.
     pub hotplug: Option<HotplugConfig>,
+    /// A virtio console.
+    pub console: Option<ConsoleConfig>,
 }
 
 /// One disk.
@@ -175,6 +179,8 @@ pub enum ConfigError {
     Hotplug(#[from] HotplugError),
     #[error(transparent)]
     Pmem(#[from] PmemError),
+    #[error(transparent)]
+    Console(#[from] ConsoleConfigError),
     /// Firecracker's words.
     #[error("Amount of pages requested is too large.")]
     Balloon,
@@ -232,8 +238,15 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
         entropy: spec.entropy.as_ref().map(|entropy| EntropyConfig { limits: limits(entropy.rate_limiter) }),
         balloon: spec.balloon.as_ref().map(|spec| balloon(spec, memory_mib)).transpose()?,
         hotplug: spec.memory_hotplug.as_ref().map(memory_hotplug).transpose()?,
+        console: spec.console.as_ref().map(console).transpose()?,
     };
-    let others = [config.vsock.is_some(), config.entropy.is_some(), config.balloon.is_some(), config.hotplug.is_some()];
+    let others = [
+        config.vsock.is_some(),
+        config.entropy.is_some(),
+        config.balloon.is_some(),
+        config.hotplug.is_some(),
+        config.console.is_some(),
+    ];
     let named = config.drives.len() + config.nets.len() + config.pmems.len();
     let devices = named + others.iter().filter(|there| **there).count();
     match (&config.balloon, config.pages) {

@@ -5,8 +5,8 @@
 //! - guest exit: [`kvm`] → [`machine::vcpu`] → `devices::bus` → device;
 //! - control: [`control`] (HTTP on a Unix socket, signals) → session → machine.
 //!
-//! Threads: the main thread is the control thread; one thread per vCPU; one for the console; devices have workers of
-//! their own. Only [`kvm`] names kvm-ioctls. No async runtime.
+//! Threads: the main thread is the control thread; one thread per vCPU; one for the console, one for a debugger; devices have
+//! workers of their own. Only [`kvm`] names kvm-ioctls. No async runtime.
 
 pub mod acpi;
 pub mod block;
@@ -15,6 +15,8 @@ pub mod chunks;
 pub mod config;
 pub mod console;
 pub mod control;
+pub mod core_dump;
+pub mod debugger;
 pub mod exit_file;
 mod files;
 pub mod firmware;

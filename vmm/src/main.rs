@@ -9,6 +9,7 @@ use bedplate_api::error::with_causes;
 use bedplate_api::vmm::{Exit, ExitReason, LogLevel, Logger, Metrics, VmConfig};
 use bedplate_vmm::console::{Console, Target};
 use bedplate_vmm::control::{self, Server, Session, Settings, Signals, StartTimes};
+use bedplate_vmm::debugger::DebugSocket;
 use bedplate_vmm::exit_file::ExitFile;
 use bedplate_vmm::json;
 use bedplate_vmm::kvm;
@@ -45,6 +46,9 @@ struct Args {
     /// When the VM has ended, write how to this file
     #[arg(long, value_name = "PATH")]
     exit_file: Option<PathBuf>,
+    /// Let the guest wait for a debugger, which gets full power over it, on this Unix socket (GDB's remote protocol)
+    #[arg(long, value_name = "PATH")]
+    gdb: Option<PathBuf>,
     /// Become this user before the guest runs (as root only)
     #[arg(long, value_name = "UID", requires = "gid", conflicts_with = "no_sandbox")]
     uid: Option<u32>,
@@ -203,6 +207,9 @@ fn run(args: &Args) -> Result<Exit> {
     if let Some(path) = &args.metadata {
         session.load_metadata(path)?;
     }
+    if let Some(path) = &args.gdb {
+        session.set_debugger(DebugSocket::listen(path)?);
+    }
     let default_sock = args.config_file.is_none().then_some(Path::new(DEFAULT_API_SOCK));
     let api_sock = args.api_sock.as_deref().or(default_sock);
     let server = api_sock.map(|path| Server::listen(path, args.http_api_max_payload_size)).transpose()?;
@@ -252,8 +259,12 @@ fn sandbox(args: &Args) -> Option<Sandbox> {
     args.visible.iter().for_each(|dir| sandbox.keep(dir, Access::Write));
     // Not that of the API's default socket: it is everybody's. What is left of that socket, the next process replaces.
     let socket = if let Target::Socket(path) = &args.serial { Some(path) } else { None };
-    let places = [args.api_sock.as_ref(), args.exit_file.as_ref(), args.serial_log.as_ref(), socket];
-    places.into_iter().flatten().for_each(|file| sandbox.keep_place_of(file));
+    let places = [&args.api_sock, &args.exit_file, &args.serial_log, &args.gdb].map(Option::as_ref);
+    let places = places.into_iter().chain([socket]);
+    if args.gdb.is_some() {
+        sandbox.permit_debugger();
+    }
+    places.flatten().for_each(|file| sandbox.keep_place_of(file));
     Some(sandbox)
 }
 

@@ -42,6 +42,8 @@ fn each_request_has_its_time() {
         ("PUT", "/actions", r#"{"action_type": "FlushMetrics"}"#),
         ("PUT", "/actions", r#"{"action_type": "SendCtrlAltDel"}"#),
         ("PUT", "/snapshot/create", snapshot),
+        ("PUT", "/bedplate/core-dump", r#"{"path": "p"}"#),
+        ("PATCH", "/bedplate/console", r#"{"columns": 1, "rows": 1}"#),
     ];
     for (method, path, body) in late {
         assert_eq!(api.refusal(method, path, body), BEFORE, "{path}");
@@ -59,6 +61,7 @@ fn each_request_has_its_time() {
         ("/pmem/p", format!(r#"{{"id": "p", "path_on_host": {disk:?}, "read_only": true}}"#)),
         ("/vsock", format!(r#"{{"guest_cid": 3, "uds_path": {:?}}}"#, api.rig.path("v"))),
         ("/entropy", "{}".to_owned()),
+        ("/bedplate/console", format!(r#"{{"socket": {:?}}}"#, api.rig.path("hvc"))),
         ("/balloon", r#"{"amount_mib": 1, "deflate_on_oom": true}"#.to_owned()),
         ("/hotplug/memory", r#"{"total_size_mib": 128}"#.to_owned()),
         ("/serial", "{}".to_owned()),
@@ -354,4 +357,50 @@ fn counters_are_written_at_the_end_wherever_they_were_asked_for() {
         assert!(text.contains(r#""port_write":"#), "{text}");
         std::fs::remove_file(&path).unwrap();
     }
+}
+
+#[test]
+fn a_core_dump_is_written_where_the_process_sees_it() {
+    let api = Api::new();
+    if !api.start() {
+        return;
+    }
+    // The directory of its socket is visible.
+    let path = api.rig.path("core");
+    for _ in 0..2 {
+        api.put("/bedplate/core-dump", &format!(r#"{{"path": {path:?}}}"#));
+    }
+    let dump = std::fs::read(&path).unwrap();
+    assert!(dump.starts_with(b"\x7fELF") && dump.len() > 128 << 20, "{} bytes", dump.len());
+    // The kernel is where it was loaded.
+    let head = dump.len() - (128 << 20);
+    assert_eq!(dump[head + (1 << 20)..][..SAY_X.len()], SAY_X);
+    let said = api.refusal("PUT", "/bedplate/core-dump", r#"{"path": "/nowhere/core"}"#);
+    assert!(said.contains("/nowhere/core") && said.contains("--visible"), "{said}");
+    assert!(api.ask("GET", "/", "").1.contains("Running"));
+    api.stop();
+}
+
+#[test]
+fn a_virtio_console_listens_from_the_start_to_the_end() {
+    let api = Api::new();
+    let socket = api.rig.path("hvc");
+    assert!(api.refusal("PUT", "/bedplate/console", "{}").contains("a socket or a file"));
+    api.put("/bedplate/console", r#"{"socket": "/nowhere/hvc"}"#);
+    api.put("/boot-source", &format!(r#"{{"kernel_image_path": {:?}}}"#, api.rig.path("kernel")));
+    assert!(api.refusal("PUT", "/actions", START).contains("console: /nowhere/hvc"));
+    api.put("/bedplate/console", &format!(r#"{{"socket": {socket:?}, "columns": 80, "rows": 25}}"#));
+    if !api.start() {
+        return;
+    }
+    let mut client = UnixStream::connect(&socket).unwrap();
+    // Nobody reads in this guest; that holds nobody up.
+    client.write_all(&[b'x'; 1000]).unwrap();
+    let (status, _) = api.ask("PATCH", "/bedplate/console", r#"{"columns": 132, "rows": 43}"#);
+    assert_eq!(status, 204);
+    let status = api.ask("GET", "/bedplate/status", "").1;
+    assert!(status.contains(r#""console":{"#) && status.contains(r#""output_bytes":0"#), "{status}");
+    assert!(api.ask("GET", "/vm/config", "").1.contains(r#""columns":132"#));
+    api.stop();
+    assert!(!socket.exists());
 }

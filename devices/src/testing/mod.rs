@@ -11,7 +11,7 @@ mod host;
 mod hostile;
 mod web;
 
-pub use backends::{RamDisk, Wire};
+pub use backends::{Nowhere, RamDisk, Wire};
 pub use driver::{Driver, DriverQueue, Piece};
 pub use host::{FakeHost, FakeVector, Machine};
 pub use hostile::{Hostile, configuration, honest};

@@ -8,6 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::balloon::{Balloon, BalloonConfig};
 use super::block::{Block, BlockConfig, Medium, RawFile};
+use super::console::{Console, WindowSize};
 use super::limiter::LimiterConfig;
 use super::mem::{Mem, MemConfig};
 use super::net::{Net, NetConfig};
@@ -16,7 +17,7 @@ use super::rng::Rng;
 use super::vsock::{Vsock, VsockConfig};
 use super::*;
 use crate::metadata::Responder;
-use crate::testing::{Driver, DriverQueue, Echo, Hostile, Machine, Piece, RamDisk, SERVER, Wire, honest};
+use crate::testing::{Driver, DriverQueue, Echo, Hostile, Machine, Nowhere, Piece, RamDisk, SERVER, Wire, honest};
 
 const VERSION_1: u64 = 1 << VIRTIO_F_VERSION_1;
 const NEEDS_RESET: u8 = 0x40;
@@ -89,6 +90,16 @@ fn balloon() -> Subject<Balloon> {
     let stats_interval = std::time::Duration::from_secs(1);
     let config = BalloonConfig { stats_interval, hinting: true, reporting: true, ..BalloonConfig::default() };
     Subject { device: Balloon::new(config).unwrap(), served: &[0, 1], relax: Box::new(|| ()) }
+}
+
+fn console() -> Subject<Console<Nowhere>> {
+    let device = Console::new(Nowhere, WindowSize::default()).unwrap();
+    // There is always something to read.
+    let control = device.control();
+    let relax = Box::new(move || {
+        control.push_input(&[b'x'; 4096]);
+    });
+    Subject { device, served: &[0, 1], relax }
 }
 
 fn vsock() -> Subject<Vsock> {
@@ -313,4 +324,4 @@ macro_rules! contract {
     )*};
 }
 
-contract!(balloon, block, block_ring, mem, net, net_pairs, pmem, rng, vsock);
+contract!(balloon, block, block_ring, console, mem, net, net_pairs, pmem, rng, vsock);

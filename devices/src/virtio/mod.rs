@@ -19,6 +19,7 @@ use crate::metrics::DeviceMetrics;
 pub mod balloon;
 pub mod block;
 mod buffers;
+pub mod console;
 #[cfg(test)]
 mod contract_tests;
 mod inbox;

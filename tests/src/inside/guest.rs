@@ -48,6 +48,12 @@ impl GuestSpec {
         self
     }
 
+    /// Replaces the kernel's command line.
+    pub fn boot_args(mut self, words: &str) -> Self {
+        self.config["boot-source"]["boot_args"] = json!(words);
+        self
+    }
+
     /// Adds words to the kernel's command line.
     pub fn cmdline(mut self, words: &str) -> Self {
         let all = format!("{} {words}", self.config["boot-source"]["boot_args"].as_str().unwrap_or_default());

@@ -5,6 +5,9 @@ mod api;
 mod balloon;
 mod block;
 mod boot;
+mod console;
+mod core_dump;
+mod debugger;
 mod ends;
 mod firmware;
 mod hotplug;
@@ -36,6 +39,9 @@ fn main() -> ExitCode {
         Scenario { name: "gives_entropy", run: boot::entropy },
         Scenario { name: "firmware_starts_a_disks_own_boot_loader", run: firmware::boots },
         Scenario { name: "firmware_without_a_boot_loader_says_so", run: firmware::nothing_to_boot },
+        Scenario { name: "breakpoints_are_the_debuggers_or_the_guests", run: debugger::breakpoints },
+        Scenario { name: "a_kernel_is_debugged", run: debugger::kernel },
+        Scenario { name: "a_core_dump_is_read_back", run: core_dump::is_read_back },
         Scenario { name: "a_reboot_ends_it", run: ends::reboot },
         Scenario { name: "the_power_button_ends_it", run: ends::power_button },
         Scenario { name: "sigterm_is_the_power_button", run: ends::sigterm },
@@ -69,6 +75,8 @@ fn main() -> ExitCode {
         Scenario { name: "the_bus_is_filled_and_emptied", run: plug::fill_the_bus },
         Scenario { name: "a_plugged_copy_on_write_disk_keeps_what_was_written", run: plug::copy_on_write },
         Scenario { name: "vsock_both_ways", run: vsock::both_ways },
+        Scenario { name: "the_virtio_console_has_two_ends", run: console::socket },
+        Scenario { name: "a_system_lives_on_the_virtio_console", run: console::system },
         Scenario { name: "the_serial_socket_has_a_backlog_and_many_clients", run: serial::socket },
         Scenario { name: "the_serial_log_is_written", run: serial::log },
         Scenario { name: "is_configured_and_started_through_the_api", run: api::configured_by_api },

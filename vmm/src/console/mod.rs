@@ -1,6 +1,6 @@
-//! Where the guest's serial console goes: terminal, file or socket, and a log beside it.
+//! Where a guest's console goes, the serial or the virtio one: terminal, file or socket, and a log beside it.
 //!
-//! The serial port writes into a [`Sink`], which never blocks a vCPU; a thread of its own, made by [`Console::serve`],
+//! The device writes into a [`Sink`], which never blocks a vCPU; a thread of its own, made by [`Console::serve`],
 //! carries the bytes to all outputs and brings input back. A slow terminal or client holds up nobody but itself: beyond a
 //! bound its output is dropped.
 
@@ -17,12 +17,11 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use bedplate_devices::platform::SerialPort;
 use bedplate_devices::threads;
+use bedplate_devices::virtio::console::ConsoleControl;
 use rustix::event::{PollFd, PollFlags, poll};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -70,7 +69,7 @@ impl std::str::FromStr for Target {
 
 /// A place that cannot be opened.
 #[derive(Debug, thiserror::Error)]
-#[error("serial console: {path}: {source}; {}", files::remedy(.source))]
+#[error("console: {path}: {source}; {}", files::remedy(.source))]
 pub struct ConsoleError {
     path: PathBuf,
     source: io::Error,
@@ -78,6 +77,35 @@ pub struct ConsoleError {
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> ConsoleError {
     move |source| ConsoleError { path: path.into(), source }
+}
+
+/// A guest's end of a console: a serial port, or a virtio console.
+pub trait Line: Send + 'static {
+    /// Gives the guest as much of `input` as there is room for; how much that was.
+    fn push_input(&self, input: &[u8]) -> usize;
+
+    /// Signalled when the guest has taken all input.
+    fn drained(&self) -> &EventFd;
+}
+
+impl Line for SerialLine {
+    fn push_input(&self, input: &[u8]) -> usize {
+        self.port.lock().unwrap_or_else(|e| e.into_inner()).push_input(input)
+    }
+
+    fn drained(&self) -> &EventFd {
+        &self.drained
+    }
+}
+
+impl Line for ConsoleControl {
+    fn push_input(&self, input: &[u8]) -> usize {
+        self.push_input(input)
+    }
+
+    fn drained(&self) -> &EventFd {
+        self.drained()
+    }
 }
 
 /// All outputs, open.
@@ -139,7 +167,7 @@ impl Console {
         Ok(())
     }
 
-    /// Where the serial port writes to.
+    /// Where the device writes to.
     pub fn sink(&self) -> Sink {
         self.sink.clone()
     }
@@ -148,7 +176,7 @@ impl Console {
     ///
     /// # Errors
     /// The host has no thread or descriptor left.
-    pub fn serve(mut self, line: &SerialLine, leave: &EventFd) -> io::Result<Serving> {
+    pub fn serve<L: Line>(mut self, line: L, leave: &EventFd) -> io::Result<Serving> {
         if let Output::Stdio(outlet) | Output::File(outlet) = &mut self.output {
             outlet.start()?;
         }
@@ -164,8 +192,7 @@ impl Console {
             keys: Keys::new(is_terminal),
             output: self.output,
             log: self.log,
-            port: Arc::clone(&line.port),
-            drained: line.drained.try_clone()?,
+            line,
             pending: VecDeque::new(),
             quit: quit.try_clone()?,
             leave: leave.try_clone()?,
@@ -197,21 +224,20 @@ impl Drop for Serving {
 }
 
 /// What lives on the console thread.
-struct Server {
+struct Server<L> {
     sink: Sink,
     output: Output,
     log: Option<FileLog>,
     stdin_open: bool,
     keys: Keys,
-    port: Arc<Mutex<SerialPort>>,
-    drained: EventFd,
-    /// Input that the guest's FIFO had no room for.
+    line: L,
+    /// Input that the guest had no room for.
     pending: VecDeque<u8>,
     quit: EventFd,
     leave: EventFd,
 }
 
-impl Server {
+impl<L: Line> Server<L> {
     fn run(mut self) {
         loop {
             let stop = self.wait();
@@ -230,7 +256,7 @@ impl Server {
         let mut fds = vec![
             PollFd::from_borrowed_fd(borrow(&self.quit), PollFlags::IN),
             PollFd::from_borrowed_fd(borrow(self.sink.event()), PollFlags::IN),
-            PollFd::from_borrowed_fd(borrow(&self.drained), PollFlags::IN),
+            PollFd::from_borrowed_fd(borrow(self.line.drained()), PollFlags::IN),
         ];
         if self.stdin_open && wants_input {
             fds.push(PollFd::from_borrowed_fd(stdin.as_fd(), PollFlags::IN));
@@ -257,7 +283,7 @@ impl Server {
 
     fn carry_input(&mut self) {
         // Cleared first: a FIFO that empties from here on signals again.
-        let _ = self.drained.read();
+        let _ = self.line.drained().read();
         let wants_input = self.pending.len() < MAX_PENDING_INPUT;
         match &mut self.output {
             Output::Stdio(_) if self.stdin_open && wants_input => self.read_stdin(),
@@ -284,13 +310,12 @@ impl Server {
         }
     }
 
-    /// Gives the guest what its FIFO takes.
+    /// Gives the guest what it has room for.
     fn feed(&mut self) {
         if self.pending.is_empty() {
             return;
         }
-        let mut port = self.port.lock().unwrap_or_else(|e| e.into_inner());
-        let taken = port.push_input(self.pending.make_contiguous());
+        let taken = self.line.push_input(self.pending.make_contiguous());
         self.pending.drain(..taken);
     }
 }

@@ -1,7 +1,10 @@
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
+
+use bedplate_devices::platform::SerialPort;
 
 use super::*;
 
@@ -21,7 +24,7 @@ fn rig() -> Rig {
     let (sink, drained) = (console.sink(), event());
     let port = SerialPort::new(event(), drained.try_clone().unwrap(), Box::new(sink.clone()));
     let line = SerialLine { port: Arc::new(Mutex::new(port)), drained };
-    let serving = console.serve(&line, &event()).unwrap();
+    let serving = console.serve(line.try_clone().unwrap(), &event()).unwrap();
     Rig { _dir: dir, socket, line, sink, serving: Some(serving) }
 }
 
@@ -111,7 +114,7 @@ fn another_output_leaves_the_log_where_it_is() {
     let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
     let (mut sink, drained) = (console.sink(), event());
     let port = SerialPort::new(event(), drained.try_clone().unwrap(), Box::new(sink.clone()));
-    let serving = console.serve(&SerialLine { port: Arc::new(Mutex::new(port)), drained }, &event()).unwrap();
+    let serving = console.serve(SerialLine { port: Arc::new(Mutex::new(port)), drained }, &event()).unwrap();
     sink.write_all(b"both").unwrap();
     drop(serving);
     assert_eq!([log, out].map(|path| std::fs::read(path).unwrap()), [b"both", b"both"]);
@@ -166,8 +169,10 @@ fn a_guest_that_reads_nothing_keeps_no_client_from_watching() {
         log: None,
         stdin_open: false,
         keys: Keys::new(false),
-        port: Arc::new(Mutex::new(SerialPort::new(event(), event(), Box::new(sink.clone())))),
-        drained: event(),
+        line: SerialLine {
+            port: Arc::new(Mutex::new(SerialPort::new(event(), event(), Box::new(sink.clone())))),
+            drained: event(),
+        },
         pending: vec![b'x'; 2 * MAX_PENDING_INPUT].into(),
         quit: event(),
         leave: event(),
@@ -246,7 +251,7 @@ fn an_output_that_stalls_does_not_keep_the_console_from_ending() {
     let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
     let (mut sink, drained) = (console.sink(), event());
     let port = SerialPort::new(event(), drained.try_clone().unwrap(), Box::new(sink.clone()));
-    let serving = console.serve(&SerialLine { port: Arc::new(Mutex::new(port)), drained }, &event()).unwrap();
+    let serving = console.serve(SerialLine { port: Arc::new(Mutex::new(port)), drained }, &event()).unwrap();
     // More than a pipe holds.
     sink.write_all(&[b'x'; 512 << 10]).unwrap();
     let (done, ended) = std::sync::mpsc::channel();

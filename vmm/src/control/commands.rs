@@ -1,14 +1,15 @@
 //! Everything that can be asked of a VM process.
 
 use bedplate_api::vmm::{
-    ActionType, Balloon, BalloonStats, BootSource, CpuConfig, Drive, DrivePatch, Entropy, HintingStatus, Inspection,
-    InstanceInfo, Logger, MachineConfig, MachineConfigPatch, MemoryHotplugStatus, Metrics, MmdsConfig, MmdsVersion,
-    NetworkInterface, NetworkInterfacePatch, SerialDevice, SnapshotCreate, SnapshotLoad, Status, TargetState, Vcpus,
-    VcpusUpdate, Version, VmConfig, Vsock,
+    ActionType, Balloon, BalloonStats, BootSource, CoreDump, CpuConfig, Drive, DrivePatch, Entropy, HintingStatus,
+    Inspection, InstanceInfo, Logger, MachineConfig, MachineConfigPatch, MemoryHotplugStatus, Metrics, MmdsConfig,
+    MmdsVersion, NetworkInterface, NetworkInterfacePatch, SerialDevice, SnapshotCreate, SnapshotLoad, Status,
+    TargetState, Vcpus, VcpusUpdate, Version, VmConfig, Vsock,
 };
 use serde_json::Value;
 
 use super::balloon::BalloonCommand;
+use super::console::ConsoleCommand;
 use super::hotplug::HotplugCommand;
 use super::plug::Unplug;
 use super::pmem::PmemCommand;
@@ -50,6 +51,8 @@ pub(super) enum Command {
     Hotplug(HotplugCommand),
     /// Likewise.
     Pmem(PmemCommand),
+    /// Likewise.
+    Console(ConsoleCommand),
     /// `InstanceStart` before the start, the others after it.
     Act(ActionType),
     /// After the start.
@@ -64,6 +67,7 @@ pub(super) enum Command {
     Unplug(Unplug),
     /// Refused: there are no snapshots.
     CreateSnapshot(SnapshotCreate),
+    DumpCore(CoreDump),
     PressPowerButton,
     /// Always, as the two below.
     DescribeMetadata,

@@ -5,6 +5,7 @@ mod balloon;
 mod change;
 mod commands;
 mod configure;
+mod console;
 mod fault;
 mod hotplug;
 mod http;

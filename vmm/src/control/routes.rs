@@ -14,6 +14,7 @@ use bedplate_api::vmm::{
 
 use super::balloon::BalloonCommand;
 use super::commands::Command;
+use super::console::ConsoleCommand;
 use super::fault::Fault;
 use super::hotplug::HotplugCommand;
 use super::plug::Unplug;
@@ -41,6 +42,8 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
         ("PUT", ["bedplate", "stop"]) => Ok(Command::Stop),
         ("PUT", _) if body.is_empty() => Err(Fault::bad_request("Empty PUT request.")),
         ("PUT", ["bedplate", "vcpus"]) => json(body).map(Command::PlugVcpus),
+        ("PUT", ["bedplate", "core-dump"]) => json(body).map(Command::DumpCore),
+        ("PUT", ["bedplate", "console"]) => json(body).map(ConsoleCommand::Set).map(Command::Console),
         ("PUT", ["actions"]) => json(body).map(|action: Action| Command::Act(action.action_type)),
         ("PUT", ["boot-source"]) => json(body).map(Command::SetBootSource),
         ("PUT", ["machine-config"]) => json(body).map(Command::SetMachine),
@@ -63,6 +66,7 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
         ("PATCH", ["balloon", "hinting", "start"]) => start_hinting(body).map(Command::Balloon),
         ("PATCH", ["balloon", "hinting", "stop"]) => Ok(Command::Balloon(BalloonCommand::StopHinting)),
         ("PATCH", _) if body.is_empty() => Err(Fault::bad_request("Empty PATCH request.")),
+        ("PATCH", ["bedplate", "console"]) => json(body).map(ConsoleCommand::Resize).map(Command::Console),
         ("PATCH", ["machine-config"]) => patch_machine(json(body)?),
         ("PATCH", ["drives", id]) => patch_drive(id, json(body)?),
         ("PATCH", ["network-interfaces", id]) => patch_network_interface(id, json(body)?),

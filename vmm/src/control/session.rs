@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::{
-    ActionType, Exit, ExitCounts, ExitReason, Inspection, InstanceInfo, LogLevel, RunState, Status, TargetState,
-    Version, VmConfig,
+    ActionType, CoreDump, Exit, ExitCounts, ExitReason, Inspection, InstanceInfo, LogLevel, RunState, Status,
+    TargetState, Version, VmConfig,
 };
 use bedplate_devices::platform::{Booted, DebugLine};
 use bedplate_images::disk::Disk;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::change::ONLY_VISIBLE;
 use super::commands::{Answer, Command};
 use super::configure::warning_of_length;
 use super::fault::Fault;
@@ -23,6 +24,7 @@ use super::signals::Signal;
 use super::startup::{StartTimes, StartupTimes, cpu_time};
 use crate::config::{self, Config, ConfigError};
 use crate::console::{Console, ConsoleError, Serving, Target};
+use crate::debugger::{DebugSocket, Words};
 use crate::files;
 use crate::machine::builder::Outlets;
 use crate::machine::unknown_msrs::Warn;
@@ -90,6 +92,7 @@ pub struct Session {
     /// What the process goes into at the start, with what must stay visible whatever the VM is; none if a person wants
     /// none.
     pub(super) sandbox: Option<Sandbox>,
+    debugger: Option<DebugSocket>,
     leave: EventFd,
     ended: EventFd,
     departed: EventFd,
@@ -102,6 +105,8 @@ pub(super) struct Running {
     pub(super) machine: Machine,
     paused: bool,
     _console: Serving,
+    /// The virtio one.
+    _second: Option<Serving>,
 }
 
 impl Session {
@@ -123,11 +128,17 @@ impl Session {
             metrics: None,
             flushed: Instant::now(),
             sandbox,
+            debugger: None,
             leave: event()?,
             ended: event()?,
             departed: event()?,
             early_exit: None,
         })
+    }
+
+    /// The guest, when it is started, waits for a debugger.
+    pub fn set_debugger(&mut self, socket: DebugSocket) {
+        self.debugger = Some(socket);
     }
 
     /// Takes over all of `spec` and starts it.
@@ -157,6 +168,8 @@ impl Session {
         let booted = self.settings.boot_timer.then(|| boot_timer(self.log.clone()));
         let config = config::validate(&self.spec)?;
         config::separate(&config.drives, &config.pmems)?;
+        let second = config.console.as_ref().map(|console| Console::open(&console.target, None));
+        let second = second.transpose()?;
         let console = match self.console.take() {
             Some(console) => console,
             None => Console::open(&Target::Off, None)?,
@@ -165,12 +178,14 @@ impl Session {
         let lengths: Vec<_> = config.drives.iter().filter_map(warning_of_length).collect();
         let outlets = Outlets {
             serial: Box::new(console.sink()),
+            console: second.as_ref().map(Console::sink),
             ended: &self.ended,
             departed: &self.departed,
             taps: &self.settings.taps,
             booted,
             firmware_words: self.log.wants(LogLevel::Debug).then(|| firmware_words(self.log.clone())),
             warn: warn(self.log.clone()),
+            debugger: self.debugger.as_ref().map(|socket| (socket, debugger_words(self.log.clone()))),
             metadata: self.metadata.clone(),
             sandbox: self.sandbox.clone().map(|sandbox| around(sandbox, &config)),
         };
@@ -185,11 +200,21 @@ impl Session {
         for warning in lengths.into_iter().chain(machine.devices_mut().take_warnings()) {
             self.log.write(LogLevel::Warning, &warning);
         }
-        let console = console.serve(machine.serial(), &self.leave)?;
+        let console = console.serve(machine.serial().try_clone()?, &self.leave)?;
+        let second = second.zip(machine.devices().console().cloned());
+        let _second = second.map(|(console, line)| console.serve(line, &self.leave)).transpose()?;
         self.flushed = Instant::now();
         sandbox::narrow(sandbox::Thread::Control);
-        self.vm = Some(Running { machine, paused: false, _console: console });
-        self.log.write(LogLevel::Info, "the VM runs");
+        self.vm = Some(Running { machine, paused: false, _console: console, _second });
+        match &self.debugger {
+            None => self.log.write(LogLevel::Info, "the VM runs"),
+            Some(socket) => {
+                let path = socket.path().display();
+                let message =
+                    format!("the guest waits for a debugger, which can do anything to it: target remote {path}");
+                self.log.write(LogLevel::Warning, &message);
+            }
+        }
         Ok(())
     }
 
@@ -293,6 +318,8 @@ impl Session {
                 self.running()?.machine.press_power_button();
                 Ok(Answer::Done)
             }
+            Command::Console(command) => self.execute_console(command).map(done),
+            Command::DumpCore(dump) => self.dump_core(&dump).map(done),
             Command::Balloon(command) => self.execute_balloon(command),
             Command::Hotplug(command) => self.execute_hotplug(command),
             Command::Pmem(command) => self.execute_pmem(command),
@@ -308,6 +335,21 @@ impl Session {
             Command::LoadSnapshot(_) => self.before_start()?.no_snapshots("Load").map(done),
             configuring => self.before_start()?.configure(configuring).map(done),
         }
+    }
+
+    /// The VM stands still meanwhile, and so does the API.
+    fn dump_core(&mut self, dump: &CoreDump) -> Result<(), Fault> {
+        let seen = if self.sandbox.is_some() { ONLY_VISIBLE } else { "" };
+        let vm = self.running()?;
+        let stood = vm.paused;
+        let dumped = vm.machine.dump_core(Path::new(&dump.path), INSPECT_PATIENCE);
+        if !stood {
+            vm.machine.resume();
+        }
+        dumped.map_err(|error| {
+            let hint = if error.is_of_place() { seen } else { "" };
+            Fault::bad_request(format!("{error}{hint}"))
+        })
     }
 
     pub(super) fn before_start(&mut self) -> Result<&mut Self, Fault> {
@@ -402,6 +444,9 @@ fn around(mut sandbox: Sandbox, config: &Config) -> Sandbox {
             }
         }
     }
+    if let Some(config::ConsoleConfig { target: Target::Socket(path), .. }) = &config.console {
+        sandbox.keep_place_of(path);
+    }
     if let Some(vsock) = &config.vsock {
         sandbox.keep_place_of(&vsock.path);
     }
@@ -415,6 +460,11 @@ fn done((): ()) -> Answer {
 /// Writes what a person should know of the guest.
 fn warn(log: Log) -> Warn {
     Box::new(move |text| log.write(LogLevel::Warning, text))
+}
+
+/// Writes what debuggers do.
+fn debugger_words(log: Log) -> Words {
+    Box::new(move |words| log.write(LogLevel::Info, words))
 }
 
 /// Writes what firmware says.

@@ -1,5 +1,7 @@
 //! Why a vCPU left the guest.
 
+use super::DebugExit;
+
 /// One exit. Data that it borrows lies in the vCPU's run page: what a read exit wants is written there before the next
 /// run.
 #[derive(Debug)]
@@ -45,6 +47,8 @@ pub enum Exit<'a> {
         /// Whether the guest gets a fault.
         faults: bool,
     },
+    /// Something that a debugger may have asked for: [`super::Vcpu::sort_out`] says.
+    Debug(DebugExit),
     /// A signal or a [`super::Kicker`] interrupted the run.
     Interrupted,
     /// The guest executed `HLT` on a VM without interrupt controller.

@@ -6,18 +6,22 @@
 mod baseline;
 mod cpuid;
 mod creation;
+mod debug;
 mod exit;
 mod irq;
 mod msrs;
 mod registers;
 mod run_page;
+mod state;
 mod vcpu;
 mod vm;
 
 pub use cpuid::Topology;
 pub use creation::Creation;
+pub use debug::{Debug, DebugExit, HARDWARE_BREAKPOINTS, HardwareBreakpoint, On, Trap};
 pub use exit::Exit;
 pub use irq::Interrupts;
+pub use state::VcpuState;
 pub use vcpu::{Kicker, Vcpu, install_kick_signal};
 pub use vm::{Vm, VmConfig};
 

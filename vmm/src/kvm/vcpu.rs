@@ -9,7 +9,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::run_page::RunPage;
-use super::{Exit, KvmError, call, msrs};
+use super::{Debug, DebugExit, Exit, KvmError, call, msrs};
 use crate::boot::Entry;
 
 /// A vCPU. Run by one thread, from the first run to the last.
@@ -19,6 +19,10 @@ pub struct Vcpu {
     thread: Arc<AtomicI32>,
     index: u8,
     is_present: bool,
+    /// What a debugger wants.
+    pub(super) debug: Debug,
+    /// What of it this host's KVM can do beyond the usual, as flags of `KVM_SET_GUEST_DEBUG`.
+    pub(super) debug_flags: u32,
 }
 
 /// Makes one vCPU leave the guest soon, from any thread, also after the vCPU is gone.
@@ -61,13 +65,20 @@ pub fn install_kick_signal() -> Result<(), KvmError> {
 }
 
 impl Vcpu {
-    pub(super) fn new(fd: VcpuFd, index: u8, is_present: bool, run_size: usize) -> Result<Self, KvmError> {
+    pub(super) fn new(
+        fd: VcpuFd,
+        index: u8,
+        is_present: bool,
+        run_size: usize,
+        debug_flags: u32,
+    ) -> Result<Self, KvmError> {
         use std::os::fd::{AsRawFd, BorrowedFd};
         // SAFETY: `fd` outlives this borrow, which ends with the call below.
         let borrowed = unsafe { BorrowedFd::borrow_raw(fd.as_raw_fd()) };
         let page = RunPage::map(borrowed, run_size)
             .map_err(|source| KvmError::Call { what: "share the run page of a vCPU", source })?;
-        Ok(Self { fd, page: Arc::new(page), thread: Arc::default(), index, is_present })
+        let (thread, debug) = (Arc::default(), Debug::default());
+        Ok(Self { fd, page: Arc::new(page), thread, index, is_present, debug, debug_flags })
     }
 
     /// Its number, which is its APIC id.
@@ -198,6 +209,7 @@ impl Vcpu {
                 *write.error = faults.into();
                 Exit::Msr { register: write.index, write: true, faults }
             }
+            VcpuExit::Debug(exit) => Exit::Debug(DebugExit { exception: exit.exception, pc: exit.pc, dr6: exit.dr6 }),
             VcpuExit::Intr => Exit::Interrupted,
             VcpuExit::Hlt => Exit::Halted,
             VcpuExit::Shutdown => Exit::Shutdown,
@@ -207,7 +219,6 @@ impl Vcpu {
             VcpuExit::InternalError => Exit::InternalError(self.page.internal_error()),
             VcpuExit::FailEntry(reason, _) => Exit::FailedEntry { reason },
             VcpuExit::Unknown => Exit::Other("unknown"),
-            VcpuExit::Debug(_) => Exit::Other("debug"),
             VcpuExit::Hypercall(_) => Exit::Other("hypercall"),
             _ => Exit::Other("unexpected"),
         })

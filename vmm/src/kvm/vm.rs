@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use bedplate_api::vmm::{CpuBaseline, CpuConfig, MsrModifier};
 use bedplate_devices::Memory;
 use kvm_bindings::{
-    CpuId, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
+    CpuId, KVM_CAP_SET_GUEST_DEBUG2, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
@@ -37,6 +37,7 @@ pub struct Vm {
     interrupts: Interrupts,
     run_size: usize,
     max_vcpus: usize,
+    debug_flags: u32,
     next_slot: AtomicU32,
     /// Kept because KVM knows the addresses of its mappings.
     memory: Memory,
@@ -74,6 +75,7 @@ impl Vm {
             interrupts: Interrupts::new(Arc::clone(&fd))?,
             run_size: fd.run_size(),
             max_vcpus: kvm.get_max_vcpus(),
+            debug_flags: u32::try_from(kvm.check_extension_raw(KVM_CAP_SET_GUEST_DEBUG2.into())).unwrap_or_default(),
             next_slot: AtomicU32::new(0),
             fd,
             supported,
@@ -175,6 +177,6 @@ impl Vm {
         if !is_present {
             super::registers::set_apic(&fd, false)?;
         }
-        Vcpu::new(fd, index, is_present, self.run_size)
+        Vcpu::new(fd, index, is_present, self.run_size, self.debug_flags)
     }
 }

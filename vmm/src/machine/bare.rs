@@ -48,7 +48,7 @@ impl BareMachine {
         vcpu.enter_at(Entry::Real { address: CODE_ADDRESS })?;
         let ended = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(BuildError::Host)?;
         let life = Arc::new(Lifecycle::new(ended));
-        life.set_vcpus(vec![vcpu.kicker()], 1);
+        life.set_vcpus(vec![vcpu.kicker()]);
         Ok(Self { buses: Buses::new(), life, counters: ExitCounters::default(), vcpu, vm, ram })
     }
 

@@ -18,6 +18,8 @@ use super::{BuildError, Devices, Machine, platform};
 use crate::acpi;
 use crate::boot::{self, Boot, Entry};
 use crate::config::Config;
+use crate::console::Sink;
+use crate::debugger::{DebugSocket, Debugger, Words};
 use crate::firmware::{self, FirmwareError};
 use crate::kvm::{Creation, install_kick_signal};
 use crate::memory::{MemoryError, Ram, layout};
@@ -29,6 +31,8 @@ use crate::sandbox::Sandbox;
 pub struct Outlets<'a> {
     /// The guest's serial output; must not block.
     pub serial: Box<dyn Write + Send>,
+    /// The output of its virtio console, if it has one.
+    pub console: Option<Sink>,
     /// Signalled when the VM has ended.
     pub ended: &'a EventFd,
     /// Signalled when the guest has let go of a device ([`Machine::settle`]).
@@ -42,6 +46,8 @@ pub struct Outlets<'a> {
     pub firmware_words: Option<DebugLine>,
     /// Told which model-specific registers the guest has touched that it does not have.
     pub warn: Warn,
+    /// Where a debugger is awaited, if at all, and who is told what it does.
+    pub debugger: Option<(&'a DebugSocket, Words)>,
     /// What the guest can ask for.
     pub metadata: Metadata,
     /// What the process goes into before the guest runs, if it shall.
@@ -113,6 +119,8 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     // What can end it.
     install_kick_signal()?;
     let life = Arc::new(Lifecycle::new(outlets.ended.try_clone().map_err(BuildError::Host)?));
+    let debugger = outlets.debugger.map(|(socket, words)| Debugger::new(socket, words, &life));
+    let debugger = debugger.transpose().map_err(BuildError::Host)?;
     life.set_files(files.iter().map(PmemFile::witness).collect());
 
     // The platform: devices at fixed places.
@@ -167,6 +175,10 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         attach.mem(hotplug, region)?;
     }
 
+    if let (Some(console), Some(sink)) = (&config.console, outlets.console) {
+        attach.console(sink, console.size)?;
+    }
+
     // Some of them may go again, and others come.
     platform::attach_hotplug(&buses.ports, &plug.signals, plug.departures.sink(&pci, &plug.signals))?;
 
@@ -191,10 +203,13 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         plug.taps.seal();
     }
     let _watching = watch.map(|watch| watch.start(&life)).transpose().map_err(BuildError::Host)?;
+    let debugging = debugger.map(|debugger| debugger.start(&life, Arc::clone(&ram.memory), vcpus.len()));
+    let _debugging = debugging.transpose().map_err(BuildError::Host)?;
     let (threads, counters) = (Vec::new(), Vec::new());
     Machine {
         _vm: vm,
         _watching,
+        _debugging,
         ram,
         buses,
         life,

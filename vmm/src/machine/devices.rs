@@ -9,6 +9,7 @@ use bedplate_devices::pci::Slot;
 use bedplate_devices::virtio::QueuePosition;
 use bedplate_devices::virtio::balloon::{BalloonControl, BalloonMetrics};
 use bedplate_devices::virtio::block::{Backend, BlockControl, BlockMetrics};
+use bedplate_devices::virtio::console::{ConsoleControl, ConsoleMetrics};
 use bedplate_devices::virtio::mem::{MemControl, MemMetrics};
 use bedplate_devices::virtio::net::{NetControl, NetMetrics};
 use bedplate_devices::virtio::pci::VirtioPciDevice;
@@ -25,6 +26,7 @@ pub struct Devices {
     pub(super) pmems: BTreeMap<String, PmemControl>,
     pub(super) balloon: Option<BalloonControl>,
     pub(super) mem: Option<MemControl>,
+    pub(super) console: Option<ConsoleControl>,
     pub(super) counts: BTreeMap<String, (Arc<DeviceMetrics>, Counts)>,
     pub(super) transports: BTreeMap<String, (Slot, Arc<Mutex<VirtioPciDevice>>)>,
     /// What the host could not do as it was asked for, in words.
@@ -38,6 +40,7 @@ pub(super) enum Counts {
     Pmem(Arc<PmemMetrics>),
     Balloon(Arc<BalloonMetrics>),
     Mem(Arc<MemMetrics>),
+    Console(Arc<ConsoleMetrics>),
     Rng(Arc<Counter>),
     Vsock,
 }
@@ -89,6 +92,11 @@ impl Devices {
     /// The memory that can be added.
     pub const fn mem(&self) -> Option<&MemControl> {
         self.mem.as_ref()
+    }
+
+    /// The virtio console.
+    pub const fn console(&self) -> Option<&ConsoleControl> {
+        self.console.as_ref()
     }
 
     /// What the host could not do as it was asked for and does otherwise, since the last call.
@@ -162,6 +170,11 @@ impl Counts {
                 ("plugged_blocks", &mem.plugged),
                 ("unplugged_blocks", &mem.unplugged),
                 ("refused_requests", &mem.refused),
+            ],
+            Self::Console(console) => vec![
+                ("input_bytes", &console.input_bytes),
+                ("output_bytes", &console.output_bytes),
+                ("dropped_bytes", &console.dropped_bytes),
             ],
             Self::Rng(bytes) => vec![("entropy_bytes", bytes)],
             Self::Vsock => Vec::new(),

@@ -2,13 +2,15 @@
 //!
 //! A vCPU thread looks here only when it was kicked, so that a guest exit costs nothing for it.
 
+use std::collections::VecDeque;
+use std::sync::mpsc::{self, Receiver};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::{Exit, ExitReason, Registers};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::kvm::{Kicker, Vcpu};
+use crate::kvm::{Kicker, Trap, Vcpu};
 use crate::pmem::{self, Witness};
 
 /// What the vCPUs shall do.
@@ -19,59 +21,71 @@ enum Target {
     End,
 }
 
-#[derive(Debug)]
-struct State {
-    target: Target,
-    /// vCPU threads that have not ended.
-    alive: usize,
-    /// Of these, those that stand still.
-    parked: usize,
-    /// The first so many vCPUs shall be there;
-    wanted: usize,
-    /// and this many are, which no longer change.
-    present: usize,
-    /// By vCPU: what control wants to see of it.
-    looks: Vec<Look>,
+/// Something that only a vCPU's own thread can do, between two runs.
+type Errand = Box<dyn FnOnce(&mut Vcpu) + Send>;
+
+/// What is known of a vCPU whose thread has not ended.
+#[derive(Default)]
+struct Member {
+    /// In the order in which they came.
+    errands: Vec<Errand>,
+    /// A debugger has it stand still.
+    held: bool,
 }
 
-/// A look at the registers of a vCPU, which only its own thread can take.
-#[derive(Debug, Clone, Default)]
-enum Look {
-    #[default]
-    Unwanted,
-    Wanted,
-    /// Empty where KVM gives none.
-    Taken(Option<Box<Registers>>),
+struct State {
+    target: Target,
+    /// By vCPU; none of one whose thread has ended.
+    members: Vec<Option<Member>>,
+    /// vCPUs that stand still.
+    parked: usize,
+    /// What a debugger was not told yet.
+    stops: VecDeque<Stop>,
+}
+
+impl State {
+    fn alive(&self) -> usize {
+        self.members.iter().flatten().count()
+    }
+
+    fn hold_all(&mut self) {
+        self.members.iter_mut().flatten().for_each(|member| member.held = true);
+    }
+}
+
+/// A vCPU has come to where the debugger wanted it to stop.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stop {
+    /// Its number.
+    pub vcpu: usize,
+    /// At what.
+    pub trap: Trap,
 }
 
 /// Shared by the vCPU threads, the devices that can end the machine, and control.
 pub struct Lifecycle {
-    /// Never held while a kicker is used or a device is called; a vCPU reads its registers under it.
+    /// Never held while a kicker is used, a device is called, or a vCPU does something for others.
     state: Mutex<State>,
     changed: Condvar,
     kickers: OnceLock<Vec<Kicker>>,
     files: OnceLock<Vec<Witness>>,
     exit: OnceLock<Exit>,
     ended: EventFd,
+    /// Of a debugger: signalled when a vCPU has stopped for it, and at the end.
+    debugger: OnceLock<EventFd>,
 }
 
 impl Lifecycle {
     /// Of a machine that runs as soon as it has vCPUs. `ended` is signalled when it has ended.
     pub fn new(ended: EventFd) -> Self {
         Self {
-            state: Mutex::new(State {
-                target: Target::Run,
-                alive: 0,
-                parked: 0,
-                wanted: 0,
-                present: 0,
-                looks: Vec::new(),
-            }),
+            state: Mutex::new(State { target: Target::Run, members: Vec::new(), parked: 0, stops: VecDeque::new() }),
             changed: Condvar::new(),
             kickers: OnceLock::new(),
             files: OnceLock::new(),
             exit: OnceLock::new(),
             ended,
+            debugger: OnceLock::new(),
         }
     }
 
@@ -79,18 +93,17 @@ impl Lifecycle {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Names the vCPUs, once, before the first of them runs. The first `present` are there.
-    pub fn set_vcpus(&self, kickers: Vec<Kicker>, present: usize) {
+    /// Names the vCPUs, once, before the first of them runs.
+    pub fn set_vcpus(&self, kickers: Vec<Kicker>) {
         {
-            let mut state = self.lock();
-            state.alive = kickers.len();
-            (state.wanted, state.present) = (present, present);
-            state.looks.resize(kickers.len(), Look::Unwanted);
+            let held = self.debugger.get().is_some();
+            let member = || Some(Member { held, errands: Vec::new() });
+            self.lock().members.resize_with(kickers.len(), member);
         }
         // A second call would be our bug and changes nothing.
         let _ = self.kickers.set(kickers);
         // Who wanted something before has kicked nobody.
-        if self.lock().target != Target::Run {
+        if self.lock().target != Target::Run || self.debugger.get().is_some() {
             self.kick_all();
         }
     }
@@ -123,6 +136,7 @@ impl Lifecycle {
             self.aim(Target::End);
             // Fails only where 2^64 - 2 signals wait to be read.
             let _ = self.ended.write(1);
+            self.wake_debugger();
         }
     }
 
@@ -130,7 +144,7 @@ impl Lifecycle {
     pub fn pause(&self) -> bool {
         self.aim(Target::Pause);
         let state = self.lock();
-        let wait = |state: &mut State| state.target == Target::Pause && state.parked < state.alive;
+        let wait = |state: &mut State| state.target == Target::Pause && state.parked < state.alive();
         let state = self.changed.wait_while(state, wait).unwrap_or_else(|e| e.into_inner());
         state.target == Target::Pause
     }
@@ -138,12 +152,19 @@ impl Lifecycle {
     /// Has the first `count` vCPUs be there; returns when they are, and false if that takes longer than `patience` or the
     /// machine has ended.
     pub fn plug(&self, count: usize, patience: Duration) -> bool {
-        let mut state = self.lock();
-        state.wanted = state.wanted.max(count);
-        self.changed.notify_all();
-        let wait = |state: &mut State| state.target != Target::End && state.present < count;
-        let (state, _) = self.changed.wait_timeout_while(state, patience, wait).unwrap_or_else(|e| e.into_inner());
-        state.target != Target::End && state.present >= count
+        let come = |vcpu: &mut Vcpu| if vcpu.is_present() { Ok(()) } else { vcpu.come() };
+        let answers: Vec<_> = (0..count).map(|vcpu| self.ask(vcpu, come)).collect();
+        let deadline = Instant::now() + patience;
+        answers.into_iter().all(|answer| {
+            match answer.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(Ok(())) => true,
+                Ok(Err(error)) => {
+                    self.end(ExitReason::HostFault, error.to_string());
+                    false
+                }
+                Err(_) => false,
+            }
+        })
     }
 
     /// Lets them go on.
@@ -167,74 +188,150 @@ impl Lifecycle {
         self.kickers.get().into_iter().flatten().for_each(Kicker::kick);
     }
 
-    /// The registers of each vCPU, also while they stand still; none of one that does not leave the guest within
-    /// `patience` or has ended.
-    pub fn look(&self, patience: Duration) -> Vec<Option<Registers>> {
-        self.lock().looks.fill(Look::Wanted);
-        self.kick_all();
-        let waiting = |state: &mut State| {
-            let taken = state.looks.iter().filter(|look| matches!(look, Look::Taken(_))).count();
-            taken < state.alive
+    /// Has the thread of a vCPU do something between two runs, also while it stands still. The answer comes soon, or never
+    /// from a vCPU whose thread ends.
+    pub fn ask<T: Send + 'static>(
+        &self,
+        vcpu: usize,
+        question: impl FnOnce(&mut Vcpu) -> T + Send + 'static,
+    ) -> Receiver<T> {
+        let (answer, receiver) = mpsc::sync_channel(1);
+        let errand = move |vcpu: &mut Vcpu| {
+            // Nobody waits for it any more: then nobody gets it.
+            let _ = answer.send(question(vcpu));
         };
-        let (mut state, _) =
-            self.changed.wait_timeout_while(self.lock(), patience, waiting).unwrap_or_else(|e| e.into_inner());
-        let taken = |look: &mut Look| match std::mem::take(look) {
-            Look::Taken(registers) => registers.map(|registers| *registers),
-            Look::Unwanted | Look::Wanted => None,
-        };
-        state.looks.iter_mut().map(taken).collect()
+        if let Some(Some(member)) = self.lock().members.get_mut(vcpu) {
+            member.errands.push(Box::new(errand));
+        }
+        self.changed.notify_all();
+        if let Some(kicker) = self.kickers.get().and_then(|kickers| kickers.get(vcpu)) {
+            kicker.kick();
+        }
+        receiver
     }
 
-    /// For the thread of a vCPU that begins or was kicked: lets itself be looked at, comes when it shall, and stands still as
-    /// long as it must; true when it shall run.
+    /// Asks each vCPU the same; no answer of one that does not leave the guest within `patience` or has ended.
+    pub fn ask_each<T: Send + 'static>(
+        &self,
+        patience: Duration,
+        question: impl Fn(&mut Vcpu) -> T + Clone + Send + 'static,
+    ) -> Vec<Option<T>> {
+        let vcpus = self.kickers.get().map_or(0, Vec::len);
+        let answers: Vec<_> = (0..vcpus).map(|vcpu| self.ask(vcpu, question.clone())).collect();
+        let deadline = Instant::now() + patience;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        answers.into_iter().map(|answer| answer.recv_timeout(left()).ok()).collect()
+    }
+
+    /// The registers of each vCPU.
+    pub fn look(&self, patience: Duration) -> Vec<Option<Registers>> {
+        self.ask_each(patience, |vcpu| vcpu.registers().ok()).into_iter().map(Option::flatten).collect()
+    }
+
+    /// From the first instruction on the guest stands still until a debugger lets it go. Called before there are vCPUs;
+    /// `event` is signalled when one of them has stopped for the debugger, and at the end.
+    pub fn wait_for_debugger(&self, event: EventFd) {
+        // A second call would be our bug and changes nothing.
+        let _ = self.debugger.set(event);
+    }
+
+    /// For a debugger: stops all vCPUs; false where the machine has ended.
+    pub fn hold(&self) -> bool {
+        self.lock().hold_all();
+        self.kick_all();
+        let wait = |state: &mut State| state.target != Target::End && state.parked < state.alive();
+        let state = self.changed.wait_while(self.lock(), wait).unwrap_or_else(|e| e.into_inner());
+        state.target != Target::End
+    }
+
+    /// Lets those go on that are not `held`. All of them stand still.
+    pub fn release(&self, held: impl Fn(usize) -> bool) {
+        for (vcpu, member) in self.lock().members.iter_mut().enumerate() {
+            if let Some(member) = member {
+                member.held = held(vcpu);
+            }
+        }
+        self.changed.notify_all();
+    }
+
+    /// For a vCPU's thread: it has come to where the debugger wants it, so all stop.
+    pub fn stopped(&self, stop: Stop) {
+        {
+            let mut state = self.lock();
+            state.hold_all();
+            state.stops.push_back(stop);
+        }
+        self.kick_all();
+        self.wake_debugger();
+    }
+
+    /// The first stop that was not taken yet.
+    pub fn take_stop(&self) -> Option<Stop> {
+        self.lock().stops.pop_front()
+    }
+
+    /// Forgets the stops that `stale` says are not worth a word; the debugger's event is signalled where others are left.
+    pub fn forget_stops(&self, stale: impl Fn(&Stop) -> bool) {
+        let left = {
+            let mut state = self.lock();
+            state.stops.retain(|stop| !stale(stop));
+            !state.stops.is_empty()
+        };
+        if left {
+            self.wake_debugger();
+        }
+    }
+
+    fn wake_debugger(&self) {
+        if let Some(event) = self.debugger.get() {
+            // Fails only where 2^64 - 2 signals wait to be read.
+            let _ = event.write(1);
+        }
+    }
+
+    /// For the thread of a vCPU that begins or was kicked: does what it is asked for, and stands still as long as it must,
+    /// which one that has not come does; true when it shall run.
     pub fn checkpoint(&self, vcpu: &mut Vcpu, kicker: &Kicker) -> bool {
-        let index = usize::from(vcpu.index());
         // Before the look at what is wanted: what is wanted after it comes with a kick of its own.
         kicker.clear();
+        let index = usize::from(vcpu.index());
         let mut state = self.lock();
         let mut told = false;
         loop {
-            if let Some(look @ Look::Wanted) = state.looks.get_mut(index) {
-                *look = Look::Taken(vcpu.registers().ok().map(Box::new));
-                self.changed.notify_all();
-            }
-            // Under the lock: whoever has it come tells the guest only afterwards, so that no message to it is lost.
-            if !vcpu.is_present() && index < state.wanted {
-                if let Err(error) = vcpu.come() {
-                    drop(state);
-                    self.end(ExitReason::HostFault, error.to_string());
-                    return false;
-                }
-                state.present += 1;
-                self.changed.notify_all();
+            let Some(Some(member)) = state.members.get_mut(index) else { return false };
+            let errands = std::mem::take(&mut member.errands);
+            let stops = member.held || state.target == Target::Pause;
+            if !errands.is_empty() {
+                drop(state);
+                errands.into_iter().for_each(|errand| errand(vcpu));
+                state = self.lock();
+                continue;
             }
             let is_present = vcpu.is_present();
-            let stands = move |state: &State| match state.target {
-                Target::Run => !is_present,
-                Target::Pause => true,
-                Target::End => false,
-            };
-            if !stands(&state) {
-                return state.target == Target::Run;
+            if state.target == Target::End || (is_present && !stops) {
+                return state.target != Target::End;
             }
-            if state.target == Target::Pause && !told {
+            if stops && !told {
                 vcpu.note_pause();
                 told = true;
             }
             state.parked += 1;
             self.changed.notify_all();
             let idle = |state: &mut State| {
-                let is_wanted = matches!(state.looks.get(index), Some(Look::Wanted));
-                stands(state) && !is_wanted && (is_present || index >= state.wanted)
+                let member = state.members.get(index).and_then(Option::as_ref);
+                let (held, asked) = member.map_or((false, false), |member| (member.held, !member.errands.is_empty()));
+                state.target != Target::End && (held || state.target == Target::Pause || !is_present) && !asked
             };
             state = self.changed.wait_while(state, idle).unwrap_or_else(|e| e.into_inner());
             state.parked -= 1;
         }
     }
 
-    /// For a vCPU thread that ends.
-    pub fn leave(&self) {
-        self.lock().alive -= 1;
+    /// For the thread of this vCPU, which ends.
+    pub fn leave(&self, vcpu: usize) {
+        // What it was asked for is dropped, and that is the answer.
+        let member = self.lock().members.get_mut(vcpu).and_then(Option::take);
+        drop(member);
         self.changed.notify_all();
     }
 }

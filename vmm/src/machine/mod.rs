@@ -18,6 +18,7 @@ pub mod vcpu;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -30,8 +31,10 @@ use bedplate_devices::threads;
 
 use crate::acpi::AcpiError;
 use crate::boot::BootError;
+use crate::core_dump::{self, CoreDumpError};
+use crate::debugger::Debugging;
 use crate::firmware::FirmwareError;
-use crate::kvm::{KvmError, Vcpu, Vm};
+use crate::kvm::{KvmError, Vcpu, VcpuState, Vm};
 use crate::memory::{MemoryError, Ram};
 use crate::pmem::{PmemFileError, Watching};
 use crate::sandbox::{self, SandboxError};
@@ -84,6 +87,8 @@ pub struct Machine {
     _vm: Vm,
     /// Ends it when a file in its memory becomes shorter.
     _watching: Option<Watching>,
+    /// Serves a debugger, which may hold the vCPUs.
+    _debugging: Option<Debugging>,
     ram: Ram,
     buses: Buses,
     life: Arc<Lifecycle>,
@@ -102,14 +107,15 @@ pub struct Machine {
 impl Machine {
     /// Starts one thread per vCPU.
     fn run(mut self, vcpus: Vec<Vcpu>, unknown: &Arc<UnknownMsrs>) -> Result<Self, BuildError> {
-        self.life.set_vcpus(vcpus.iter().map(Vcpu::kicker).collect(), self.present.into());
+        self.life.set_vcpus(vcpus.iter().map(Vcpu::kicker).collect());
         self.started = Some(Instant::now());
-        let mut waiting = vcpus.len();
+        let all = vcpus.len();
         for mut vcpu in vcpus {
             let (buses, life, unknown) = (self.buses.clone(), Arc::clone(&self.life), Arc::clone(unknown));
             let counters = Arc::new(ExitCounters::default());
             self.counters.push(Arc::clone(&counters));
-            let name = format!("vcpu{}", vcpu.index());
+            let index = usize::from(vcpu.index());
+            let name = format!("vcpu{index}");
             let body = move || {
                 sandbox::narrow(sandbox::Thread::Vcpu);
                 vcpu::run(&mut vcpu, &buses, &life, &counters, &unknown);
@@ -119,11 +125,10 @@ impl Machine {
                 Err(error) => {
                     // Those that have no thread will never leave by themselves.
                     self.life.end(ExitReason::HostFault, error.to_string());
-                    (0..waiting).for_each(|_| self.life.leave());
+                    (index..all).for_each(|vcpu| self.life.leave(vcpu));
                     return Err(BuildError::Host(error));
                 }
             }
-            waiting -= 1;
         }
         Ok(self)
     }
@@ -203,6 +208,22 @@ impl Machine {
             last_exits: counters.last(),
         };
         registers.into_iter().zip(&self.counters).take(self.present.into()).enumerate().map(vcpu).collect()
+    }
+
+    /// Writes memory and registers to a file, while the vCPUs stand still; they do so after it, too. Devices finish what they
+    /// have begun.
+    ///
+    /// # Errors
+    /// It cannot be written, or the machine has ended.
+    pub fn dump_core(&self, path: &Path, patience: Duration) -> Result<(), CoreDumpError> {
+        if !self.pause() {
+            return Err(CoreDumpError::Ended);
+        }
+        let states = self.life.ask_each(patience, |vcpu| vcpu.state().ok());
+        let known =
+            |(index, state): (usize, Option<Option<VcpuState>>)| state.flatten().ok_or(CoreDumpError::Vcpu(index));
+        let states = states.into_iter().enumerate().map(known).collect::<Result<Vec<_>, _>>()?;
+        core_dump::write(path, &states, &self.ram)
     }
 
     /// Exits of all vCPUs so far.

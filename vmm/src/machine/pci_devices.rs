@@ -14,6 +14,7 @@ use bedplate_devices::pci::{PciFunction, PciRoot, Slot};
 use bedplate_devices::virtio::VirtioDevice;
 use bedplate_devices::virtio::balloon::{Balloon, BalloonConfig};
 use bedplate_devices::virtio::block::{Block, BlockConfig, OpenError};
+use bedplate_devices::virtio::console::{Console, WindowSize};
 use bedplate_devices::virtio::mem::{Mem, MemConfig};
 use bedplate_devices::virtio::net::{Net, NetConfig, TapError};
 use bedplate_devices::virtio::pci::{VirtioPciDevice, VirtioPciError};
@@ -27,6 +28,7 @@ use super::devices::{Counts, Devices};
 use super::taps::Taps;
 use crate::block;
 use crate::config::{self, DriveConfig, EntropyConfig, HotplugConfig};
+use crate::console::Sink;
 use crate::kvm::Vm;
 use crate::metadata::{GuestView, Metadata};
 use crate::pmem::PmemFile;
@@ -224,6 +226,14 @@ impl Attach<'_> {
         self.devices.mem = Some(device.control());
         let counts = Counts::Mem(Arc::clone(device.mem_metrics()));
         self.virtio("memory_hotplug".into(), device, counts).map(drop)
+    }
+
+    /// A console whose output goes to `sink`.
+    pub fn console(&mut self, sink: Sink, size: WindowSize) -> Result<(), BuildError> {
+        let device = Console::new(sink, size).map_err(BuildError::Host)?;
+        self.devices.console = Some(device.control());
+        let counts = Counts::Console(Arc::clone(device.console_metrics()));
+        self.virtio("console".into(), device, counts).map(drop)
     }
 
     /// Puts a device on the bus, and notes what it counts and where its queues are.

@@ -28,6 +28,16 @@ pub struct SerialLine {
     pub drained: EventFd,
 }
 
+impl SerialLine {
+    /// Another handle to it.
+    ///
+    /// # Errors
+    /// The host has no descriptors left.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self { port: Arc::clone(&self.port), drained: self.drained.try_clone()? })
+    }
+}
+
 /// What the guest asks of the machine ends it.
 fn power_sink(life: &Arc<Lifecycle>) -> PowerSink {
     let life = Arc::clone(life);

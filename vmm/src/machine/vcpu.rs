@@ -6,7 +6,7 @@ use bedplate_api::vmm::ExitReason;
 use bedplate_devices::bus::Bus;
 
 use super::counters::ExitCounters;
-use super::lifecycle::Lifecycle;
+use super::lifecycle::{Lifecycle, Stop};
 use super::unknown_msrs::UnknownMsrs;
 use crate::kvm::{Exit, KvmError, Vcpu};
 
@@ -81,6 +81,20 @@ pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCoun
                 counters.interrupted();
                 goes_on = life.checkpoint(vcpu, &kicker);
             }
+            Ok(Exit::Debug(exit)) => {
+                counters.other();
+                match vcpu.sort_out(exit) {
+                    Ok(None) => {}
+                    Ok(Some(trap)) => {
+                        life.stopped(Stop { vcpu: vcpu.index().into(), trap });
+                        goes_on = life.checkpoint(vcpu, &kicker);
+                    }
+                    Err(error) => {
+                        finish(vcpu, life, End::Host(error.to_string()));
+                        goes_on = false;
+                    }
+                }
+            }
             other => {
                 counters.other();
                 let end = classify(other);
@@ -92,7 +106,7 @@ pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCoun
         }
     }
     vcpu.detach();
-    life.leave();
+    life.leave(vcpu.index().into());
 }
 
 /// An exit after which this vCPU runs no more.

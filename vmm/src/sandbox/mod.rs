@@ -64,6 +64,7 @@ pub enum Access {
 pub struct Sandbox {
     unlisted: Unlisted,
     user: Option<User>,
+    debugger: bool,
     dirs: Vec<(PathBuf, Access)>,
 }
 
@@ -73,7 +74,12 @@ static INSIDE: OnceLock<Unlisted> = OnceLock::new();
 impl Sandbox {
     /// Walls without a door. `user` is who the process shall be; only root can become somebody else.
     pub const fn new(unlisted: Unlisted, user: Option<User>) -> Self {
-        Self { unlisted, user, dirs: Vec::new() }
+        Self { unlisted, user, debugger: false, dirs: Vec::new() }
+    }
+
+    /// Leaves what a debugger does to vCPUs possible.
+    pub const fn permit_debugger(&mut self) {
+        self.debugger = true;
     }
 
     /// Leaves `dir` visible.
@@ -103,7 +109,7 @@ impl Sandbox {
         root::close(&self.dirs)?;
         user::become_nobody(self.user)?;
         files::restrict(&self.dirs)?;
-        syscalls::restrict_process(self.unlisted)?;
+        syscalls::restrict_process(self.unlisted, self.debugger)?;
         // A second call would be our bug; the walls stand either way.
         let _ = INSIDE.set(self.unlisted);
         bedplate_devices::virtio::on_worker_start(|| narrow(Thread::Worker));

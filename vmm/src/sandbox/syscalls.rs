@@ -28,6 +28,8 @@ pub enum Thread {
     Worker,
     /// Carries the serial console's bytes.
     Console,
+    /// Serves a debugger.
+    Debugger,
 }
 
 /// What every thread needs: memory, locks, time, its own end.
@@ -147,6 +149,7 @@ const IOCTLS: &[u32] = &[
     0x8090_ae81, // KVM_GET_REGS
     0x8138_ae83, // KVM_GET_SREGS
     0x4138_ae84, // KVM_SET_SREGS, by which a vCPU comes
+    0x81a0_ae8c, // KVM_GET_FPU
     0x4004_54d0, // TUNSETOFFLOAD
     0x4004_54d8, // TUNSETVNETHDRSZ
     0x4004_54d9, // TUNSETQUEUE
@@ -162,6 +165,17 @@ const IOCTLS: &[u32] = &[
     0x8008_1272, // BLKGETSIZE64
 ];
 
+/// Requests that a debugger has vCPUs make.
+const DEBUGGER_IOCTLS: &[u32] = &[
+    0x4090_ae82, // KVM_SET_REGS
+    0x4138_ae84, // KVM_SET_SREGS
+    0x41a0_ae8d, // KVM_SET_FPU
+    0xc018_ae85, // KVM_TRANSLATE
+    0x4048_ae9b, // KVM_SET_GUEST_DEBUG
+    0x8080_aea1, // KVM_GET_DEBUGREGS
+    0x4080_aea2, // KVM_SET_DEBUGREGS
+];
+
 /// The lists of which a kind of thread's is made.
 const fn lists(thread: Thread) -> &'static [&'static [c_long]] {
     match thread {
@@ -169,16 +183,17 @@ const fn lists(thread: Thread) -> &'static [&'static [c_long]] {
         Thread::Vcpu => &[EVERY, STARTS_THREADS, WAITS, OPENS_FILES, DISKS, SETS_ASIDE, SOCKETS, RANDOM, BY_ARGUMENT],
         Thread::Worker => &[EVERY, WAITS, OPENS_FILES, DISKS, SETS_ASIDE, SOCKETS, RANDOM, BY_ARGUMENT],
         Thread::Console => &[EVERY, WAITS, OPENS_FILES, CHANGES_NAMES, SOCKETS, BY_ARGUMENT],
+        Thread::Debugger => &[EVERY, WAITS, SOCKETS, BY_ARGUMENT],
     }
 }
 
-/// Restricts the process, by its only thread.
-pub(super) fn restrict_process(unlisted: Unlisted) -> Result<(), SandboxError> {
+/// Restricts the process, by its only thread. With a `debugger`, its requests are on the list, too.
+pub(super) fn restrict_process(unlisted: Unlisted, debugger: bool) -> Result<(), SandboxError> {
     let failed =
         |e: std::io::Error| SandboxError::new("seccomp refuses its list", e, "the kernel needs CONFIG_SECCOMP_FILTER");
     vmm_sys_util::signal::register_signal_handler(libc::SIGSYS, refused)
         .map_err(|e| failed(std::io::Error::from_raw_os_error(e.errno())))?;
-    apply(&process_rules(), unlisted).map_err(failed)
+    apply(&process_rules(debugger), unlisted).map_err(failed)
 }
 
 /// Restricts the calling thread further.
@@ -194,11 +209,13 @@ fn thread_rules(thread: Thread) -> Rules {
 
 const ALLOW: Rule = Rule::Always(Answer::ALLOW);
 
-fn process_rules() -> Rules {
-    let all = [Thread::Control, Thread::Vcpu, Thread::Worker, Thread::Console];
-    let calls = all.into_iter().flat_map(lists).flat_map(|list| list.iter());
+const ALL: [Thread; 5] = [Thread::Control, Thread::Vcpu, Thread::Worker, Thread::Console, Thread::Debugger];
+
+fn process_rules(debugger: bool) -> Rules {
+    let calls = ALL.into_iter().flat_map(lists).flat_map(|list| list.iter());
     let mut rules: Rules = calls.map(|call| (*call, ALLOW)).collect();
-    rules.insert(libc::SYS_ioctl, Rule::Only(1, IOCTLS.to_vec()));
+    let ioctls = if debugger { [IOCTLS, DEBUGGER_IOCTLS].concat() } else { IOCTLS.to_vec() };
+    rules.insert(libc::SYS_ioctl, Rule::Only(1, ioctls));
     // To programs on this machine, and only within what is visible.
     rules.insert(libc::SYS_socket, Rule::Only(0, vec![libc::AF_UNIX.unsigned_abs()]));
     // Kicks of our own threads.
@@ -258,8 +275,8 @@ mod tests {
 
     #[test]
     fn the_processes_list_holds_every_threads() {
-        let process = process_rules();
-        for thread in [Thread::Control, Thread::Vcpu, Thread::Worker, Thread::Console] {
+        let process = process_rules(false);
+        for thread in ALL {
             assert!(lists(thread).iter().flat_map(|list| list.iter()).all(|call| process.contains_key(call)));
         }
         for never in [libc::SYS_execve, libc::SYS_ptrace, libc::SYS_kill, libc::SYS_mount, libc::SYS_chdir] {
@@ -269,6 +286,7 @@ mod tests {
             let program = bpf::program(rules, Answer::TRAP).unwrap();
             assert!(program.len() < 160, "{} instructions: the kernel takes its time for each", program.len());
         }
+        assert_ne!(process_rules(true)[&libc::SYS_ioctl], process[&libc::SYS_ioctl]);
         assert_ne!((&process[&libc::SYS_ioctl], &process[&libc::SYS_socket]), (&ALLOW, &ALLOW));
     }
 }

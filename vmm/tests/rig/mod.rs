@@ -13,6 +13,9 @@ use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::{Exit, ExitReason};
 
+mod elf;
+pub use elf::kernel;
+
 /// `mov al, c; mov dx, 0x3f8; out dx, al`
 pub const SAY_X: [u8; 7] = [0xb0, b'x', 0x66, 0xba, 0xf8, 0x03, 0xee];
 /// `mov al, 0xfe; out 0x64, al`
@@ -21,24 +24,6 @@ pub const RESET: [u8; 4] = [0xb0, 0xfe, 0xe6, 0x64];
 pub const SPIN: [u8; 2] = [0xeb, 0xfe];
 
 pub const START: &str = r#"{"action_type": "InstanceStart"}"#;
-
-/// An ELF kernel that is `code`, at 1 MiB, entered in 64-bit mode.
-pub fn kernel(code: &[&[u8]]) -> Vec<u8> {
-    let code = code.concat();
-    let mut image = vec![0; 0x1000];
-    let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
-    put(0, b"\x7fELF\x02\x01\x01");
-    for (at, value) in [(16, 2u16), (18, 62), (54, 56), (56, 1)] {
-        put(at, &value.to_le_bytes());
-    }
-    put(64, &1u32.to_le_bytes());
-    let len = code.len() as u64;
-    for (at, value) in [(24, 0x10_0000u64), (32, 64), (72, 0x1000), (88, 0x10_0000), (96, len), (104, len)] {
-        put(at, &value.to_le_bytes());
-    }
-    image.extend_from_slice(&code);
-    image
-}
 
 pub struct Rig {
     dir: tempfile::TempDir,
