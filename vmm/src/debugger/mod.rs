@@ -14,11 +14,11 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use bedplate_api::socket;
 use bedplate_api::vmm::ExitReason;
-use bedplate_devices::Memory;
+use bedplate_devices::{Memory, threads};
 use gdbstub::stub::state_machine::GdbStubStateMachine as Machine;
 use gdbstub::stub::{DisconnectReason, GdbStub, GdbStubError};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -111,7 +111,7 @@ impl Debugger {
             sandbox::narrow(sandbox::Thread::Debugger);
             server.run();
         };
-        let thread = thread::Builder::new().name("debugger".into()).spawn(body)?;
+        let thread = threads::named("debugger").spawn(body)?;
         Ok(Debugging { stop, thread: Some(thread) })
     }
 }
