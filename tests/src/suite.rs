@@ -33,8 +33,8 @@ pub struct NodeSpec {
 }
 
 /// Drivers for what the tests do inside: KVM, networks of VMs, vsock.
-const MODULES: [&str; 8] =
-    ["virtio_pci", "virtio-rng", "kvm-amd", "kvm-intel", "tun", "bridge", "vhost_vsock", "button"];
+const MODULES: [&str; 9] =
+    ["virtio_pci", "virtio-rng", "kvm-amd", "kvm-intel", "tun", "bridge", "vhost_vsock", "vhost_net", "button"];
 
 /// In the environment: how many times a scenario that measures takes each figure. Once is enough to see that it works.
 pub const ROUNDS: &str = "BEDPLATE_TEST_ROUNDS";

@@ -40,6 +40,8 @@ pub(super) enum Counts {
     Mem(Arc<MemMetrics>),
     Rng(Arc<Counter>),
     Vsock,
+    /// The kernel counts, by the tap.
+    Vhost,
 }
 
 impl Devices {
@@ -164,7 +166,7 @@ impl Counts {
                 ("refused_requests", &mem.refused),
             ],
             Self::Rng(bytes) => vec![("entropy_bytes", bytes)],
-            Self::Vsock => Vec::new(),
+            Self::Vsock | Self::Vhost => Vec::new(),
         }
     }
 }
