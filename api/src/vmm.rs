@@ -335,6 +335,10 @@ pub struct NetworkInterface {
     /// vCPU, up to 8, if the tap is such a one, else one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub queue_pairs: Option<u8>,
+    /// Frames are carried by the host's kernel, through vhost-net. Such an interface has no rate limiters, does not lead to
+    /// the guest's metadata, and is there from the start. Absent: no.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub vhost: bool,
 }
 
 /// A change of an interface of a VM that runs.

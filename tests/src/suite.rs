@@ -34,8 +34,8 @@ pub struct NodeSpec {
 }
 
 /// Drivers for what the tests do inside: KVM, networks of VMs, vsock; and one that a guest gets from there.
-const MODULES: [&str; 9] =
-    ["virtio_pci", "virtio-rng", "kvm-amd", "kvm-intel", "tun", "bridge", "vhost_vsock", "button", "msr"];
+const MODULES: [&str; 10] =
+    ["virtio_pci", "virtio-rng", "kvm-amd", "kvm-intel", "tun", "bridge", "vhost_vsock", "vhost_net", "button", "msr"];
 
 /// In the environment: how many times a scenario that measures takes each figure. Once is enough to see that it works.
 pub const ROUNDS: &str = "BEDPLATE_TEST_ROUNDS";

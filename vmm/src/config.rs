@@ -154,6 +154,16 @@ pub enum ConfigError {
     Mtu { id: String, mtu: u16 },
     #[error("network interface {id:?}: queue_pairs {pairs} is not offered: give 1 to {MAX_PAIRS}, or leave it out")]
     QueuePairs { id: String, pairs: usize },
+    #[error(
+        "network interface {0:?}: vhost and rate limiters exclude each other, because the host's kernel carries the frames: \
+         leave one of them out, or limit the tap (`tc`)"
+    )]
+    VhostLimits(String),
+    #[error(
+        "MMDS config error: network interface {0:?} has vhost, so that nobody sees the guest's requests: name another one, or \
+         leave vhost out"
+    )]
+    VhostMmds(String),
     #[error("{what} {name:?} exists twice: give each its own")]
     Twice { what: &'static str, name: String },
     #[error("{what} {name:?} is not a name: give 1 to 64 letters, digits, underscores and hyphens")]

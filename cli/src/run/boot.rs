@@ -148,6 +148,7 @@ pub(super) fn config(args: &Args, start: Start, disk: PathBuf, net: Option<&Net>
         rx_rate_limiter: None,
         tx_rate_limiter: None,
         queue_pairs: None,
+        vhost: false,
     });
     let boot_source = match start {
         Start::Kernel(kernel) => BootSource {

@@ -4,6 +4,8 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::host::MsiVector;
 
 /// Bytes of a table entry: address, upper address, data, control.
@@ -28,6 +30,20 @@ struct Vector {
     delivery: Delivery,
     pending: bool,
     routed: Option<(u64, u32)>,
+    /// Somebody signals the line without asking here. So it has a route only while it may, and keeps what comes meanwhile.
+    direct: bool,
+}
+
+impl Vector {
+    /// Without a route, signals that come to the line itself wait in it.
+    fn hold(&mut self) -> io::Result<()> {
+        if self.direct && self.routed.take().is_some() { self.line.unroute() } else { Ok(()) }
+    }
+
+    /// Takes the signals that wait in the line.
+    fn take_direct(&self) -> bool {
+        self.direct && self.line.trigger().read().is_ok()
+    }
 }
 
 /// The signalling side: held by workers. Each vector has its own lock, taken last and for a moment.
@@ -52,6 +68,19 @@ impl Vectors {
         }
     }
 
+    /// The descriptor of vector `index`, for somebody who signals it without asking here; none if there is no such vector.
+    ///
+    /// # Errors
+    /// The host has no descriptors left, or refuses.
+    pub fn direct(&self, index: u16) -> io::Result<Option<EventFd>> {
+        let Some(mut vector) = self.lock(usize::from(index)) else { return Ok(None) };
+        vector.direct = true;
+        if vector.delivery != Delivery::Live {
+            vector.hold()?;
+        }
+        vector.line.trigger().try_clone().map(Some)
+    }
+
     fn lock(&self, index: usize) -> Option<MutexGuard<'_, Vector>> {
         self.vectors.get(index).map(|v| v.lock().unwrap_or_else(|e| e.into_inner()))
     }
@@ -69,7 +98,8 @@ impl Msix {
     /// A table with an entry for each of `lines`; all masked, MSI-X off.
     pub fn new(lines: Vec<Box<dyn MsiVector>>) -> Self {
         let table = vec![[0, 0, 0, 1]; lines.len()];
-        let vector = |line| Mutex::new(Vector { line, delivery: Delivery::Off, pending: false, routed: None });
+        let vector =
+            |line| Mutex::new(Vector { line, delivery: Delivery::Off, pending: false, routed: None, direct: false });
         let vectors = Arc::new(Vectors { vectors: lines.into_iter().map(vector).collect() });
         Self { vectors, table, enabled: false, masked: false }
     }
@@ -132,7 +162,10 @@ impl Msix {
     pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
         for (at, byte) in (offset as usize..).zip(data) {
             *byte = (0..8).fold(0, |bits, bit| {
-                let pending = self.vectors.lock(at.saturating_mul(8) + bit).is_some_and(|v| v.pending);
+                let pending = self.vectors.lock(at.saturating_mul(8) + bit).is_some_and(|mut v| {
+                    v.pending |= v.delivery == Delivery::Held && v.take_direct();
+                    v.pending
+                });
                 bits | u8::from(pending) << bit
             });
         }
@@ -156,9 +189,13 @@ impl Msix {
             vector.pending = false;
             return if vector.routed.take().is_some() { vector.line.unroute() } else { Ok(()) };
         }
+        if vector.delivery == Delivery::Off {
+            // What came while MSI-X was off is nobody's.
+            vector.take_direct();
+        }
         vector.delivery = Delivery::Held;
         if self.masked || control & 1 != 0 {
-            return Ok(());
+            return vector.hold();
         }
         let message = (u64::from(high) << 32 | u64::from(low), data);
         // Routing is dear for the host, and guests mask and unmask around every change of affinity.

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::metrics::DeviceMetrics;
 
@@ -58,6 +59,15 @@ pub trait Interrupt: Send + Sync {
     /// Buffers of queue `queue` were used.
     fn used(&self, queue: u16);
 
+    /// The descriptor whose signal interrupts the driver for queue `queue`, for a device that has somebody else signal it;
+    /// none if the driver has chosen no vector. While the vector is masked the descriptor keeps signals.
+    ///
+    /// # Errors
+    /// The host has no descriptors left, or refuses.
+    fn direct(&self, _queue: u16) -> io::Result<Option<EventFd>> {
+        Ok(None)
+    }
+
     /// The device's configuration space has changed.
     fn config_changed(&self);
 
@@ -92,6 +102,9 @@ pub trait VirtioDevice: Send {
     /// Stops all work. When it returns no thread of the device touches guest memory, everything that was taken from the
     /// queues has been returned, and the device can be activated again. Idempotent: a stopped device has no queues.
     fn stop(&mut self) -> Vec<Virtqueue>;
+
+    /// The driver has chosen another vector for queue `queue` while the device works.
+    fn vector_changed(&mut self, _queue: u16) {}
 
     /// The device's counters.
     fn metrics(&self) -> &Arc<DeviceMetrics>;

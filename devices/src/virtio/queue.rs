@@ -339,6 +339,13 @@ impl Virtqueue {
         self.queue.set_next_avail(position.0);
     }
 
+    /// Somebody else has worked on the ring, and everything up to `position` has been used.
+    pub fn moved_to(&mut self, position: u16) {
+        self.queue.set_next_avail(position);
+        self.queue.set_next_used(position);
+        self.announced = position;
+    }
+
     /// Returns a chain to the driver, `len` bytes of which were written.
     pub fn push(&mut self, head: u16, len: u32) {
         self.push_all([(head, len)]);

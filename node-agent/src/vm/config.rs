@@ -56,6 +56,7 @@ pub fn vm_config(
                 rx_rate_limiter: None,
                 tx_rate_limiter: None,
                 queue_pairs: None,
+                vhost: false,
             })
             .into_iter()
             .collect(),

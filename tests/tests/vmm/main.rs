@@ -21,6 +21,7 @@ mod refusals;
 mod sandbox;
 mod serial;
 mod vcpus;
+mod vhost;
 mod vsock;
 
 use std::process::ExitCode;
@@ -68,6 +69,10 @@ fn main() -> ExitCode {
         Scenario { name: "pmem_is_no_buffer_for_other_devices", run: pmem::is_no_buffer_for_other_devices },
         Scenario { name: "network_both_ways_in_bulk", run: network::host_and_guest },
         Scenario { name: "two_vcpus_have_a_pair_of_queues_each", run: network::two_pairs },
+        Scenario { name: "the_kernel_carries_frames", run: || vhost::both_ways(1) },
+        Scenario { name: "the_kernel_carries_frames_of_two_pairs", run: || vhost::both_ways(2) },
+        Scenario { name: "the_kernel_carries_frames_in_memory_that_was_added", run: vhost::added_memory },
+        Scenario { name: "what_vhost_cannot_do_is_refused", run: vhost::refusals },
         Scenario { name: "guests_reach_each_other", run: network::guest_and_guest },
         Scenario { name: "disks_and_interfaces_come_and_go", run: plug::come_and_go },
         Scenario { name: "a_guest_is_asked_for_a_device_and_keeps_the_others", run: plug::is_asked },

@@ -50,7 +50,7 @@ pub fn in_bulk(guest: &Guest, net: u8, ways: &[&str]) -> Result<()> {
         ensure!(got.starts_with(sum), "node to guest, {wget}: {got} instead of {sum}");
 
         guest.run("mv /tmp/big /run/www/back")?;
-        busybox(&["wget", "-q", "-O", "/run/back", &format!("http://10.{net}.0.2/back")])?;
+        busybox(&["timeout", "150", "wget", "-q", "-O", "/run/back", &format!("http://10.{net}.0.2/back")])?;
         let got = busybox(&["md5sum", "/run/back"])?;
         ensure!(got.starts_with(sum), "guest to node: {got} instead of {sum}");
         fs::remove_file("/run/back")?;

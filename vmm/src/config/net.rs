@@ -27,6 +27,8 @@ pub struct NetConfig {
     pub tx_limits: LimiterConfig,
     /// Pairs of queues that it must have; as many as fit, if nobody says how many.
     pub queue_pairs: Option<usize>,
+    /// Over vhost-net: no limits, no metadata.
+    pub vhost: bool,
 }
 
 /// Checks the network interfaces of `spec`, and says which of them lead to the guest's metadata.
@@ -41,6 +43,7 @@ pub fn nets(spec: &VmConfig) -> Result<Vec<NetConfig>, ConfigError> {
     let mut nets: Vec<_> = interfaces.iter().map(net).collect::<Result<_, _>>()?;
     if let Some(mmds) = &spec.mmds_config {
         let address = mmds.ipv4_address.unwrap_or(MMDS_ADDRESS);
+        without_vhost(mmds, interfaces)?;
         let named = nets.iter_mut().filter(|net| mmds.network_interfaces.contains(&net.id));
         named.for_each(|net| net.metadata = Some(address));
     }
@@ -69,8 +72,11 @@ pub fn net(net: &NetworkInterface) -> Result<NetConfig, ConfigError> {
     if let Some(pairs) = queue_pairs.filter(|pairs| !(1..=MAX_PAIRS).contains(pairs)) {
         return Err(ConfigError::QueuePairs { id, pairs });
     }
+    if net.vhost && (net.rx_rate_limiter.is_some() || net.tx_rate_limiter.is_some()) {
+        return Err(ConfigError::VhostLimits(id));
+    }
     let (rx_limits, tx_limits) = (limits(net.rx_rate_limiter), limits(net.tx_rate_limiter));
-    Ok(NetConfig { id, tap, mac, mtu: net.mtu, metadata: None, rx_limits, tx_limits, queue_pairs })
+    Ok(NetConfig { id, tap, mac, mtu: net.mtu, metadata: None, rx_limits, tx_limits, queue_pairs, vhost: net.vhost })
 }
 
 /// Checks how the guest reaches its metadata; returns at which address.
@@ -85,10 +91,20 @@ pub fn mmds_address(mmds: &MmdsConfig, interfaces: &[NetworkInterface]) -> Resul
     if let Some(id) = mmds.network_interfaces.iter().find(|id| !known(id)) {
         return Err(ConfigError::MmdsInterface(id.clone()));
     }
+    without_vhost(mmds, interfaces)?;
     let address = mmds.ipv4_address.unwrap_or(MMDS_ADDRESS);
     // The first and the last 256 are reserved (RFC 3927, 2.1).
     let usable = address.is_link_local() && (1..=254).contains(&address.octets()[2]);
     if usable { Ok(address) } else { Err(ConfigError::MmdsAddress(address)) }
+}
+
+/// Nobody of ours sees the frames that the kernel carries.
+fn without_vhost(mmds: &MmdsConfig, interfaces: &[NetworkInterface]) -> Result<(), ConfigError> {
+    let mut named = interfaces.iter().filter(|interface| mmds.network_interfaces.contains(&interface.iface_id));
+    match named.find(|interface| interface.vhost) {
+        Some(interface) => Err(ConfigError::VhostMmds(interface.iface_id.clone())),
+        None => Ok(()),
+    }
 }
 
 fn parse_mac(text: &str) -> Option<[u8; 6]> {
@@ -125,6 +141,7 @@ mod tests {
             rx_rate_limiter: None,
             tx_rate_limiter: None,
             queue_pairs: None,
+            vhost: false,
         };
         let mac = net(&interface("tap0")).unwrap().mac;
         assert_eq!(mac[0] & 3, 2);
@@ -143,6 +160,23 @@ mod tests {
             let error = net(&serde_json::from_str(&text).unwrap()).unwrap_err().to_string();
             assert!(error.contains(&format!("\"a\": queue_pairs {pairs}")), "{error}");
         }
+    }
+
+    #[test]
+    fn what_the_kernel_carries_has_no_limits_and_no_metadata() {
+        let limited = r#"{"iface_id": "a", "host_dev_name": "t0", "vhost": true, "tx_rate_limiter": {}}"#;
+        let error = net(&serde_json::from_str(limited).unwrap()).unwrap_err().to_string();
+        assert!(error.contains("\"a\": vhost and rate limiters"), "{error}");
+        let text = r#"{"network-interfaces": [{"iface_id": "a", "host_dev_name": "t0", "vhost": true},
+                                              {"iface_id": "b", "host_dev_name": "t1"}],
+                       "mmds-config": {"network_interfaces": ["a", "b"]}}"#;
+        let spec: VmConfig = serde_json::from_str(text).unwrap();
+        let error = nets(&spec).unwrap_err().to_string();
+        assert!(error.contains("\"a\"") && error.contains("vhost"), "{error}");
+        assert!(mmds_address(spec.mmds_config.as_ref().unwrap(), &spec.network_interfaces).is_err());
+        let only = MmdsConfig { network_interfaces: vec!["b".into()], ..spec.mmds_config.clone().unwrap() };
+        let checked = nets(&VmConfig { mmds_config: Some(only), ..spec }).unwrap();
+        assert_eq!((checked[0].vhost, checked[0].metadata, checked[1].metadata.is_some()), (true, None, true));
     }
 
     #[test]

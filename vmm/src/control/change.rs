@@ -8,7 +8,7 @@ use super::configure::warning_of_length;
 use super::fault::Fault;
 use super::session::Session;
 use crate::block;
-use crate::config;
+use crate::config::{self, ConfigError};
 use crate::metadata::StoreError;
 
 /// Why a file that is there may not be found.
@@ -66,7 +66,11 @@ impl Session {
         let id = &patch.iface_id;
         let interface = self.spec.network_interfaces.iter_mut().find(|interface| interface.iface_id == *id);
         let net = self.vm.as_ref().and_then(|vm| vm.machine.devices().net(id));
-        let (Some(interface), Some(net)) = (interface, net) else { return Err(unknown("network interface", id)) };
+        let Some(interface) = interface else { return Err(unknown("network interface", id)) };
+        if interface.vhost {
+            return Err(Fault::bad_request(ConfigError::VhostLimits(id.clone())));
+        }
+        let Some(net) = net else { return Err(unknown("network interface", id)) };
         let update = |limiter: Option<RateLimiter>| config::limits_update(limiter.unwrap_or_default());
         net.limit(update(patch.rx_rate_limiter), update(patch.tx_rate_limiter));
         if let Some(limiter) = patch.rx_rate_limiter {

@@ -40,7 +40,10 @@ impl Session {
                 replace(&mut spec.drives, drive, |drive| &drive.drive_id);
             }
             Command::PutNetworkInterface(interface) => {
-                config::net(&interface).map_err(Fault::bad_request)?;
+                let net = config::net(&interface).map_err(Fault::bad_request)?;
+                if net.vhost && spec.mmds_config.iter().any(|mmds| mmds.network_interfaces.contains(&net.id)) {
+                    return Err(Fault::bad_request(config::ConfigError::VhostMmds(net.id)));
+                }
                 replace(&mut spec.network_interfaces, interface, |interface| &interface.iface_id);
             }
             Command::SetMmds(mmds) => {

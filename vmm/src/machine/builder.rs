@@ -148,6 +148,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         departures: Arc::new(Departures::new(outlets.departed.try_clone().map_err(BuildError::Host)?)),
     };
     let mut attach = plug.attach(When::Start, &pci, &ram.memory, &mut devices);
+    attach.files = &files;
     let disks = config.drives.iter().map(|drive| attach.drive(drive)).collect::<Result<Vec<_>, _>>()?;
     for net in &config.nets {
         attach.net(net)?;

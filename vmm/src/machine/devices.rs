@@ -43,6 +43,8 @@ pub(super) enum Counts {
     Console(Arc<ConsoleMetrics>),
     Rng(Arc<Counter>),
     Vsock,
+    /// The kernel counts, by the tap.
+    Vhost,
 }
 
 impl Devices {
@@ -177,7 +179,7 @@ impl Counts {
                 ("dropped_bytes", &console.dropped_bytes),
             ],
             Self::Rng(bytes) => vec![("entropy_bytes", bytes)],
-            Self::Vsock => Vec::new(),
+            Self::Vsock | Self::Vhost => Vec::new(),
         }
     }
 }

@@ -16,7 +16,7 @@ use bedplate_devices::virtio::balloon::{Balloon, BalloonConfig};
 use bedplate_devices::virtio::block::{Block, BlockConfig, OpenError};
 use bedplate_devices::virtio::console::{Console, WindowSize};
 use bedplate_devices::virtio::mem::{Mem, MemConfig};
-use bedplate_devices::virtio::net::{Net, NetConfig, TapError};
+use bedplate_devices::virtio::net::{Net, NetConfig, Seen, TapError, VhostError, VhostNet};
 use bedplate_devices::virtio::pci::{VirtioPciDevice, VirtioPciError};
 use bedplate_devices::virtio::pmem::{Pmem, PmemConfig};
 use bedplate_devices::virtio::rng::Rng;
@@ -112,6 +112,23 @@ pub enum DeviceError {
         /// Names the tap.
         source: TapError,
     },
+    /// The host's kernel cannot carry frames of an interface.
+    #[error("network interface {id}: {source}")]
+    Vhost {
+        /// `iface_id`.
+        id: String,
+        /// Why.
+        source: VhostError,
+    },
+    /// vhost-net is opened before the sandbox only.
+    #[error(
+        "network interface {id}: a VM that runs cannot get an interface with vhost: configure it before the start, or leave \
+         vhost out"
+    )]
+    VhostLater {
+        /// `iface_id`.
+        id: String,
+    },
     /// Somebody else has the socket.
     #[error("vsock: {path}: {source}; choose another uds_path")]
     SocketInUse {
@@ -146,6 +163,8 @@ pub(super) struct Attach<'a> {
     pub vcpus: u8,
     pub metadata: &'a Metadata,
     pub taps: &'a Taps,
+    /// In the guest's address space beside its memory.
+    pub files: &'a [PmemFile],
     pub devices: &'a mut Devices,
 }
 
@@ -168,8 +187,22 @@ impl Attach<'_> {
     }
 
     pub fn net(&mut self, net: &config::NetConfig) -> Result<Slot, BuildError> {
+        if net.vhost && self.when == When::Running {
+            return Err(DeviceError::VhostLater { id: net.id.clone() }.into());
+        }
         let queues = self.taps.open(net)?;
         let config = NetConfig { mac: net.mac, mtu: net.mtu, rx_limits: net.rx_limits, tx_limits: net.tx_limits };
+        if net.vhost {
+            let seen = |file: &PmemFile| Seen {
+                guest: file.region.start,
+                len: file.mapping.len() as u64,
+                host: file.mapping.address() as u64,
+            };
+            let files: Vec<_> = self.files.iter().map(seen).collect();
+            let device = VhostNet::open(queues, &config, self.memory, &files)
+                .map_err(|source| DeviceError::Vhost { id: net.id.clone(), source })?;
+            return self.virtio(Devices::name_of_net(&net.id), device, Counts::Vhost);
+        }
         let mut device = Net::new(queues, config).map_err(BuildError::Host)?;
         if let Some(address) = net.metadata {
             let view = Box::new(GuestView::new(self.metadata.clone()));

@@ -153,6 +153,17 @@ const IOCTLS: &[u32] = &[
     0x4004_54d0, // TUNSETOFFLOAD
     0x4004_54d8, // TUNSETVNETHDRSZ
     0x4004_54d9, // TUNSETQUEUE
+    0xaf01,      // VHOST_SET_OWNER, and the others by which a vhost-net that was opened before is set going and stopped
+    0x4008_af00, // VHOST_SET_FEATURES
+    0x4008_af03, // VHOST_SET_MEM_TABLE
+    0x4008_af10, // VHOST_SET_VRING_NUM
+    0x4028_af11, // VHOST_SET_VRING_ADDR
+    0x4008_af12, // VHOST_SET_VRING_BASE
+    0xc008_af12, // VHOST_GET_VRING_BASE
+    0x4008_af20, // VHOST_SET_VRING_KICK
+    0x4008_af21, // VHOST_SET_VRING_CALL
+    0x4008_af22, // VHOST_SET_VRING_ERR
+    0x4008_af30, // VHOST_NET_SET_BACKEND
     0x5421,      // FIONBIO
     0x5413,      // TIOCGWINSZ, by which a terminal is known
     0x5401,      // TCGETS

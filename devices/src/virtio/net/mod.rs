@@ -18,6 +18,7 @@ mod registers;
 mod tap;
 #[cfg(test)]
 mod tests;
+mod vhost;
 
 use std::io;
 use std::sync::Arc;
@@ -33,6 +34,7 @@ use self::registers::Registers;
 #[cfg(any(test, feature = "testing"))]
 pub(crate) use self::tap::tap_features;
 pub use self::tap::{Link, Tap, TapError, TapQueues};
+pub use self::vhost::{Seen, VhostError, VhostNet};
 use super::limiter::{Limiter, LimiterConfig, LimiterUpdate, Limits};
 use super::{Active, VirtioDevice, Virtqueue, Worker, read_image};
 use crate::metadata::Responder;

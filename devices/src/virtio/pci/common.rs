@@ -25,6 +25,8 @@ pub(super) enum Effect {
     Reset,
     /// The driver is ready: start the device.
     Activate,
+    /// Another vector for this queue, while the device works.
+    Vector(u16),
     /// The driver broke a rule; the write had no effect.
     Fault,
 }
@@ -149,7 +151,12 @@ impl Common {
             16 => self.lines.config_vector.store(vector, Ordering::SeqCst),
             22 => self.queue_select = value,
             26 => match self.lines.queue_vectors.get(usize::from(self.queue_select)) {
-                Some(register) => register.store(vector, Ordering::SeqCst),
+                Some(register) => {
+                    register.store(vector, Ordering::SeqCst);
+                    if self.status() & DRIVER_OK != 0 {
+                        return Effect::Vector(self.queue_select);
+                    }
+                }
                 None => return Effect::Fault,
             },
             24 | 28 => {

@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
 
 use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::metrics::DeviceMetrics;
 use crate::pci::Vectors;
 use crate::virtio::Interrupt;
@@ -70,6 +72,11 @@ impl Interrupt for Lines {
         if let Some(vector) = self.queue_vectors.get(usize::from(queue)) {
             self.raise(ISR_QUEUE, vector);
         }
+    }
+
+    fn direct(&self, queue: u16) -> io::Result<Option<EventFd>> {
+        let vector = self.queue_vectors.get(usize::from(queue)).map_or(NO_VECTOR, |v| v.load(Ordering::SeqCst));
+        self.vectors.direct(vector)
     }
 
     fn config_changed(&self) {

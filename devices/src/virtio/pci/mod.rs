@@ -154,6 +154,7 @@ impl VirtioPciDevice {
             Effect::None => {}
             Effect::Fault => self.guest_fault(),
             Effect::Reset => self.reset(),
+            Effect::Vector(queue) => self.device.vector_changed(queue),
             Effect::Activate => self.activate(),
         }
     }

@@ -1,3 +1,5 @@
+use std::sync::Mutex;
+
 use crate::testing::{Driver, DriverQueue, Machine, Piece, RamDisk};
 use crate::virtio::block::{Block, BlockConfig};
 
@@ -215,4 +217,95 @@ fn the_window_in_configuration_space_reaches_the_bar() {
         machine.write_config(slot, at + 16, 0);
         assert_eq!(driver.status(), 1, "bar {bar} offset {offset:#x} length {len}");
     }
+}
+
+/// A device whose work somebody else does, who signals the driver's vector.
+struct Elsewhere {
+    metrics: Arc<crate::metrics::DeviceMetrics>,
+    interrupt: Option<Arc<dyn Interrupt>>,
+    signal: Arc<Mutex<Option<EventFd>>>,
+}
+
+impl Elsewhere {
+    fn find(&self, queue: u16) {
+        *self.signal.lock().unwrap() = self.interrupt.as_ref().and_then(|interrupt| interrupt.direct(queue).unwrap());
+    }
+}
+
+impl VirtioDevice for Elsewhere {
+    fn device_type(&self) -> u32 {
+        4
+    }
+    fn features(&self) -> u64 {
+        0
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        &[16]
+    }
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+    fn activate(&mut self, active: Active) -> io::Result<()> {
+        self.interrupt = Some(active.interrupt);
+        self.find(0);
+        Ok(())
+    }
+    fn stop(&mut self) -> Vec<Virtqueue> {
+        self.interrupt = None;
+        Vec::new()
+    }
+    fn vector_changed(&mut self, queue: u16) {
+        self.find(queue);
+    }
+    fn metrics(&self) -> &Arc<crate::metrics::DeviceMetrics> {
+        &self.metrics
+    }
+}
+
+#[test]
+fn what_others_signal_waits_while_its_vector_is_masked() {
+    let signal = Arc::<Mutex<Option<EventFd>>>::default();
+    let device = Elsewhere { metrics: Arc::default(), interrupt: None, signal: Arc::clone(&signal) };
+    let mut driver = Driver::attach(device);
+    let raise = || signal.lock().unwrap().as_ref().map(|event| event.write(1).unwrap());
+    let vectors: Vec<_> = driver.machine.host.vectors.lock().unwrap().iter().map(Arc::clone).collect();
+    let mask = |driver: &Driver, masked: u32| {
+        driver.machine.write(driver.bar + TABLE + 16 + 12, &masked.to_le_bytes());
+    };
+    let pending = |driver: &Driver| driver.machine.read::<1>(driver.bar + PENDING);
+    driver.up();
+    raise().unwrap();
+    assert!(vectors[1].route().is_some() && vectors[1].take() == 1);
+
+    // The host would deliver what is routed, so that it may not be while it is masked.
+    mask(&driver, 1);
+    assert_eq!((vectors[1].route(), pending(&driver)), (None, [0]));
+    raise().unwrap();
+    assert_eq!((pending(&driver), pending(&driver)), ([2], [2]));
+    mask(&driver, 0);
+    assert!(vectors[1].route().is_some() && vectors[1].take() == 1);
+    assert_eq!(pending(&driver), [0]);
+    // Likewise where nobody has looked: the host finds it when it gets the route.
+    mask(&driver, 1);
+    raise().unwrap();
+    mask(&driver, 0);
+    assert!(vectors[1].route().is_some() && vectors[1].take() == 1);
+
+    // Another vector, none, and a masked one from the start.
+    let choose = |driver: &Driver, vector: u16| {
+        driver.machine.write(driver.common(22), &0u16.to_le_bytes());
+        driver.machine.write(driver.common(26), &vector.to_le_bytes());
+    };
+    choose(&driver, 0);
+    raise().unwrap();
+    assert_eq!((vectors[0].take(), vectors[1].take()), (1, 0));
+    choose(&driver, 0xffff);
+    assert!(raise().is_none());
+    mask(&driver, 1);
+    choose(&driver, 1);
+    assert!(raise().is_some() && vectors[1].route().is_none());
+    assert_eq!(pending(&driver), [2]);
+    driver.set_status(0);
+    choose(&driver, 1);
+    assert!(raise().is_some(), "of a driver that is gone nothing is looked up any more");
 }
