@@ -20,10 +20,10 @@ usage: cargo xtask COMMAND
            every test, from units to clusters of emulated machines; or of one program, such as tests/vmm
   fuzz [TARGET] [--seconds N]
            each fuzz target, or those whose names contain TARGET, for a minute or N seconds
-  bench [NAME] [--rounds N] [--peer NAME=PATH]
+  bench [NAME] [--rounds N] [--json] [--peer NAME=PATH]
            figures of whole nodes, 5 times or N times each, by a clock that counts instructions: `cold` starts of VMs whose
            image is elsewhere; `compare`, our VMM and statically linked ones given by --peer firecracker=PATH and
-           --peer cloud-hypervisor=PATH (more behind the name tells builds apart), on the same work
+           --peer cloud-hypervisor=PATH (more behind the name tells builds apart), on the same work: starts, blocks, frames
   images   the VMM image, the sample image `web`, the tiny test image, into target/guest-images
   check    formatting, lints, and the rules of ARCHITECTURE.md
   setup    installs the Debian packages that the others need

@@ -26,7 +26,7 @@ pub fn run() -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
-    println!("installing {} (apt-get)", missing.join(" "));
+    eprintln!("installing {} (apt-get)", missing.join(" "));
     apt(&["update"])?;
     let mut install = vec!["install", "--yes", "--no-install-recommends"];
     install.extend(&missing);

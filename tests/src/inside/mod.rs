@@ -8,6 +8,8 @@ use std::ffi::CString;
 use std::fs;
 use std::io::Write;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, mount};
@@ -41,6 +43,8 @@ pub(crate) const FIGURE: &str = "INSIDE figure ";
 pub(crate) const DATA: &str = "INSIDE data ";
 /// On the kernel's command line: names of scenarios.
 pub(crate) const CHOICE: &str = "inside=";
+/// On the kernel's command line: a number that is another each time.
+pub(crate) const STAGGER: &str = "stagger=";
 /// On the kernel's command line: how many times a figure is taken.
 pub(crate) const ROUNDS: &str = "rounds=";
 
@@ -93,6 +97,17 @@ fn prepare() -> Result<Vec<String>> {
     anyhow::ensure!(Path::new("/dev/kvm").exists(), "the node has no /dev/kvm");
     let chosen = cmdline.split_whitespace().find_map(|word| word.strip_prefix(CHOICE)).unwrap_or_default();
     Ok(chosen.split(',').map(str::to_owned).collect())
+}
+
+/// Waits up to a tick of the node's clock, each time and in each node another while. Where the clock counts instructions
+/// everything repeats itself exactly, and so does a guest that stands still: it starts at another phase of the clock.
+pub fn stagger() {
+    static TIMES: AtomicU64 = AtomicU64::new(1);
+    const TICK_US: u64 = 4000;
+    let words = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let seed = words.split_whitespace().find_map(|word| word.strip_prefix(STAGGER)?.parse::<u64>().ok()).unwrap_or(0);
+    let factor = TIMES.fetch_add(1, Ordering::Relaxed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    std::thread::sleep(Duration::from_micros((seed ^ factor >> 32) % TICK_US));
 }
 
 /// How many times a figure is to be taken.

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use bedplate_api::Digest;
 use bedplate_node::vm::dir::VmDir;
-use bedplate_tests::inside::{figure, rounds, tools};
+use bedplate_tests::inside::{data, figure, rounds, tools};
 use bedplate_tests::patience::{until, until_every};
+use serde_json::json;
 
 use crate::agent::{Agent, PATIENCE};
 use crate::eight::spec;
@@ -49,6 +50,9 @@ pub fn figures() -> Result<()> {
         spread(&warm),
         a / b
     ));
+    for (of, samples) in [("cold", cold), ("warm", warm)] {
+        data(&json!({"what": "from the wish to the guest's init", "of": of, "unit": "s", "samples": samples}));
+    }
     control.kill()?;
     Ok(())
 }

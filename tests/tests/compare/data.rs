@@ -6,8 +6,8 @@ use std::path::Path;
 use std::thread;
 
 use anyhow::{Context, Result};
-use bedplate_tests::inside::rounds;
 use bedplate_tests::inside::tools::{remove_tap, tap};
+use bedplate_tests::inside::{figure, rounds};
 use bedplate_tests::load::{self, DiskLoad};
 
 use crate::figures::Figure;
@@ -40,14 +40,16 @@ pub fn blocks() -> Result<()> {
         for (number, side) in sides.iter().enumerate() {
             let vm = side.start(DEBIAN, Extras { disk: Some(Path::new(DISK)), tap: None })?;
             vm.is_ready()?;
-            for (figure, (_, load)) in figures.iter_mut().zip(&BLOCKS) {
+            // Also, so that whoever waits outside knows that it goes on.
+            figure(&format!("{} is ready", side.name));
+            for (of, (_, load)) in figures.iter_mut().zip(&BLOCKS) {
                 let micros = micros(&vm, &format!("probe disk /dev/vda {}", load.words()))?;
-                figure.add(number, rate(load, micros / 1e6));
+                of.add(number, rate(load, micros / 1e6));
             }
         }
         // The node itself, without a VM.
-        for (figure, (_, load)) in figures.iter_mut().zip(&BLOCKS) {
-            figure.add_limit("the node without a VM", rate(load, load.run(Path::new(DISK), false)?.as_secs_f64()));
+        for (of, (_, load)) in figures.iter_mut().zip(&BLOCKS) {
+            of.add_limit("the node without a VM", rate(load, load.run(Path::new(DISK), false)?.as_secs_f64()));
         }
     }
     fs::remove_file(DISK)?;
@@ -84,6 +86,7 @@ fn frames_over_tap() -> Result<()> {
         for (number, side) in sides.iter().enumerate() {
             let vm = side.start(DEBIAN, Extras { disk: None, tap: Some(TAP) })?;
             vm.is_ready()?;
+            figure(&format!("{} is ready", side.name));
             let listener = TcpListener::bind((NODE, 0))?;
             let address = listener.local_addr()?;
             let node = thread::spawn(move || {

@@ -43,7 +43,7 @@ impl Figure {
             let (what, unit) = (self.what, self.unit);
             figure(&format!("{what}, {name}: {median:.2} {unit} ({least:.2} to {most:.2}){words}"));
             data(&json!({"what": what, "of": name, "unit": unit, "median": median, "least": least, "most": most,
-                "samples": samples, "ours_is": ratio}));
+                "samples": samples, "ratio": ratio}));
         }
     }
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use bedplate_lab::{Console, Process};
-use bedplate_tests::inside::PEERS;
+use bedplate_tests::inside::{PEERS, stagger};
 use serde_json::json;
 
 use crate::guests::Guest;
@@ -82,6 +82,7 @@ pub struct Running {
 impl Side {
     /// Starts a VM. Its devices are on PCI, whoever it is.
     pub fn start(&self, guest: Guest, extras: Extras<'_>) -> Result<Running> {
+        stagger();
         let dir = Path::new("/run/compare");
         fs::create_dir_all(dir)?;
         let mut command = Command::new(&self.program);
