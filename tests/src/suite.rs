@@ -173,18 +173,13 @@ fn boot(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenario]
     ] {
         archive.copy(to, 0o755, from)?;
     }
+    let names: Vec<&str> = chosen.iter().map(|scenario| scenario.name).collect();
+    archive.file(inside::CHOICE, 0o644, names.join("\n"));
     let initrd = dir.path().join("initrd");
     std::fs::write(&initrd, archive.bytes())?;
-    let names: Vec<&str> = chosen.iter().map(|scenario| scenario.name).collect();
     let rounds = std::env::var(ROUNDS).unwrap_or_default();
     let stagger = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), name) >> 32;
-    let cmdline = format!(
-        "console=ttyS0 panic=-1 quiet {}{} {}{rounds} {}{stagger}",
-        inside::CHOICE,
-        names.join(","),
-        inside::ROUNDS,
-        inside::STAGGER
-    );
+    let cmdline = format!("console=ttyS0 panic=-1 quiet {}{rounds} {}{stagger}", inside::ROUNDS, inside::STAGGER);
     let spec = MachineSpec::new(format!("node-of-{name}"), &artifacts.logs).memory_mib(node.memory_mib);
     let machine = spec.kernel(&artifacts.vmm_kernel, &initrd, &cmdline).start()?;
     machine.wait_for(inside::UP, BOOT)?;

@@ -41,8 +41,8 @@ pub(crate) const DONE: &str = "INSIDE done ";
 pub(crate) const FIGURE: &str = "INSIDE figure ";
 /// Begins a line with the same as JSON.
 pub(crate) const DATA: &str = "INSIDE data ";
-/// On the kernel's command line: names of scenarios.
-pub(crate) const CHOICE: &str = "inside=";
+/// Names of scenarios, a line each: more than a kernel's command line holds.
+pub(crate) const CHOICE: &str = "/scenarios";
 /// On the kernel's command line: a number that is another each time.
 pub(crate) const STAGGER: &str = "stagger=";
 /// On the kernel's command line: how many times a figure is taken.
@@ -95,8 +95,8 @@ fn prepare() -> Result<Vec<String>> {
         let _ = finit_module(&file, &parameters, 0);
     }
     anyhow::ensure!(Path::new("/dev/kvm").exists(), "the node has no /dev/kvm");
-    let chosen = cmdline.split_whitespace().find_map(|word| word.strip_prefix(CHOICE)).unwrap_or_default();
-    Ok(chosen.split(',').map(str::to_owned).collect())
+    let chosen = fs::read_to_string(CHOICE).with_context(|| format!("read {CHOICE}"))?;
+    Ok(chosen.lines().map(str::to_owned).collect())
 }
 
 /// Waits up to a tick of the node's clock, each time and in each node another while. Where the clock counts instructions
