@@ -63,6 +63,9 @@ fn with_tap(pairs: u8) -> Result<()> {
         ))?;
         guest.run("while [ -e /run/moving ]; do ping -c 1 -W 10 10.9.0.1 > /dev/null || exit 1; done")?;
         guest.run("ping -c 2 -W 10 10.9.0.1 > /dev/null")?;
+        let counts = guest.run("grep 'virtio.*put' /proc/interrupts")?;
+        let column = |n| counts.lines().any(|line| line.split_whitespace().nth(n).is_some_and(|count| count != "0"));
+        ensure!(column(1) && column(2), "interrupts did not move: {counts}");
     }
     // Nobody here has touched a frame: no worker, no notification, no chain but those of the control queue.
     let names = threads(&mut guest)?;

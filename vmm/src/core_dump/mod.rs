@@ -72,6 +72,7 @@ impl<'a> Draft<'a> {
         let mut aside = path.to_path_buf().into_os_string();
         aside.push(".tmp");
         let aside = PathBuf::from(aside);
+        let cannot = |source| CoreDumpError::Write { path: path.into(), source };
         // It is the link itself, or whatever else it is, that a rename replaces.
         for place in [path, &aside] {
             match fs::symlink_metadata(place) {
@@ -81,10 +82,13 @@ impl<'a> Draft<'a> {
                 _ => {}
             }
         }
-        // Neither through a link nor into a FIFO that was put there this moment; and a guest's memory is its owner's only.
-        let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
-        let file = options.open(&aside).map_err(|source| CoreDumpError::Write { path: path.into(), source })?;
+        // What an earlier dump left, or somebody put there: written into, it would stay theirs to read.
+        match fs::remove_file(&aside) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(cannot(error)),
+            _ => {}
+        }
+        // A new one, that nobody put there this moment either; and a guest's memory is its owner's only.
+        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&aside).map_err(cannot)?;
         Ok(Self { path, aside, file, placed: false })
     }
 
@@ -190,7 +194,7 @@ fn write_used(draft: &Draft<'_>, bytes: &[u8], at: u64) -> Result<(), CoreDumpEr
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     use vm_memory::{Bytes, GuestAddress};
 
@@ -226,6 +230,18 @@ mod tests {
         assert_eq!(read(ram_at + (64 << 20) - 4, 4), b"last");
         assert_eq!(read(ram_at + (32 << 20) - 6, 13), b"across pieces");
         assert_eq!(read(ram_at + (64 << 20) + 5000, 5), b"added");
+    }
+
+    #[test]
+    fn who_prepared_the_draft_gets_nothing_of_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, aside, theirs) = (dir.path().join("core"), dir.path().join("core.tmp"), dir.path().join("theirs"));
+        fs::write(&aside, "prepared").unwrap();
+        fs::set_permissions(&aside, PermissionsExt::from_mode(0o666)).unwrap();
+        fs::hard_link(&aside, &theirs).unwrap();
+        write(&path, &[VcpuState::default()], &Ram::new(16, Pages::Normal).unwrap()).unwrap();
+        assert_eq!(fs::read(&theirs).unwrap(), b"prepared");
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
     }
 
     #[test]

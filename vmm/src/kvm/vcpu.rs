@@ -96,8 +96,10 @@ impl Vcpu {
     /// # Errors
     /// KVM refuses.
     pub fn come(&mut self) -> Result<(), KvmError> {
-        super::registers::set_apic(&self.fd, true)?;
-        self.is_present = true;
+        if !self.is_present {
+            super::registers::set_apic(&self.fd, true)?;
+            self.is_present = true;
+        }
         Ok(())
     }
 

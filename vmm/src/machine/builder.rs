@@ -21,7 +21,7 @@ use crate::config::Config;
 use crate::console::Sink;
 use crate::debugger::{DebugSocket, Debugger, Words};
 use crate::firmware::{self, FirmwareError};
-use crate::kvm::{Creation, install_kick_signal};
+use crate::kvm::{Creation, Vcpu, install_kick_signal};
 use crate::memory::{MemoryError, Ram, layout};
 use crate::metadata::Metadata;
 use crate::pmem::{PmemFile, Watch};
@@ -204,6 +204,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         plug.taps.seal();
     }
     let _watching = watch.map(|watch| watch.start(&life)).transpose().map_err(BuildError::Host)?;
+    life.set_vcpus(vcpus.iter().map(Vcpu::kicker).collect());
     let debugging = debugger.map(|debugger| debugger.start(&life, Arc::clone(&ram.memory), vcpus.len()));
     let _debugging = debugging.transpose().map_err(BuildError::Host)?;
     let (threads, counters) = (Vec::new(), Vec::new());

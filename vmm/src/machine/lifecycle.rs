@@ -1,8 +1,9 @@
-//! Run, pause, end: what all threads of a machine agree on; and which vCPUs are there yet.
+//! Run, pause, end: what all threads of a machine agree on.
 //!
 //! A vCPU thread looks here only when it was kicked, so that a guest exit costs nothing for it.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
@@ -149,11 +150,10 @@ impl Lifecycle {
         state.target == Target::Pause
     }
 
-    /// Has the first `count` vCPUs be there; returns when they are, and false if that takes longer than `patience` or the
-    /// machine has ended.
-    pub fn plug(&self, count: usize, patience: Duration) -> bool {
-        let come = |vcpu: &mut Vcpu| if vcpu.is_present() { Ok(()) } else { vcpu.come() };
-        let answers: Vec<_> = (0..count).map(|vcpu| self.ask(vcpu, come)).collect();
+    /// Has these vCPUs, which stand still since the start, be there; returns when they are, and false if that takes longer
+    /// than `patience` or the machine has ended.
+    pub fn plug(&self, vcpus: Range<usize>, patience: Duration) -> bool {
+        let answers: Vec<_> = vcpus.map(|vcpu| self.ask(vcpu, Vcpu::come)).collect();
         let deadline = Instant::now() + patience;
         answers.into_iter().all(|answer| {
             match answer.recv_timeout(deadline.saturating_duration_since(Instant::now())) {

@@ -107,7 +107,6 @@ pub struct Machine {
 impl Machine {
     /// Starts one thread per vCPU.
     fn run(mut self, vcpus: Vec<Vcpu>, unknown: &Arc<UnknownMsrs>) -> Result<Self, BuildError> {
-        self.life.set_vcpus(vcpus.iter().map(Vcpu::kicker).collect());
         self.started = Some(Instant::now());
         let all = vcpus.len();
         for mut vcpu in vcpus {

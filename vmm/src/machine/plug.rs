@@ -159,7 +159,8 @@ impl Machine {
     /// Has the first `count` vCPUs be there, and tells the guest; again, where they were there before. False where they do
     /// not come in time, or the machine has ended.
     pub fn plug_vcpus(&mut self, count: u8) -> bool {
-        let have_come = self.life.plug(count.into(), VCPU_PATIENCE);
+        // Those that are there already may be busy, and are not asked.
+        let have_come = self.life.plug(self.present.into()..count.into(), VCPU_PATIENCE);
         if have_come {
             self.plug.signals.vcpus_came(count);
             self.present = count;

@@ -4,6 +4,8 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::thread::yield_now;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{StatVfsMountFlags, statvfs};
 use rustix::io::Errno;
@@ -19,6 +21,21 @@ use super::{Access, SandboxError};
 /// files are.
 const STAGE: &str = "/sys";
 
+/// For a thread that was joined to be gone for the kernel, too, which tells nobody.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Leaves namespaces. The one of users refuses while the process has another thread.
+fn unshare(flags: UnshareFlags) -> Result<(), Errno> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        // SAFETY: no flag among them shares or separates memory or descriptors.
+        match unsafe { unshare_unsafe(flags) } {
+            Err(Errno::INVAL) if flags.contains(UnshareFlags::NEWUSER) && Instant::now() < deadline => yield_now(),
+            done => return done,
+        }
+    }
+}
+
 /// Leaves the host's namespaces and file tree.
 pub(super) fn close(dirs: &[(PathBuf, Access)]) -> Result<(), SandboxError> {
     let here = std::env::current_dir().ok();
@@ -28,8 +45,7 @@ pub(super) fn close(dirs: &[(PathBuf, Access)]) -> Result<(), SandboxError> {
         flags |= UnshareFlags::NEWUSER;
     }
     let (uid, gid) = (geteuid().as_raw(), getegid().as_raw());
-    // SAFETY: no flag among them shares or separates memory or descriptors.
-    unsafe { unshare_unsafe(flags) }.map_err(|e| {
+    unshare(flags).map_err(|e| {
         let remedy = if is_root {
             "a container needs the capability SYS_ADMIN for it"
         } else {

@@ -179,7 +179,6 @@ const IOCTLS: &[u32] = &[
 /// Requests that a debugger has vCPUs make.
 const DEBUGGER_IOCTLS: &[u32] = &[
     0x4090_ae82, // KVM_SET_REGS
-    0x4138_ae84, // KVM_SET_SREGS
     0x41a0_ae8d, // KVM_SET_FPU
     0xc018_ae85, // KVM_TRANSLATE
     0x4048_ae9b, // KVM_SET_GUEST_DEBUG
@@ -293,7 +292,7 @@ mod tests {
         for never in [libc::SYS_execve, libc::SYS_ptrace, libc::SYS_kill, libc::SYS_mount, libc::SYS_chdir] {
             assert!(!process.contains_key(&never));
         }
-        for rules in [&process, &thread_rules(Thread::Vcpu)] {
+        for rules in [&process, &process_rules(true), &thread_rules(Thread::Vcpu)] {
             let program = bpf::program(rules, Answer::TRAP).unwrap();
             assert!(program.len() < 160, "{} instructions: the kernel takes its time for each", program.len());
         }

@@ -192,13 +192,14 @@ impl<L: Link + 'static> PairHandler<L> {
         }
     }
 
+    /// The interface was removed. The kernel says so again and again, whatever is watched for, also to a pair that is off.
+    fn link_gone(&mut self, session: &mut Session<'_, '_>) {
+        session.metrics.host_fault(|| "a tap device is gone".to_owned());
+        self.gone = true;
+        session.unwatch(&self.gate.link.as_fd());
+    }
+
     fn link_ready(&mut self, events: EventSet, session: &mut Session<'_, '_>) {
-        if events.contains(EventSet::ERROR) {
-            // Reported again and again whatever is watched for: the interface was removed.
-            session.metrics.host_fault(|| "a tap device is gone".to_owned());
-            self.gone = true;
-            return session.unwatch(&self.gate.link.as_fd());
-        }
         if events.contains(EventSet::OUT) {
             self.transmit(session);
         }
@@ -245,6 +246,7 @@ impl<L: Link + 'static> Handler for PairHandler<L> {
 
     fn ready(&mut self, token: u32, events: EventSet, session: &mut Session<'_, '_>) {
         match token {
+            LINK if events.contains(EventSet::ERROR) => return self.link_gone(session),
             LINK => return self.inside(session, |pair, session| pair.link_ready(events, session)),
             RX_CREDIT => self.rx.expired(),
             TX_CREDIT => self.tx.expired(),

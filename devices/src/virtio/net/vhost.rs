@@ -215,11 +215,13 @@ impl VhostPair {
         if state.connected == on {
             return Ok(());
         }
-        state.connected = on;
         let tap = on.then(|| self.tap.as_fd());
         // All of them, so that none goes on if one is refused.
         let rings = (0..2).filter(|ring| state.rings[*ring]);
-        rings.map(|ring| self.device.set_backend(ring, tap)).fold(Ok(()), Result::and)
+        let done = rings.map(|ring| self.device.set_backend(ring, tap)).fold(Ok(()), Result::and);
+        // One that was refused may be half off; that it shall be off is what counts.
+        state.connected = on;
+        done
     }
 
     /// Whether a ring was given up since the last call.
@@ -233,11 +235,16 @@ impl Pair for VhostPair {
         if on && !self.is_first {
             self.tap.attach(true)?;
         }
-        self.connect(on).map_err(io::Error::other)?;
-        if !on && !self.is_first {
-            self.tap.attach(false)?;
+        let done = self.connect(on).map_err(io::Error::other);
+        if on && done.is_err() {
+            // Half of a pair would take frames that nobody carries on.
+            let _ = self.connect(false);
         }
-        Ok(())
+        if !self.is_first && (!on || done.is_err()) {
+            let detached = self.tap.attach(false);
+            return done.and(detached);
+        }
+        done
     }
 }
 
