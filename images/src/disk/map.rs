@@ -68,8 +68,13 @@ impl Map {
                 if *sector == [0; SECTOR] {
                     continue;
                 }
-                let Some(body) = decode(number, sector) else { return Ok(Err(number as u64 * PER_SECTOR)) };
+                let start = number as u64 * PER_SECTOR;
+                let Some(body) = decode(number, sector) else { return Ok(Err(start)) };
                 this.sectors[number] = Some(body);
+                // Past the disk's end there is nothing: who says otherwise has the data counted that is not there.
+                if (this.clusters..start + PER_SECTOR).any(|cluster| this.state(cluster) != State::Base) {
+                    return Ok(Err(start));
+                }
             }
             first += count;
         }
@@ -168,7 +173,9 @@ fn encode(number: usize, body: &[u8; BODY]) -> [u8; SECTOR] {
 
 fn decode(number: usize, sector: &[u8; SECTOR]) -> Option<Box<[u8; BODY]>> {
     let body = sector.first_chunk::<BODY>()?;
-    (sector[BODY..] == checksum(number, body)).then(|| Box::new(*body))
+    // Both bits of a pair have no meaning, and nobody writes them.
+    let has_meaning = || body.iter().all(|byte| byte & byte >> 1 & 0x55 == 0);
+    (sector[BODY..] == checksum(number, body) && has_meaning()).then(|| Box::new(*body))
 }
 
 #[cfg(test)]
@@ -194,10 +201,21 @@ mod tests {
     }
 
     #[test]
+    fn a_map_speaks_of_no_cluster_past_the_end() {
+        let mut map = Map::new(PER_SECTOR * CLUSTER);
+        map.set(32, 33, State::Data);
+        let mut file = tempfile::tempfile().unwrap();
+        map.store(&mut file).unwrap();
+        assert!(Map::load(&file, 33 * CLUSTER).unwrap().is_ok());
+        assert_eq!(Map::load(&file, 32 * CLUSTER).unwrap().unwrap_err(), 0);
+    }
+
+    #[test]
     fn every_flipped_bit_is_found() {
         let mut body = [0; BODY];
         body[7] = 1;
         let good = encode(3, &body);
+        assert_eq!(decode(0, &encode(0, &[0x30; BODY])), None, "a pair without a meaning");
         assert_eq!(decode(3, &good).as_deref(), Some(&body));
         assert_eq!(decode(4, &good), None, "a sector at another place");
         for bit in 0..SECTOR * 8 {

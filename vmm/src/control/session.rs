@@ -253,7 +253,7 @@ impl Session {
         let refused = self.vm.as_ref().map_or(0, |vm| vm.machine.exits().unknown_msr);
         if refused > 0 {
             let message = format!("the guest touched model-specific registers that it does not have {refused} times");
-            self.log.write(LogLevel::Warning, &message);
+            self.log.write(LogLevel::Info, &message);
         }
         self.vm = None;
         self.log.write(LogLevel::Info, &format!("the VM has ended: {}", exit.detail));
@@ -457,9 +457,9 @@ fn done((): ()) -> Answer {
     Answer::Done
 }
 
-/// Writes what a person should know of the guest.
+/// Writes what a person may want to know of the guest: ordinary ones try registers, too, and go on without them.
 fn warn(log: Log) -> Warn {
-    Box::new(move |text| log.write(LogLevel::Warning, text))
+    Box::new(move |text| log.write(LogLevel::Info, text))
 }
 
 /// Writes what debuggers do.
