@@ -130,7 +130,8 @@ pub fn hidden_faults() -> Result<()> {
     let programs = disk("programs", &[avx, base].concat())?;
     let msr = disk("msr", &module)?;
     let boot = |name: &str, baseline| -> Result<Guest> {
-        let guest = spec(name, baseline).drive(&programs, true).drive(&msr, true).boot()?;
+        let guest =
+            spec(name, baseline).drive(&programs, true).drive(&msr, true).options(&["--level", "Info"]).boot()?;
         guest.run(&format!("head -c {} /dev/vdb > /tmp/msr.ko && insmod /tmp/msr.ko", module.len()))?;
         for (number, name) in ["avx", "base"].iter().enumerate() {
             guest.run(&format!("dd if=/dev/vda of=/tmp/{name} bs=4096 count=1 skip={number} 2>/dev/null"))?;
