@@ -1,4 +1,4 @@
-//! Guest RAM, always a memfd, and the map of the guest's physical addresses.
+//! Guest RAM, always a file in memory, and the map of the guest's physical addresses.
 //!
 //! ```text
 //! 0            low RAM, up to 3 GiB (the page tables and tables of `boot::start` and `acpi` lie in its first MiB)
@@ -131,7 +131,7 @@ pub struct Ram {
     /// Mapped.
     pub memory: Memory,
     /// Behind the mapping, all of it in order of guest address.
-    pub memfd: Arc<File>,
+    pub file: Arc<File>,
     len: u64,
     hotplug: Option<std::ops::Range<u64>>,
     /// Where what was reserved beyond that ends.
@@ -160,12 +160,12 @@ impl Ram {
         // Cannot overflow: the host has that much.
         let len = mib << 20;
         let pages = if pages == Pages::Host { file::host_gives() } else { pages };
-        let memfd = Arc::new(file::create(len, pages).map_err(refused)?);
+        let file = Arc::new(file::create(len, pages).map_err(refused)?);
         let mut offset = 0;
         let mut regions = Vec::with_capacity(2);
         for (start, end) in ram_ranges(len) {
             let region = MmapRegionBuilder::new((end - start) as usize)
-                .with_file_offset(FileOffset::from_arc(Arc::clone(&memfd), offset))
+                .with_file_offset(FileOffset::from_arc(Arc::clone(&file), offset))
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
                 .with_mmap_flags(mmap_flags)
                 .build();
@@ -179,7 +179,7 @@ impl Ram {
         if pages == Pages::Transparent {
             advise_huge(&memory);
         }
-        Ok(Self { memory: Arc::new(memory), memfd, len, hotplug: None, reserved_end: 0 })
+        Ok(Self { memory: Arc::new(memory), file, len, hotplug: None, reserved_end: 0 })
     }
 
     /// Adds a region of `mib` MiB of normal pages, in a memfd of its own, that is not RAM for the guest until a device
@@ -319,12 +319,12 @@ mod tests {
     }
 
     #[test]
-    fn ram_is_the_memfd() {
+    fn ram_is_the_file() {
         use std::os::unix::fs::FileExt;
         let ram = Ram::new(16, Pages::Transparent).unwrap();
         ram.memory.write_slice(b"hello", GuestAddress(0x1234)).unwrap();
         let mut bytes = [0; 5];
-        ram.memfd.read_exact_at(&mut bytes, 0x1234).unwrap();
+        ram.file.read_exact_at(&mut bytes, 0x1234).unwrap();
         assert_eq!(&bytes, b"hello");
         assert!(!ram.memory.address_in_range(GuestAddress(16 << 20)));
         assert!(matches!(ram.mmio64(34), Err(MemoryError::Unaddressable { .. })));

@@ -1,41 +1,24 @@
 //! The virtio console: the guest's `hvc0`.
 
 use std::fs;
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
+use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
-use bedplate_tests::inside::guest::{BOOT, GuestSpec};
+use anyhow::{Context, Result, ensure};
+use bedplate_tests::inside::guest::GuestSpec;
 use bedplate_tests::patience::until;
 use serde_json::json;
 
+use crate::serial::{connect, expect};
+
 const SOCKET: &str = "/run/hvc.sock";
-
-/// Reads until `pattern` has come.
-fn expect(stream: &mut UnixStream, pattern: &str) -> Result<()> {
-    let (mut seen, mut buffer) = (String::new(), [0; 4096]);
-    while !seen.contains(pattern) {
-        match stream.read(&mut buffer).with_context(|| format!("waiting for {pattern:?}; came: {seen:?}"))? {
-            0 => bail!("closed before {pattern:?}; came: {seen:?}"),
-            n => seen.push_str(&String::from_utf8_lossy(&buffer[..n])),
-        }
-    }
-    Ok(())
-}
-
-fn connect() -> Result<UnixStream> {
-    let stream = until("the console's socket", Duration::from_secs(60), || Ok(UnixStream::connect(SOCKET).ok()))?;
-    stream.set_read_timeout(Some(BOOT))?;
-    Ok(stream)
-}
 
 /// Bytes both ways, a size that changes, and a reader that does not read.
 pub fn socket() -> Result<()> {
     let spec = GuestSpec::new("hvc").section("console", json!({"socket": SOCKET, "columns": 100, "rows": 30}));
     let mut guest = spec.boot()?;
-    let mut first = connect()?;
+    let mut first = connect(SOCKET)?;
     let until_size = |size: &str| format!("until [ \"$(stty size <&3)\" = '{size}' ]; do usleep 100000; done");
     let size = until_size("30 100");
     guest.begin(&format!("exec 3<>/dev/hvc0; stty raw -echo <&3; echo guest says >&3; {size}; head -n 1 <&3"))?;
@@ -44,7 +27,7 @@ pub fn socket() -> Result<()> {
     let (printed, _) = guest.finish()?;
     ensure!(printed.ends_with("host says"), "{printed:?}");
     // Who comes later gets what was said before.
-    expect(&mut connect()?, "guest says\n")?;
+    expect(&mut connect(SOCKET)?, "guest says\n")?;
     // What was typed before anybody read is not lost.
     first.write_all(b"too early\n")?;
     let printed = guest.run("exec 3<>/dev/hvc0; stty raw -echo <&3; head -n 1 <&3")?;
@@ -76,7 +59,7 @@ pub fn system() -> Result<()> {
     // said before, and a node with one processor changes to the device's thread for every 16 bytes of it.
     let spec = GuestSpec::new("hvc-system").boot_args("console=ttyS0 console=hvc0 quiet panic=-1 reboot=k");
     let mut guest = spec.section("console", json!({"socket": SOCKET})).boot()?;
-    let mut console = connect()?;
+    let mut console = connect(SOCKET)?;
     console.write_all(b"echo '<1>the kernel says' $((6 * 8)) > /dev/kmsg\n")?;
     expect(&mut console, "the kernel says 48").with_context(|| guest.last_words())?;
     console.write_all(b"echo $((6 * 7)) is said > /dev/console\n")?;

@@ -21,6 +21,8 @@ const LINUX_ADDS: &str = "3dnowprefetch rep_good nopl cpuid extd_apicid tsc_know
 const V3: &str = "pclmulqdq movbe aes f16c rdrand fsgsbase bmi1 smep bmi2 abm pdpe1gb";
 /// and what Linux only shows where `XSAVE` works: not under emulation (docs/lab.md).
 const V3_XSAVE: &str = "xsave xsaveopt avx avx2 fma";
+/// `x86-64-v4`, beside that.
+const V4: &str = "avx512f avx512bw avx512cd avx512dq avx512vl";
 
 fn spec(name: &str, baseline: Option<&str>) -> GuestSpec {
     let mut machine = json!({"vcpu_count": 1, "mem_size_mib": 256});
@@ -54,8 +56,12 @@ pub fn baselines() -> Result<()> {
     for (name, said) in &offered {
         let Some(missing) = said.strip_prefix("no: this host lacks ") else {
             let guest = spec("baseline", Some(name)).boot()?;
-            let v3 = if name == "x86-64-v3" { [V3, xsave] } else { ["", ""] };
-            let lists = [V2, ANY, LINUX_ADDS].into_iter().chain(v3);
+            let more = match name.as_str() {
+                "x86-64-v2" => ["", "", ""],
+                "x86-64-v3" => [V3, xsave, ""],
+                _ => [V3, xsave, V4],
+            };
+            let lists = [V2, ANY, LINUX_ADDS].into_iter().chain(more);
             let expected: BTreeSet<_> = lists.flat_map(str::split_whitespace).map(str::to_owned).collect();
             let flags = flags(&guest)?;
             let (more, less): (Vec<_>, Vec<_>) =

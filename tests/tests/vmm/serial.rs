@@ -3,7 +3,6 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -13,7 +12,7 @@ use bedplate_tests::patience::until;
 const SOCKET: &str = "/run/serial.sock";
 
 /// Reads until `pattern` has come.
-fn expect(stream: &mut UnixStream, pattern: &str) -> Result<()> {
+pub fn expect(stream: &mut UnixStream, pattern: &str) -> Result<()> {
     let (mut seen, mut buffer) = (String::new(), [0; 4096]);
     while !seen.contains(pattern) {
         match stream.read(&mut buffer).with_context(|| format!("waiting for {pattern:?}; came: {seen:?}"))? {
@@ -24,19 +23,19 @@ fn expect(stream: &mut UnixStream, pattern: &str) -> Result<()> {
     Ok(())
 }
 
-fn connect() -> Result<UnixStream> {
-    let stream = UnixStream::connect(SOCKET).context("connect to the serial socket")?;
+/// A client of the console at `socket`, which may still have to come.
+pub fn connect(socket: &str) -> Result<UnixStream> {
+    let stream = until(socket, Duration::from_secs(60), || Ok(UnixStream::connect(socket).ok()))?;
     stream.set_read_timeout(Some(BOOT))?;
     Ok(stream)
 }
 
 pub fn socket() -> Result<()> {
     let mut guest = GuestSpec::new("serial").options(&["--serial", &format!("socket:{SOCKET}")]).start()?;
-    until("the serial socket", Duration::from_secs(60), || Ok(Path::new(SOCKET).exists().then_some(())))?;
-    let mut first = connect()?;
+    let mut first = connect(SOCKET)?;
     expect(&mut first, "TINY ready")?;
     // Who comes later gets what was said before.
-    let mut second = connect()?;
+    let mut second = connect(SOCKET)?;
     expect(&mut second, "TINY ready")?;
     first.write_all(b"echo from the first\n")?;
     expect(&mut first, "from the first\nTINY end 0")?;
