@@ -11,7 +11,7 @@ use bedplate_benches::{Pair, Unit, nanos};
 use bedplate_devices::Memory;
 use bedplate_devices::metrics::DeviceMetrics;
 use bedplate_devices::testing::{Driver, DriverQueue, Piece};
-use bedplate_devices::virtio::{Active, Answer, Chain, Drained, QueueConfig, VirtioDevice, Virtqueue};
+use bedplate_devices::virtio::{Active, Answer, Chain, Drained, VirtioDevice, Virtqueue};
 use criterion::Criterion;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -161,10 +161,13 @@ impl Bare {
     fn new(batch: u16) -> Self {
         let (feeder, _) = Feeder::new(batch);
         let DriverQueue { table, avail, used, .. } = feeder.queue;
-        let registers = QueueConfig::new(QUEUE_SIZE);
-        let config = QueueConfig { enabled: true, descriptors: table, driver: avail, device: used, ..registers };
+        let mut queue = Queue::new(QUEUE_SIZE).unwrap();
+        queue.set_desc_table_address(Some(table as u32), Some((table >> 32) as u32));
+        queue.set_avail_ring_address(Some(avail as u32), Some((avail >> 32) as u32));
+        queue.set_used_ring_address(Some(used as u32), Some((used >> 32) as u32));
+        queue.set_event_idx(true);
+        queue.set_ready(true);
         let memory = Arc::clone(&feeder.driver.machine.memory);
-        let queue = config.activate(&memory, true).unwrap();
         Self { feeder, queue, memory, interrupt: EventFd::new(EFD_NONBLOCK).unwrap() }
     }
 

@@ -193,6 +193,11 @@ impl<'a> View<'a> {
         self.slices().map(|slice| iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() })
     }
 
+    /// The stretch, if it is one piece: the kernel takes that with less ado than a list of one.
+    fn single(self) -> Option<VolatileSlice<'a>> {
+        self.slices().next().filter(|slice| slice.len() == self.len)
+    }
+
     /// Copies guest bytes to `data`; returns how many there were.
     pub fn copy_to(self, data: &mut [u8]) -> usize {
         let mut done = 0;
@@ -299,11 +304,15 @@ impl<'a> View<'a> {
     /// # Errors
     /// The read failed, or the file ends before.
     pub fn read_exact_at(self, fd: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
-        self.transfer(offset, io::ErrorKind::UnexpectedEof, |view, at| {
-            view.with_iovecs(None, |iovecs| {
+        self.transfer(offset, io::ErrorKind::UnexpectedEof, |view, at| match view.single() {
+            // SAFETY: the piece is guest memory that is kept alive, and valid for writes.
+            Some(piece) => unsafe {
+                libc::pread64(fd.as_raw_fd(), piece.ptr_guard_mut().as_ptr().cast(), piece.len(), at)
+            },
+            None => view.with_iovecs(None, |iovecs| {
                 // SAFETY: all iovecs are guest memory that is kept alive, and valid for writes.
                 unsafe { libc::preadv64(fd.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as libc::c_int, at) }
-            })
+            }),
         })
     }
 
@@ -312,11 +321,15 @@ impl<'a> View<'a> {
     /// # Errors
     /// The write failed.
     pub fn write_all_at(self, fd: BorrowedFd<'_>, offset: u64) -> io::Result<()> {
-        self.transfer(offset, io::ErrorKind::WriteZero, |view, at| {
-            view.with_iovecs(None, |iovecs| {
+        self.transfer(offset, io::ErrorKind::WriteZero, |view, at| match view.single() {
+            // SAFETY: the piece is guest memory that is kept alive.
+            Some(piece) => unsafe {
+                libc::pwrite64(fd.as_raw_fd(), piece.ptr_guard().as_ptr().cast(), piece.len(), at)
+            },
+            None => view.with_iovecs(None, |iovecs| {
                 // SAFETY: all iovecs are guest memory that is kept alive.
                 unsafe { libc::pwritev64(fd.as_raw_fd(), iovecs.as_ptr(), iovecs.len() as libc::c_int, at) }
-            })
+            }),
         })
     }
 

@@ -260,7 +260,7 @@ fn stops_with_nothing_in_flight<D: VirtioDevice + 'static>(mut subject: Subject<
             let queue = config.activate(&machine.memory, false).unwrap();
             let notify = Arc::new(EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap());
             let interrupt = Arc::clone(&interrupt);
-            Some(Virtqueue::new(index, queue, &machine.memory, notify, interrupt, Arc::clone(subject.device.metrics())))
+            Some(Virtqueue::new(index, queue, notify, interrupt, Arc::clone(subject.device.metrics())))
         });
         let queues: Vec<_> = queues.collect();
         let count = queues.len();

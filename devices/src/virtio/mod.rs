@@ -30,6 +30,7 @@ pub mod net;
 pub mod pci;
 pub mod pmem;
 mod queue;
+mod ring;
 pub mod rng;
 mod timer;
 pub mod vsock;

@@ -3,14 +3,14 @@
 //! A configuration becomes a working queue once, at activation, and everything is checked there. The ring is then owned
 //! by the device's worker until the device is stopped. Virtio 1.2, 2.6 and 2.7.
 
-use std::num::Wrapping;
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, fence};
+use std::sync::atomic::Ordering;
 
-use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions};
+use virtio_queue::QueueState;
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::ring::{Broken, Ring};
 use super::{Buffers, Interrupt};
 use crate::Memory;
 use crate::metrics::DeviceMetrics;
@@ -88,15 +88,7 @@ impl QueueConfig {
     ///
     /// # Errors
     /// Alignment, size, or a part outside of RAM.
-    pub fn activate(&self, memory: &Memory, event_idx: bool) -> Result<Queue, QueueError> {
-        let size = u64::from(self.size);
-        let parts = [(self.descriptors, 16 * size), (self.driver, 6 + 2 * size), (self.device, 6 + 8 * size)];
-        let in_ram = |&(start, len): &(u64, u64)| {
-            GuestMemory::check_range(&**memory, GuestAddress(start), len as usize, Permissions::ReadWrite)
-        };
-        if !parts.iter().all(in_ram) {
-            return Err(QueueError::OutsideRam);
-        }
+    pub fn activate(&self, memory: &Memory, event_idx: bool) -> Result<Ring, QueueError> {
         let state = QueueState {
             max_size: self.max_size,
             next_avail: 0,
@@ -108,7 +100,7 @@ impl QueueConfig {
             avail_ring: self.driver,
             used_ring: self.device,
         };
-        Queue::try_from(state).map_err(QueueError::Shape)
+        Ring::new(state, memory)
     }
 }
 
@@ -148,40 +140,50 @@ impl Chain {
         std::mem::replace(self, empty)
     }
 
-    /// Follows a chain's descriptors to its end.
-    fn fill<M>(&mut self, mut chain: virtio_queue::DescriptorChain<M>, limit: u16)
-    where
-        M: std::ops::Deref,
-        M::Target: GuestMemory,
-    {
-        self.head = chain.head_index();
+    /// Follows the descriptors of the chain that begins with number `head` to its end.
+    fn fill(&mut self, head: u16, ring: &Ring) {
+        self.head = head;
         self.readable.clear();
         self.writable.clear();
-        self.fault = None;
-        // The iterator ends early where a chain is broken; then the last descriptor promised another one.
-        let mut promised = true;
-        for (count, descriptor) in chain.by_ref().enumerate() {
-            let writes = descriptor.is_write_only();
-            promised = descriptor.has_next();
-            if count >= usize::from(limit) {
-                promised = true;
-                break;
-            }
-            if !writes && !self.writable.is_empty() {
-                self.fault = Some(ChainFault::Order);
-                break;
-            }
-            let list = if writes { &mut self.writable } else { &mut self.readable };
-            if list.push(descriptor.addr(), descriptor.len()).is_err() {
-                self.fault = Some(ChainFault::Address);
-            }
-        }
-        if promised && self.fault != Some(ChainFault::Order) {
-            self.fault = Some(ChainFault::Shape);
-        }
+        self.fault = self.walk(head, ring).err();
         if matches!(self.fault, Some(ChainFault::Shape | ChainFault::Order)) {
             self.readable.clear();
             self.writable.clear();
+        }
+    }
+
+    /// Virtio 1.2, 2.7.5. No longer than the ring, so that one that loops ends, too.
+    fn walk(&mut self, head: u16, ring: &Ring) -> Result<(), ChainFault> {
+        let (mut table, mut index, mut is_indirect) = (ring.table(), head, false);
+        let (mut count, mut bytes) = (0, 0u32);
+        let mut result = Ok(());
+        loop {
+            let descriptor = table.get(index).ok_or(ChainFault::Shape)?;
+            if descriptor.refers_to_indirect_table() {
+                if is_indirect {
+                    return Err(ChainFault::Shape);
+                }
+                table = ring.indirect(&descriptor).ok_or(ChainFault::Shape)?;
+                (index, is_indirect) = (0, true);
+                continue;
+            }
+            count += 1;
+            bytes = bytes.checked_add(descriptor.len()).ok_or(ChainFault::Shape)?;
+            if count > ring.size() {
+                return Err(ChainFault::Shape);
+            }
+            let writes = descriptor.is_write_only();
+            if !writes && !self.writable.is_empty() {
+                return Err(ChainFault::Order);
+            }
+            let list = if writes { &mut self.writable } else { &mut self.readable };
+            if list.push(descriptor.addr(), descriptor.len()).is_err() {
+                result = Err(ChainFault::Address);
+            }
+            if !descriptor.has_next() {
+                return result;
+            }
+            index = descriptor.next();
         }
     }
 }
@@ -213,8 +215,7 @@ pub enum Drained {
 /// A ring at work, owned by one worker.
 pub struct Virtqueue {
     index: u16,
-    queue: Queue,
-    memory: Memory,
+    ring: Ring,
     notify: Arc<EventFd>,
     interrupt: Arc<dyn Interrupt>,
     metrics: Arc<DeviceMetrics>,
@@ -229,15 +230,13 @@ impl Virtqueue {
     /// A working queue with number `index`. `notify` is signalled by the driver's notifications.
     pub fn new(
         index: u16,
-        queue: Queue,
-        memory: &Memory,
+        ring: Ring,
         notify: Arc<EventFd>,
         interrupt: Arc<dyn Interrupt>,
         metrics: Arc<DeviceMetrics>,
     ) -> Self {
-        let chain = Some(Chain::new(memory));
-        let memory = Arc::clone(memory);
-        Self { index, queue, memory, notify, interrupt, metrics, chain, announced: 0, broken: false }
+        let chain = Some(Chain::new(ring.memory()));
+        Self { index, ring, notify, interrupt, metrics, chain, announced: 0, broken: false }
     }
 
     /// Number of the queue in its device.
@@ -252,7 +251,7 @@ impl Virtqueue {
 
     /// The memory that the ring is in.
     pub fn memory(&self) -> &Memory {
-        &self.memory
+        self.ring.memory()
     }
 
     /// Whether the ring was found broken.
@@ -262,7 +261,7 @@ impl Virtqueue {
 
     /// Position of the ring, for saving: what is behind it has been used, nothing is in flight.
     pub fn state(&self) -> QueueState {
-        self.queue.state()
+        self.ring.state()
     }
 
     /// Shows every available chain to `serve`, returns the served ones to the driver, and interrupts it once, if it
@@ -276,7 +275,7 @@ impl Virtqueue {
     }
 
     fn drain_into(&mut self, chain: &mut Chain, serve: &mut dyn FnMut(&mut Chain) -> Answer) -> Drained {
-        let mut budget = usize::from(self.queue.size()) * ROUNDS;
+        let mut budget = usize::from(self.ring.size()) * ROUNDS;
         loop {
             self.suppress_notifications();
             while self.pop(chain) {
@@ -312,21 +311,20 @@ impl Virtqueue {
         if self.broken {
             return false;
         }
-        let size = self.queue.size();
-        let next = match self.queue.iter(&*self.memory) {
-            Ok(mut available) => available.next(),
-            Err(_) => {
+        let head = match self.ring.next() {
+            Ok(Some(head)) => head,
+            Ok(None) => return false,
+            Err(Broken) => {
                 self.break_ring();
                 return false;
             }
         };
-        let Some(found) = next else { return false };
-        chain.fill(found, size);
+        chain.fill(head, &self.ring);
         if chain.fault.is_some() {
             self.metrics.guest_faults.increment();
         }
         // By such a number the chain could not even be returned.
-        if chain.head >= size {
+        if head >= self.ring.size() {
             self.break_ring();
             return false;
         }
@@ -335,14 +333,13 @@ impl Virtqueue {
 
     /// Puts the last `count` chains back, as if they had never been taken.
     pub fn undo_pop(&mut self, count: u16) {
-        let position = Wrapping(self.queue.next_avail()) - Wrapping(count);
-        self.queue.set_next_avail(position.0);
+        self.ring.set_next_available(self.ring.state().next_avail.wrapping_sub(count));
     }
 
     /// Somebody else has worked on the ring, and everything up to `position` has been used.
     pub fn moved_to(&mut self, position: u16) {
-        self.queue.set_next_avail(position);
-        self.queue.set_next_used(position);
+        self.ring.set_next_available(position);
+        self.ring.set_next_used(position);
         self.announced = position;
     }
 
@@ -353,72 +350,34 @@ impl Virtqueue {
 
     /// Returns several chains, which the driver sees all at once: it needs that for a packet in several buffers.
     pub fn push_all(&mut self, chains: impl IntoIterator<Item = (u16, u32)>) {
-        if !self.broken && self.try_push(chains).is_err() {
-            self.break_ring();
+        if !self.broken {
+            let chains = chains.into_iter().inspect(|_| self.metrics.chains.increment());
+            self.ring.push(chains);
         }
-    }
-
-    fn try_push(&mut self, chains: impl IntoIterator<Item = (u16, u32)>) -> Result<(), GuestMemoryError> {
-        let ring = self.queue.used_ring();
-        let mut next = self.queue.next_used();
-        for (head, len) in chains {
-            let at = ring + 4 + 8 * u64::from(next % self.queue.size());
-            self.memory.write_obj([u32::from(head).to_le(), len.to_le()], GuestAddress(at))?;
-            next = next.wrapping_add(1);
-            self.metrics.chains.increment();
-        }
-        self.queue.set_next_used(next);
-        // Whoever sees the index sees the elements before it.
-        self.memory.store(next.to_le(), GuestAddress(ring + 2), Ordering::Release)
     }
 
     /// Interrupts the driver for what was returned since the last time, if it wants to be.
     pub fn announce(&mut self) {
-        if self.broken || self.announced == self.queue.next_used() {
+        if self.broken || self.announced == self.ring.next_used() {
             return;
         }
-        match self.driver_wants_interrupt() {
-            Ok(true) => {
-                self.metrics.interrupts.increment();
-                self.interrupt.used(self.index);
-            }
-            Ok(false) => {}
-            Err(_) => self.break_ring(),
+        if self.ring.driver_wants_interrupt(self.announced) {
+            self.metrics.interrupts.increment();
+            self.interrupt.used(self.index);
         }
-        self.announced = self.queue.next_used();
-    }
-
-    /// Virtio 1.2, 2.7.7: by the index of which the driver wants to hear, or by its flag.
-    fn driver_wants_interrupt(&mut self) -> Result<bool, GuestMemoryError> {
-        const NO_INTERRUPT: u16 = 1;
-        // The used index must be visible before the driver's wish is read, or both sides could miss each other.
-        fence(Ordering::SeqCst);
-        let available = self.queue.avail_ring();
-        let read = |at: u64| self.memory.load::<u16>(GuestAddress(at), Ordering::Relaxed).map(u16::from_le);
-        if !self.queue.event_idx_enabled() {
-            return Ok(read(available)? & NO_INTERRUPT == 0);
-        }
-        let event = read(available + 4 + 2 * u64::from(self.queue.size()))?;
-        let next = self.queue.next_used();
-        Ok(next.wrapping_sub(event).wrapping_sub(1) < next.wrapping_sub(self.announced))
+        self.announced = self.ring.next_used();
     }
 
     /// Tells the driver not to notify.
     pub fn suppress_notifications(&mut self) {
-        if !self.broken && self.queue.disable_notification(&*self.memory).is_err() {
-            self.break_ring();
+        if !self.broken {
+            self.ring.suppress_notifications();
         }
     }
 
     /// Tells the driver to notify. Returns true if chains have become available meanwhile, of which it will not.
     pub fn want_notifications(&mut self) -> bool {
-        if self.broken {
-            return false;
-        }
-        self.queue.enable_notification(&*self.memory).unwrap_or_else(|_| {
-            self.break_ring();
-            false
-        })
+        !self.broken && self.ring.want_notifications()
     }
 
     /// Makes the worker look at this queue again.

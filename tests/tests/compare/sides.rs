@@ -1,13 +1,16 @@
 //! Who is compared, and how each is told what to run.
 
 use std::fs;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{ChildStdin, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use bedplate_lab::{Console, Process};
 use bedplate_tests::inside::{PEERS, stagger};
+use bedplate_tests::patience::until;
 use serde_json::json;
 
 use crate::guests::Guest;
@@ -86,6 +89,7 @@ impl Side {
         let dir = Path::new("/run/compare");
         fs::create_dir_all(dir)?;
         let mut command = Command::new(&self.program);
+        let mut socket = None;
         let cmdline = format!("{}{}", guest.cmdline, if extras.tap.is_some() { ADDRESS } else { "" });
         match self.dialect {
             Dialect::Firecracker => {
@@ -110,7 +114,15 @@ impl Side {
             }
             Dialect::CloudHypervisor => {
                 command.args(["--cpus", "boot=1", "--memory", &format!("size={MEMORY_MIB}M")]);
-                command.args(["--serial", "tty", "--console", "off", "--kernel", guest.kernel]);
+                // It takes what is typed from a terminal or a socket, not from a pipe.
+                let serial = if extras.disk.is_some() || extras.tap.is_some() {
+                    let path = dir.join("serial.sock");
+                    let _ = fs::remove_file(&path);
+                    format!("socket={}", socket.insert(path).display())
+                } else {
+                    "tty".to_owned()
+                };
+                command.args(["--serial", &serial, "--console", "off", "--kernel", guest.kernel]);
                 command.args(["--cmdline", &cmdline]);
                 if let Some(initrd) = guest.initrd {
                     command.args(["--initramfs", initrd]);
@@ -126,7 +138,15 @@ impl Side {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(fs::File::create(dir.join("stderr"))?);
         let mut process = Process::start(&self.name, command)?;
         let output = process.take_stdout().context("no pipe from the VMM")?;
-        let console = Console::new(&self.name, &dir.join("console"), output, process.take_stdin())?;
+        let log = dir.join("console");
+        let console = match socket {
+            None => Console::new(&self.name, &log, output, process.take_stdin())?,
+            Some(path) => {
+                let stream = until("the guest's console", BOOT, || Ok(UnixStream::connect(&path).ok()))?;
+                let typed = ChildStdin::from(OwnedFd::from(stream.try_clone()?));
+                Console::new(&self.name, &log, stream, Some(typed))?
+            }
+        };
         Ok(Running { process, console, guest })
     }
 }

@@ -287,8 +287,7 @@ mod tests {
         let ring = config.activate(&machine.memory, false).unwrap();
         let notify = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
         let (metrics, counts) = (Arc::<DeviceMetrics>::default(), NetMetrics::default());
-        let mut queue =
-            Virtqueue::new(0, ring, &machine.memory, Arc::clone(&notify), Arc::new(Silent), Arc::clone(&metrics));
+        let mut queue = Virtqueue::new(0, ring, Arc::clone(&notify), Arc::new(Silent), Arc::clone(&metrics));
         let mut receiver = Receiver::new(&machine.memory, Rules::new(1 << VIRTIO_NET_F_MRG_RXBUF, None));
         let limiter = Limiter::open(LimiterConfig::NONE).unwrap();
         let mut run = || (receiver.run(&wire, &mut queue, &limiter, &metrics, &counts), queue.state().next_used);
@@ -317,7 +316,7 @@ mod tests {
         let ring = config.activate(&machine.memory, false).unwrap();
         let notify = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
         let (metrics, counts) = (Arc::<DeviceMetrics>::default(), NetMetrics::default());
-        let mut queue = Virtqueue::new(0, ring, &machine.memory, notify, Arc::new(Silent), Arc::clone(&metrics));
+        let mut queue = Virtqueue::new(0, ring, notify, Arc::new(Silent), Arc::clone(&metrics));
         let mut receiver = Receiver::new(&machine.memory, Rules::new(1 << VIRTIO_NET_F_MRG_RXBUF, None));
         let limiter = Limiter::open(LimiterConfig::NONE).unwrap();
         let mut run = || receiver.run(&wire, &mut queue, &limiter, &metrics, &counts);

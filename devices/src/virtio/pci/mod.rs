@@ -189,7 +189,7 @@ impl VirtioPciDevice {
             let interrupt = Arc::clone(&self.lines) as Arc<dyn Interrupt>;
             let metrics = Arc::clone(self.device.metrics());
             let notify = Arc::clone(&self.notify[index]);
-            queues.push(Some(Virtqueue::new(index as u16, queue, &self.memory, notify, interrupt, metrics)));
+            queues.push(Some(Virtqueue::new(index as u16, queue, notify, interrupt, metrics)));
         }
         let interrupt = Arc::clone(&self.lines) as Arc<dyn Interrupt>;
         let result = self.device.activate(Active { queues, features, interrupt });
