@@ -7,7 +7,7 @@ use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::guest::{self, ADDRESS, Access, BEGIN_PORT, CODE_ADDRESS, END_PORT, PORT};
+use crate::guest::{self, Access, BEGIN_PORT, CODE_ADDRESS, END_PORT, PORT};
 
 const RAM: usize = 2 << 20;
 /// Where Intel's processors have what they need for real mode, out of the guest's way.
@@ -23,7 +23,7 @@ pub fn run(access: Access, count: u64) -> Duration {
     let mut vcpu = vcpu(&kvm, &vm);
     let event = EventFd::new(EFD_NONBLOCK).unwrap();
     if access == Access::Notify {
-        vm.register_ioevent(&event, &IoEventAddress::Mmio(ADDRESS.into()), NoDatamatch).unwrap();
+        vm.register_ioevent(&event, &IoEventAddress::Pio(PORT.into()), NoDatamatch).unwrap();
     }
     let (seen, time) = dispatch(&mut vcpu);
     let seen = if access == Access::Notify { event.read().unwrap() } else { seen };

@@ -7,7 +7,7 @@ pub enum Access {
     Port,
     /// A byte to [`ADDRESS`], where a device is.
     Mmio,
-    /// The same, where an ioeventfd is.
+    /// A byte to [`PORT`], where an ioeventfd is.
     Notify,
 }
 
@@ -46,8 +46,8 @@ pub fn code(access: Access, count: u32) -> Vec<u8> {
     code.push(0xba); // mov dx, PORT
     code.extend(PORT.to_le_bytes());
     let repeat: &[u8] = match access {
-        Access::Port => &[0xee],                              // out dx, al
-        Access::Mmio | Access::Notify => &[0x67, 0x88, 0x07], // mov [edi], al
+        Access::Port | Access::Notify => &[0xee], // out dx, al
+        Access::Mmio => &[0x67, 0x88, 0x07],      // mov [edi], al
     };
     code.extend(repeat);
     code.extend([0x66, 0x49]); // dec ecx

@@ -63,7 +63,7 @@ pub fn run(access: Access, count: u64) -> Duration {
     surround(&machine);
     let event = EventFd::new(EFD_NONBLOCK).unwrap();
     if access == Access::Notify {
-        machine.interrupts().add_notify(ADDRESS.into(), &event).unwrap();
+        machine.interrupts().add_notify(PORT, &event).unwrap();
     }
     let (exit, _) = machine.run();
     assert_eq!(exit.reason, ExitReason::GuestPowerOff, "{}", exit.detail);

@@ -34,15 +34,15 @@ pub trait PciHost: Send + Sync {
     /// The host has none left.
     fn msi_vector(&self) -> io::Result<Box<dyn MsiVector>>;
 
-    /// From now on a guest write of any width to guest-physical `address` signals `event` instead of leaving the guest.
+    /// From now on a guest write of any width to `port` signals `event` instead of going to a device.
     ///
     /// # Errors
-    /// The address is taken, or the host refused.
-    fn add_notify(&self, address: u64, event: &EventFd) -> io::Result<()>;
+    /// The port is taken, or the host refused.
+    fn add_notify(&self, port: u16, event: &EventFd) -> io::Result<()>;
 
     /// Undoes [`PciHost::add_notify`] with the same arguments.
     ///
     /// # Errors
     /// There was no such registration.
-    fn remove_notify(&self, address: u64, event: &EventFd) -> io::Result<()>;
+    fn remove_notify(&self, port: u16, event: &EventFd) -> io::Result<()>;
 }

@@ -128,7 +128,7 @@ fn memory_mapped_accesses_and_notifies() {
         0x24, 0xfe, 0x0f, 0x22, 0xc0,             // and al, 0xfe; mov cr0, eax
         0x66, 0xbe, 0x00, 0x00, 0x20, 0x00,       // mov esi, 0x200000
         0x67, 0x66, 0xc7, 0x06, 0xef, 0xbe, 0xad, 0xde, // mov dword [esi], 0xdeadbeef
-        0x67, 0xc6, 0x46, 0x10, 0x01,             // mov byte [esi + 0x10], 1: an ioeventfd
+        0xe6, 0xe4,                               // out 0xe4, al: an ioeventfd
         0x67, 0x8a, 0x06, 0xe6, 0xe0,             // mov al, [esi]; out 0xe0, al
     ];
     let mut image = code.to_vec();
@@ -140,8 +140,8 @@ fn memory_mapped_accesses_and_notifies() {
     let recorder = Arc::new(Mutex::new(Recorder::default()));
     machine.buses.mmio.insert(MMIO, 0x10, Arc::clone(&recorder) as _).unwrap();
     let notify = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-    machine.interrupts().add_notify(MMIO + 0x10, &notify).unwrap();
-    assert!(machine.interrupts().add_notify(MMIO + 0x10, &notify).is_err(), "the same twice");
+    machine.interrupts().add_notify(0xe4, &notify).unwrap();
+    assert!(machine.interrupts().add_notify(0xe4, &notify).is_err(), "the same twice");
     let (exit, counts) = machine.run();
     assert_eq!(exit.detail, "[1]");
     assert_eq!(recorder.lock().unwrap().writes, [(0, vec![0xef, 0xbe, 0xad, 0xde])]);

@@ -22,12 +22,33 @@ const FIRST_CAPABILITY: usize = 0x40;
 /// Capabilities of the conventional kind live below the extended space.
 const CONVENTIONAL_LEN: usize = 0x100;
 
+const COMMAND_PORTS: u16 = 1 << 0;
 const COMMAND_MEMORY: u16 = 1 << 1;
-/// Memory decode, bus master, parity, SERR# and INTx disable; the function has no I/O space and no special cycles.
+/// Memory decode, bus master, parity, SERR# and INTx disable; no special cycles.
 const COMMAND_WRITABLE: u16 = COMMAND_MEMORY | 1 << 2 | 1 << 6 | 1 << 8 | 1 << 10;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 /// Memory space, 64 bits wide, prefetchable.
-const BAR_FLAGS: u64 = 0b1100;
+const MEMORY_BAR_FLAGS: u64 = 0b1100;
+/// I/O space.
+const PORT_BAR_FLAGS: u32 = 0b01;
+
+/// What a base address register is an address in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Space {
+    /// Memory, 64 bits wide.
+    Memory,
+    /// I/O ports.
+    Ports,
+}
+
+/// A base address register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bar {
+    /// Where it is decoded.
+    pub space: Space,
+    /// Bytes, or ports.
+    pub size: u64,
+}
 
 /// Who a function says it is.
 #[derive(Debug, Clone, Copy)]
@@ -51,7 +72,7 @@ pub struct ConfigSpace {
     registers: Box<[u8; CONFIG_LEN]>,
     /// A set bit may be changed by the guest.
     writable: Box<[u8; CONFIG_LEN]>,
-    bar_sizes: [u64; BAR_COUNT],
+    bars: [Option<Bar>; BAR_COUNT],
     /// Where the pointer to the next capability goes.
     link: usize,
     free: usize,
@@ -63,7 +84,7 @@ impl ConfigSpace {
         let mut space = Self {
             registers: Box::new([0; CONFIG_LEN]),
             writable: Box::new([0; CONFIG_LEN]),
-            bar_sizes: [0; BAR_COUNT],
+            bars: [None; BAR_COUNT],
             link: CAPABILITIES,
             free: FIRST_CAPABILITY,
         };
@@ -85,12 +106,26 @@ impl ConfigSpace {
     /// If the size is not a power of two of at least 16 bytes, or the registers are taken: a fault of the device's code.
     pub fn add_memory_bar(&mut self, index: usize, size: u64) {
         assert!(size.is_power_of_two() && size >= 16, "BAR {index} of {size:#x} bytes cannot be decoded");
-        assert!(self.bar_sizes[index] == 0 && self.bar_sizes[index + 1] == 0, "BAR {index} is taken");
-        self.bar_sizes[index] = size;
+        assert!(self.bars[index].is_none() && self.bars[index + 1].is_none(), "BAR {index} is taken");
+        self.bars[index] = Some(Bar { space: Space::Memory, size });
         let at = BAR0 + index * 4;
-        self.put(at, &BAR_FLAGS.to_le_bytes());
+        self.put(at, &MEMORY_BAR_FLAGS.to_le_bytes());
         // Sizing falls out of this: the bits below the size stay zero whatever is written.
         self.writable[at..at + 8].copy_from_slice(&(!(size - 1)).to_le_bytes());
+    }
+
+    /// Declares a BAR of `size` I/O ports in register `index`, and that the function has any.
+    ///
+    /// # Panics
+    /// If the size is not a power of two from 4 to 256, or the register is taken: a fault of the device's code.
+    pub fn add_port_bar(&mut self, index: usize, size: u16) {
+        assert!(size.is_power_of_two() && (4..=256).contains(&size), "BAR {index} of {size} ports cannot be decoded");
+        assert!(self.bars[index].is_none(), "BAR {index} is taken");
+        self.bars[index] = Some(Bar { space: Space::Ports, size: size.into() });
+        let at = BAR0 + index * 4;
+        self.put(at, &PORT_BAR_FLAGS.to_le_bytes());
+        self.writable[at..at + 4].copy_from_slice(&(!(u32::from(size) - 1)).to_le_bytes());
+        self.writable[COMMAND] |= COMMAND_PORTS as u8;
     }
 
     /// Appends a capability whose bytes after id and next pointer are `body`; a set bit in `writable` may be changed by
@@ -131,27 +166,37 @@ impl ConfigSpace {
         }
     }
 
-    /// Whether the guest lets the function answer memory accesses.
-    pub fn memory_enabled(&self) -> bool {
-        self.word(COMMAND) & COMMAND_MEMORY != 0
+    /// Whether the guest lets the function answer accesses in `space`.
+    pub fn decodes(&self, space: Space) -> bool {
+        let bit = match space {
+            Space::Memory => COMMAND_MEMORY,
+            Space::Ports => COMMAND_PORTS,
+        };
+        self.word(COMMAND) & bit != 0
     }
 
-    /// Size of the BAR at `index`, 0 where there is none.
-    pub fn bar_size(&self, index: usize) -> u64 {
-        self.bar_sizes[index]
+    /// The BAR that begins at register `index`.
+    pub fn bar(&self, index: usize) -> Option<Bar> {
+        self.bars[index]
     }
 
     /// Where the guest has put the BAR at `index`.
     pub fn bar_address(&self, index: usize) -> u64 {
         let at = BAR0 + index * 4;
-        let mut bytes = [0; 8];
-        bytes.copy_from_slice(&self.registers[at..at + 8]);
-        u64::from_le_bytes(bytes) & !0xf
+        let low = self.dword(at);
+        match self.bars[index].map(|bar| bar.space) {
+            Some(Space::Ports) => u64::from(low & !0b11),
+            _ => u64::from(low & !0xf) | u64::from(self.dword(at + 4)) << 32,
+        }
     }
 
     /// Puts the BAR at `index` to `address`, as firmware would.
     pub fn set_bar_address(&mut self, index: usize, address: u64) {
-        self.write((BAR0 + index * 4) as u16, &address.to_le_bytes());
+        let len = match self.bars[index].map(|bar| bar.space) {
+            Some(Space::Ports) => 4,
+            _ => 8,
+        };
+        self.write((BAR0 + index * 4) as u16, &address.to_le_bytes()[..len]);
     }
 
     /// The 16-bit register at `offset`.

@@ -1,10 +1,10 @@
 //! PCI: a PCI Express root complex with one bus, whose functions sit directly on it.
 //!
 //! [`PciRoot`] owns the functions, answers configuration accesses (memory mapped, [`PciRoot::ecam`], and through ports,
-//! [`PciRoot::config_ports`]) and keeps the machine's memory bus in step with the base addresses that the guest
+//! [`PciRoot::config_ports`]) and keeps the machine's buses in step with the base addresses that the guest
 //! programs. A [`PciFunction`] is registers only; everything runs on the vCPU thread that made the access.
 //!
-//! Absent on purpose: I/O BARs, INTx, bridges and further buses, option ROMs, function-level reset.
+//! Absent on purpose: INTx, bridges and further buses, option ROMs, function-level reset.
 
 mod access;
 mod bridge;
@@ -15,7 +15,7 @@ mod root;
 mod tests;
 
 pub use access::{ConfigPorts, Ecam};
-pub use config::{BAR_COUNT, CONFIG_LEN, ConfigSpace, Identity};
+pub use config::{BAR_COUNT, Bar, CONFIG_LEN, ConfigSpace, Identity, Space};
 pub use msix::{Msix, Vectors};
 pub use root::{PciError, PciRoot, SLOTS, Slot};
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use super::bridge::HostBridge;
-use super::{BAR_COUNT, ConfigPorts, ConfigSpace, Ecam, PciFunction};
+use super::{BAR_COUNT, Bar, ConfigPorts, ConfigSpace, Ecam, PciFunction, Space};
 use crate::bus::{Bus, BusDevice};
 
 /// Devices that one bus can have.
@@ -21,7 +21,7 @@ pub enum PciError {
     )]
     NoSlot,
     /// The windows are used up.
-    #[error("no room for a BAR of {size:#x} bytes in the PCI memory windows")]
+    #[error("no room for a BAR of {size:#x} bytes in the PCI windows")]
     NoSpace {
         /// What was asked for.
         size: u64,
@@ -60,13 +60,14 @@ pub struct PciRoot {
 }
 
 impl PciRoot {
-    /// A root with nothing but its host bridge. BARs are decoded on `bus`, and only inside `windows`: those that the
-    /// machine's description names (ACPI `_CRS`), free of RAM and of other devices.
-    pub fn new(bus: &Arc<Bus>, windows: Vec<Range<u64>>) -> Self {
+    /// A root with nothing but its host bridge. BARs are decoded on the buses of `memory` and `ports`, and only inside the
+    /// windows beside them: those that the machine's description names (ACPI `_CRS`), free of RAM and of other devices.
+    pub fn new(memory: (&Arc<Bus>, Vec<Range<u64>>), ports: (&Arc<Bus>, Range<u64>)) -> Self {
         let bridge = Entry { function: Arc::new(Mutex::new(HostBridge::new())), bars: Vec::new() };
-        let windows = windows.into_iter().map(|range| Window { next: range.start, range }).collect();
         let slots = BTreeMap::from([(BRIDGE, bridge)]);
-        Self { functions: Arc::new(Mutex::new(Functions { slots, bus: Arc::downgrade(bus), windows })) }
+        let memory = Forwarding::new(memory.0, memory.1);
+        let spaces = Spaces { memory, ports: Forwarding::new(ports.0, vec![ports.1]) };
+        Self { functions: Arc::new(Mutex::new(Functions { slots, spaces })) }
     }
 
     /// Puts `function` into the next free slot and gives each of its BARs an address, as firmware would. The guest still
@@ -109,12 +110,12 @@ impl PciRoot {
         if slot == BRIDGE {
             return;
         }
-        let (entry, bus) = {
+        let (entry, buses) = {
             let mut functions = self.lock();
-            (functions.slots.remove(&slot), functions.bus.upgrade())
+            (functions.slots.remove(&slot), functions.spaces.buses())
         };
         if let Some(entry) = entry {
-            entry.retire(bus.as_deref());
+            entry.retire(&buses);
         }
     }
 
@@ -159,10 +160,72 @@ impl Window {
     }
 }
 
+/// A bus of the machine, and what of it the bridge forwards.
+struct Forwarding {
+    /// Not an owner: the buses hold the ways to configuration space, which hold this.
+    bus: Weak<Bus>,
+    windows: Vec<Window>,
+}
+
+impl Forwarding {
+    fn new(bus: &Arc<Bus>, windows: Vec<Range<u64>>) -> Self {
+        let windows = windows.into_iter().map(|range| Window { next: range.start, range }).collect();
+        Self { bus: Arc::downgrade(bus), windows }
+    }
+
+    /// Whether all of `range` is forwarded, in one window.
+    fn covers(&self, start: u64, size: u64) -> bool {
+        let end = start.checked_add(size);
+        end.is_some_and(|end| self.windows.iter().any(|window| window.range.start <= start && end <= window.range.end))
+    }
+}
+
+struct Spaces {
+    memory: Forwarding,
+    ports: Forwarding,
+}
+
+impl Spaces {
+    fn of(&self, space: Space) -> &Forwarding {
+        match space {
+            Space::Memory => &self.memory,
+            Space::Ports => &self.ports,
+        }
+    }
+
+    fn allocate(&mut self, bar: Bar) -> Option<u64> {
+        let windows = match bar.space {
+            Space::Memory => &mut self.memory.windows,
+            Space::Ports => &mut self.ports.windows,
+        };
+        windows.iter_mut().find_map(|window| window.allocate(bar.size))
+    }
+
+    /// The buses, unless the machine is gone.
+    fn buses(&self) -> Buses {
+        Buses { memory: self.memory.bus.upgrade(), ports: self.ports.bus.upgrade() }
+    }
+}
+
+/// The machine's buses, held for a moment.
+struct Buses {
+    memory: Option<Arc<Bus>>,
+    ports: Option<Arc<Bus>>,
+}
+
+impl Buses {
+    fn of(&self, space: Space) -> Option<&Bus> {
+        match space {
+            Space::Memory => self.memory.as_deref(),
+            Space::Ports => self.ports.as_deref(),
+        }
+    }
+}
+
 /// One BAR and where the bus knows it.
 struct BarMapping {
     index: usize,
-    size: u64,
+    bar: Bar,
     device: Arc<Mutex<BarDevice>>,
     mapped: Option<u64>,
 }
@@ -182,9 +245,7 @@ enum Placement {
 /// The state behind every handle.
 pub(super) struct Functions {
     slots: BTreeMap<Slot, Entry>,
-    /// Not an owner: the bus holds the configuration windows, which hold this.
-    bus: Weak<Bus>,
-    windows: Vec<Window>,
+    spaces: Spaces,
 }
 
 impl Functions {
@@ -192,17 +253,13 @@ impl Functions {
         let free = (0..SLOTS).map(Slot).find(|slot| !self.slots.contains_key(slot)).ok_or(PciError::NoSlot)?;
         let mut bars = Vec::new();
         for index in 0..BAR_COUNT {
-            let size = lock(&function).config().bar_size(index);
-            if size == 0 {
-                continue;
-            }
+            let Some(bar) = lock(&function).config().bar(index) else { continue };
             if placement == Placement::ByUs {
-                let address =
-                    self.windows.iter_mut().find_map(|w| w.allocate(size)).ok_or(PciError::NoSpace { size })?;
+                let address = self.spaces.allocate(bar).ok_or(PciError::NoSpace { size: bar.size })?;
                 lock(&function).config().set_bar_address(index, address);
             }
             let device = Arc::new(Mutex::new(BarDevice { function: Some(Arc::clone(&function)), index }));
-            bars.push(BarMapping { index, size, device, mapped: None });
+            bars.push(BarMapping { index, bar, device, mapped: None });
         }
         self.slots.insert(free, Entry { function, bars });
         Ok(free)
@@ -219,29 +276,31 @@ impl Functions {
     pub(super) fn write_config(&mut self, slot: Slot, register: u16, data: &[u8]) {
         if let Some(entry) = self.slots.get_mut(&slot) {
             lock(&entry.function).write_config(register, data);
-            entry.remap(&self.bus, &self.windows);
+            entry.remap(&self.spaces);
         }
     }
 }
 
 impl Entry {
-    /// Makes the bus agree with command register and BARs.
-    fn remap(&mut self, bus: &Weak<Bus>, windows: &[Window]) {
-        let Some(bus) = bus.upgrade() else { return };
+    /// Makes the buses agree with command register and BARs.
+    fn remap(&mut self, spaces: &Spaces) {
+        let buses = spaces.buses();
         let mut function = lock(&self.function);
         // What leaves makes room for what comes.
         for bar in &mut self.bars {
-            let wanted = bar.wanted(function.config(), windows);
+            let Some(bus) = buses.of(bar.bar.space) else { continue };
+            let wanted = bar.wanted(function.config(), spaces);
             if let Some(old) = bar.mapped.take_if(|mapped| wanted != Some(*mapped)) {
                 function.bar_moved(bar.index, None);
                 bus.remove(old);
             }
         }
         for bar in &mut self.bars {
+            let Some(bus) = buses.of(bar.bar.space) else { continue };
             // Two BARs in one place are a fault of the guest: the first one stays, the second is not decoded.
             if bar.mapped.is_none()
-                && let Some(new) = bar.wanted(function.config(), windows)
-                && bus.insert(new, bar.size, Arc::clone(&bar.device) as Arc<Mutex<dyn BusDevice>>).is_ok()
+                && let Some(new) = bar.wanted(function.config(), spaces)
+                && bus.insert(new, bar.bar.size, Arc::clone(&bar.device) as Arc<Mutex<dyn BusDevice>>).is_ok()
             {
                 bar.mapped = Some(new);
                 function.bar_moved(bar.index, Some(new));
@@ -253,7 +312,7 @@ impl Entry {
 impl Entry {
     /// Ends what is on the bus no more. Called without the root's lock: an access to a BAR that is under way may hold the
     /// function's for long, and is waited for.
-    fn retire(self, bus: Option<&Bus>) {
+    fn retire(self, buses: &Buses) {
         for bar in &self.bars {
             // Who finds it on the bus, or has found it, must not set it going again.
             bar.device.lock().unwrap_or_else(|e| e.into_inner()).function = None;
@@ -263,7 +322,7 @@ impl Entry {
             if let Some(mapped) = bar.mapped {
                 function.bar_moved(bar.index, None);
                 // Last: the guest can put another BAR there then, whose notifications must find the place free, too.
-                if let Some(bus) = bus {
+                if let Some(bus) = buses.of(bar.bar.space) {
                     bus.remove(mapped);
                 }
             }
@@ -274,15 +333,14 @@ impl Entry {
 
 impl BarMapping {
     /// Where the registers say that the BAR is decoded: nowhere outside of what the bridge forwards.
-    fn wanted(&self, config: &ConfigSpace, windows: &[Window]) -> Option<u64> {
+    fn wanted(&self, config: &ConfigSpace, spaces: &Spaces) -> Option<u64> {
+        let Bar { space, size } = self.bar;
         let address = config.bar_address(self.index);
-        let end = address.checked_add(self.size)?;
-        let forwarded = windows.iter().any(|window| window.range.start <= address && end <= window.range.end);
-        (config.memory_enabled() && forwarded).then_some(address)
+        (config.decodes(space) && spaces.of(space).covers(address, size)).then_some(address)
     }
 }
 
-/// One BAR of a function, as the memory bus sees it.
+/// One BAR of a function, as its bus sees it.
 struct BarDevice {
     /// None once the function is off the bus.
     function: Option<Arc<Mutex<dyn PciFunction>>>,

@@ -40,8 +40,10 @@ pub struct Driver {
     pub bar: u64,
     /// Feature bits that were negotiated.
     pub features: u64,
-    /// Where the structures are, by `cfg_type`.
+    /// Where the structures are in memory, by `cfg_type`;
     structures: BTreeMap<u8, u64>,
+    /// and the ports for notifications.
+    ports: u16,
     msix: u64,
 }
 
@@ -55,23 +57,30 @@ impl Driver {
         let function = VirtioPciDevice::new(device, &machine.memory, &machine.pci_host()).unwrap();
         let slot = machine.add(function);
         let bar = u64::from(machine.read_config(slot, 0x14)) << 32 | u64::from(machine.read_config(slot, 0x10) & !0xf);
-        machine.write_config(slot, 4, 0x6);
+        machine.write_config(slot, 4, 0x7);
         let mut structures = BTreeMap::new();
-        let mut msix = 0;
+        let (mut msix, mut ports) = (0, 0);
         let mut at = u64::from(machine.read_config(slot, 0x34) & 0xff);
         while at != 0 {
             let head = machine.read_config(slot, at);
             match head & 0xff {
                 0x09 => {
                     let offset = u64::from(machine.read_config(slot, at + 8));
-                    structures.insert((head >> 24) as u8, bar + offset);
+                    match machine.read_config(slot, at + 4) as u8 {
+                        0 => drop(structures.insert((head >> 24) as u8, bar + offset)),
+                        number => {
+                            let register = machine.read_config(slot, 0x10 + 4 * u64::from(number));
+                            assert_eq!((head >> 24, register & 3), (2, 1), "only notifications go to ports");
+                            ports = (register & !3) as u16 + offset as u16;
+                        }
+                    }
                 }
                 0x11 => msix = at,
                 _ => {}
             }
             at = u64::from(head >> 8 & 0xff);
         }
-        Self { machine, slot, bar, features: 0, structures, msix }
+        Self { machine, slot, bar, features: 0, structures, ports, msix }
     }
 
     /// Address of a register of the common configuration.
@@ -84,7 +93,12 @@ impl Driver {
         self.structures[&4] + offset
     }
 
-    /// Address at which queue `index` is notified.
+    /// Port at which queue `index` is notified.
+    pub fn notify_port(&self, index: u16) -> u16 {
+        self.ports + 4 * index
+    }
+
+    /// Address at which a driver does so that has no ports.
     pub fn notify_address(&self, index: u16) -> u64 {
         self.structures[&2] + 4 * u64::from(index)
     }
@@ -198,7 +212,7 @@ impl Driver {
 
     /// Notifies the device of queue `queue`.
     pub fn kick(&self, queue: &DriverQueue) {
-        self.machine.write(self.notify_address(queue.index), &queue.index.to_le_bytes());
+        self.machine.write_port(self.notify_port(queue.index), &queue.index.to_le_bytes());
     }
 
     /// Offers one chain, notifies, waits for it; returns the length that the device reports.

@@ -71,19 +71,19 @@ impl MsiVector for Line {
 pub struct FakeHost {
     /// In the order of allocation.
     pub vectors: Mutex<Vec<Arc<FakeVector>>>,
-    notifies: Mutex<Vec<(u64, EventFd)>>,
+    notifies: Mutex<Vec<(u16, EventFd)>>,
 }
 
 impl FakeHost {
-    /// Addresses at which a write signals an event.
-    pub fn notify_addresses(&self) -> Vec<u64> {
-        self.notifies.lock().unwrap().iter().map(|(address, _)| *address).collect()
+    /// Ports at which a write signals an event.
+    pub fn notify_ports(&self) -> Vec<u16> {
+        self.notifies.lock().unwrap().iter().map(|(port, _)| *port).collect()
     }
 
     /// Does what KVM does with a guest's write before it leaves the guest; false if it has to leave.
-    pub fn intercept(&self, address: u64) -> bool {
+    pub fn intercept(&self, port: u16) -> bool {
         let notifies = self.notifies.lock().unwrap();
-        let hit = notifies.iter().find(|(at, _)| *at == address);
+        let hit = notifies.iter().find(|(at, _)| *at == port);
         hit.map(|(_, event)| event.write(1).unwrap()).is_some()
     }
 }
@@ -95,16 +95,16 @@ impl PciHost for FakeHost {
         Ok(Box::new(Line(vector)))
     }
 
-    fn add_notify(&self, address: u64, event: &EventFd) -> io::Result<()> {
-        assert!(!self.notify_addresses().contains(&address), "{address:#x} is taken");
-        self.notifies.lock().unwrap().push((address, event.try_clone()?));
+    fn add_notify(&self, port: u16, event: &EventFd) -> io::Result<()> {
+        assert!(!self.notify_ports().contains(&port), "{port:#x} is taken");
+        self.notifies.lock().unwrap().push((port, event.try_clone()?));
         Ok(())
     }
 
-    fn remove_notify(&self, address: u64, _event: &EventFd) -> io::Result<()> {
+    fn remove_notify(&self, port: u16, _event: &EventFd) -> io::Result<()> {
         let mut notifies = self.notifies.lock().unwrap();
         let before = notifies.len();
-        notifies.retain(|(at, _)| *at != address);
+        notifies.retain(|(at, _)| *at != port);
         if notifies.len() < before { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
     }
 }
@@ -115,6 +115,8 @@ pub struct Machine {
     pub memory: Memory,
     /// The memory bus, with ECAM and BARs.
     pub bus: Arc<Bus>,
+    /// The port bus, with BARs.
+    pub ports: Arc<Bus>,
     /// The root complex.
     pub root: PciRoot,
     /// The host below.
@@ -126,6 +128,8 @@ impl Machine {
     pub const ECAM: u64 = 0xe000_0000;
     /// Where BARs may be.
     pub const WINDOW: std::ops::Range<u64> = 0x80_0000_0000..0x80_1000_0000;
+    /// And those of ports.
+    pub const PORTS: std::ops::Range<u64> = 0xc000..0x1_0000;
     /// Bytes of RAM.
     pub const RAM: usize = 16 << 20;
 
@@ -133,9 +137,10 @@ impl Machine {
     pub fn new() -> Self {
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), Self::RAM)]).unwrap());
         let bus = Arc::new(Bus::new());
-        let root = PciRoot::new(&bus, vec![Self::WINDOW]);
+        let ports = Arc::new(Bus::new());
+        let root = PciRoot::new((&bus, vec![Self::WINDOW]), (&ports, Self::PORTS));
         bus.insert(Self::ECAM, pci::ECAM_LEN, root.ecam()).unwrap();
-        Self { memory, bus, root, host: Arc::default() }
+        Self { memory, bus, ports, root, host: Arc::default() }
     }
 
     /// Adds a function.
@@ -150,8 +155,13 @@ impl Machine {
 
     /// A guest's write to memory space.
     pub fn write(&self, address: u64, data: &[u8]) {
-        if !self.host.intercept(address) {
-            self.bus.write(address, data);
+        self.bus.write(address, data);
+    }
+
+    /// A guest's write to a port.
+    pub fn write_port(&self, port: u16, data: &[u8]) {
+        if !self.host.intercept(port) {
+            self.ports.write(port.into(), data);
         }
     }
 

@@ -66,23 +66,24 @@ impl Hostile {
         while !source.0.is_empty() {
             self.step(&mut source, &mut queues);
         }
-        self.restore_bar();
+        self.restore_bars();
         let queues = self.driver.up();
         (&self.driver, queues)
     }
 
-    /// Puts the BAR to where it belongs, in case that it was moved.
-    fn restore_bar(&self) {
+    /// Puts the BARs to where they belong, in case that they were moved.
+    fn restore_bars(&self) {
         let Driver { machine, slot, bar, .. } = &self.driver;
         machine.write_config(*slot, 4, 0);
         machine.write_config(*slot, 0x10, *bar as u32);
         machine.write_config(*slot, 0x14, (*bar >> 32) as u32);
-        machine.write_config(*slot, 4, 6);
+        machine.write_config(*slot, 0x18, self.driver.notify_port(0).into());
+        machine.write_config(*slot, 4, 7);
     }
 
     /// A session with any features, of which one has to be.
     fn prepare(&mut self, source: &mut Source<'_>) -> Vec<DriverQueue> {
-        self.restore_bar();
+        self.restore_bars();
         self.driver.prepare_all(source.number(5) & !(1 << 32))
     }
 

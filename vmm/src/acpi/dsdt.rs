@@ -90,7 +90,7 @@ struct RootBridge<'a> {
 
 impl Aml for RootBridge<'_> {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
-        let (buses, ports) = (
+        let (buses, config) = (
             AddressSpace::new_bus_number(0u16, 0u16),
             IO::new(CONFIG_PORT as u16, CONFIG_PORT as u16, 1, CONFIG_PORTS as u8),
         );
@@ -101,7 +101,9 @@ impl Aml for RootBridge<'_> {
         };
         let low: Vec<_> = self.mmio32.iter().map(window).collect();
         let high = AddressSpace::new_memory(memory, true, self.mmio64.start, self.mmio64.end - 1, None);
-        let mut resources: Vec<&dyn Aml> = vec![&buses, &ports];
+        // Its end is the last of all ports.
+        let window = AddressSpace::new_io(ports::PCI.start as u16, (ports::PCI.end - 1) as u16, None);
+        let mut resources: Vec<&dyn Aml> = vec![&buses, &config, &window];
         resources.extend(low.iter().map(|window| window as &dyn Aml));
         resources.push(&high);
         Device::new(

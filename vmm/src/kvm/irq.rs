@@ -101,12 +101,12 @@ impl PciHost for Interrupts {
         Ok(Box::new(Vector { routes: Arc::clone(&self.routes), gsi, trigger }))
     }
 
-    fn add_notify(&self, address: u64, event: &EventFd) -> io::Result<()> {
-        self.routes.fd.register_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch).map_err(errno)
+    fn add_notify(&self, port: u16, event: &EventFd) -> io::Result<()> {
+        self.routes.fd.register_ioevent(event, &IoEventAddress::Pio(port.into()), NoDatamatch).map_err(errno)
     }
 
-    fn remove_notify(&self, address: u64, event: &EventFd) -> io::Result<()> {
-        self.routes.fd.unregister_ioevent(event, &IoEventAddress::Mmio(address), NoDatamatch).map_err(errno)
+    fn remove_notify(&self, port: u16, event: &EventFd) -> io::Result<()> {
+        self.routes.fd.unregister_ioevent(event, &IoEventAddress::Pio(port.into()), NoDatamatch).map_err(errno)
     }
 }
 

@@ -14,7 +14,7 @@ use super::plug::{Departures, Plug};
 use super::taps::Taps;
 use super::unknown_msrs::{UnknownMsrs, Warn};
 use super::vcpu::Buses;
-use super::{BuildError, Devices, Machine, platform};
+use super::{BuildError, Devices, Machine, platform, ports};
 use crate::acpi;
 use crate::boot::{self, Boot, Entry};
 use crate::config::Config;
@@ -134,7 +134,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     }
 
     // PCI, and on it the devices, in the order in which the guest shall see them.
-    let pci = PciRoot::new(&buses.mmio, bars);
+    let pci = PciRoot::new((&buses.mmio, bars), (&buses.ports, ports::PCI));
     buses.mmio.insert(layout::ECAM, pci::ECAM_LEN, pci.ecam())?;
     let config_ports = pci.config_ports();
     buses.ports.insert(pci::CONFIG_PORT, pci::CONFIG_PORTS, Arc::clone(&config_ports) as _)?;

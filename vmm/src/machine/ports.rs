@@ -6,5 +6,7 @@ pub const SERIAL: u16 = 0x3f8;
 pub const SERIAL_IRQ: u32 = 4;
 /// Battery-backed clock.
 pub const RTC: u16 = 0x70;
+/// Where BARs of ports may be: where SeaBIOS puts them, too.
+pub const PCI: std::ops::Range<u64> = 0xc000..0x1_0000;
 /// Keyboard controller.
 pub const I8042: u16 = 0x60;

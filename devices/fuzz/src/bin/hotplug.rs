@@ -68,7 +68,8 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
                 let place = Machine::WINDOW.start + u64::from(step[3] % 4) * 0x8000;
                 machine.write_config(slot, 0x14, (place >> 32) as u32);
                 machine.write_config(slot, 0x10, place as u32);
-                machine.write_config(slot, 4, 6);
+                machine.write_config(slot, 0x18, Machine::PORTS.start as u32 + u32::from(step[3] % 8) * 0x40);
+                machine.write_config(slot, 4, 7);
             }
             6 => {
                 vcpus = vcpus.max(at.clamp(1, MAX_VCPUS));
@@ -86,7 +87,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     assert_eq!(u32::from_le_bytes(present), u32::MAX >> (MAX_VCPUS - vcpus), "vCPUs are not those that came");
     assert!(!line.load(Ordering::Relaxed), "there is nothing to be told");
     assert!(slots().all(|slot| !machine.root.is_occupied(slot)), "a device has stayed");
-    assert!(machine.host.notify_addresses().is_empty(), "ioeventfds are left");
+    assert!(machine.host.notify_ports().is_empty(), "ioeventfds are left");
     let again = machine.root.plug(device(&machine)).expect("the bus is empty");
     assert_eq!(again.number(), 1);
 });

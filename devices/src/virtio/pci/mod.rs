@@ -1,8 +1,10 @@
 //! The virtio transport over PCI: Virtio 1.2, 4.1, without the legacy interface.
 //!
 //! One BAR holds the four register structures, the MSI-X table and its pending bits. A driver's notification is a write
-//! to that BAR which an ioeventfd turns into an event of the device's worker; the ordinary write path does the same, for
-//! a host that could not set the ioeventfd up.
+//! which an ioeventfd turns into an event of the device's worker; the ordinary write path does the same, for a host that
+//! could not set the ioeventfd up. It goes to a port, in a BAR of its own: of a write to memory AMD's processors do not say
+//! how long the instruction is, and KVM has to decode it. A driver without ports finds a second place for notifications in
+//! the first BAR, the ordinary way only.
 //!
 //! How a VMM attaches a device:
 //!
@@ -13,9 +15,9 @@
 //! use bedplate_devices::{Memory, bus::Bus, host::PciHost, pci::{self, PciRoot}};
 //!
 //! fn attach(memory: &Memory, host: &Arc<dyn PciHost>) -> Result<(), Box<dyn std::error::Error>> {
-//!     let (mmio, ports) = (Arc::new(Bus::new()), Bus::new());
-//!     // Once: a root that decodes BARs in one window, with its two ways to configuration space.
-//!     let root = PciRoot::new(&mmio, vec![0x80_0000_0000..0x90_0000_0000]);
+//!     let (mmio, ports) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
+//!     // Once: a root that decodes BARs in a window of each space, with its two ways to configuration space.
+//!     let root = PciRoot::new((&mmio, vec![0x80_0000_0000..0x90_0000_0000]), (&ports, 0xc000..0x1_0000));
 //!     mmio.insert(0xe000_0000, pci::ECAM_LEN, root.ecam())?;
 //!     ports.insert(pci::CONFIG_PORT, pci::CONFIG_PORTS, root.config_ports())?;
 //!     // For each device: the device over its backend, the transport over the device, a slot for the transport.
@@ -46,7 +48,7 @@ use crate::Memory;
 use crate::host::PciHost;
 use crate::pci::{ConfigSpace, Identity, Msix, PciFunction};
 
-/// The BAR that everything is in. Each structure has a page, so that a guest may map them one by one.
+/// The BAR that everything but one is in. Each structure has a page, so that a guest may map them one by one.
 const BAR: usize = 0;
 const BAR_LEN: u64 = 0x8000;
 const COMMON: u64 = 0;
@@ -56,8 +58,10 @@ const NOTIFY: u64 = 0x3000;
 const TABLE: u64 = 0x4000;
 const PENDING: u64 = 0x5000;
 const PAGE: u64 = 0x1000;
-/// Bytes between the notification addresses of two queues.
+/// Bytes, or ports, between the notification addresses of two queues.
 const NOTIFY_STRIDE: u64 = 4;
+/// The BAR of ports for notifications.
+const NOTIFY_BAR: usize = 2;
 
 const VENDOR_CAPABILITY: u8 = 0x09;
 const EXPRESS_CAPABILITY: u8 = 0x10;
@@ -95,8 +99,8 @@ pub struct VirtioPciDevice {
     msix: Msix,
     common: Common,
     lines: Arc<Lines>,
-    /// Where the BAR is decoded, and with it the ioeventfds.
-    mapped: Option<u64>,
+    /// The first port of the ioeventfds.
+    ports: Option<u16>,
 }
 
 impl VirtioPciDevice {
@@ -120,6 +124,7 @@ impl VirtioPciDevice {
         let common = Common::new(offered, sizes, vector_count as u16, Arc::clone(&lines));
         let mut config = ConfigSpace::new(&identity(device.device_type()));
         config.add_memory_bar(BAR, BAR_LEN);
+        config.add_port_bar(NOTIFY_BAR, (sizes.len() as u16 * NOTIFY_STRIDE as u16).next_power_of_two());
         let window_at = usize::from(add_capabilities(&mut config, sizes.len() as u64));
         let (body, writable) = msix.capability(BAR as u32, TABLE as u32, PENDING as u32);
         let msix_at = usize::from(config.add_capability(MSIX_CAPABILITY, &body, &writable));
@@ -134,7 +139,7 @@ impl VirtioPciDevice {
             msix,
             common,
             lines,
-            mapped: None,
+            ports: None,
         })
     }
 
@@ -247,11 +252,11 @@ fn add_capabilities(config: &mut ConfigSpace, queues: u64) -> u16 {
     // Device control's permissions are the guest's to set; they have no effect here.
     config.add_capability(EXPRESS_CAPABILITY, &express, &[0, 0, 0, 0, 0, 0, 0xff, 0x7f]);
 
-    let body = |cfg_type: u8, offset: u64, len: u64, extra: usize| {
+    let body = |cfg_type: u8, bar: usize, offset: u64, len: u64, extra: usize| {
         let mut body = vec![0; 14 + extra];
         body[0] = (16 + extra) as u8;
         body[1] = cfg_type;
-        body[2] = BAR as u8;
+        body[2] = bar as u8;
         body[6..10].copy_from_slice(&(offset as u32).to_le_bytes());
         body[10..14].copy_from_slice(&(len as u32).to_le_bytes());
         body
@@ -259,16 +264,19 @@ fn add_capabilities(config: &mut ConfigSpace, queues: u64) -> u16 {
     for (cfg_type, offset, len) in
         [(TYPE_COMMON, COMMON, COMMON_LEN as u64), (TYPE_ISR, ISR, 1), (TYPE_DEVICE, DEVICE, PAGE)]
     {
-        config.add_capability(VENDOR_CAPABILITY, &body(cfg_type, offset, len, 0), &[]);
+        config.add_capability(VENDOR_CAPABILITY, &body(cfg_type, BAR, offset, len, 0), &[]);
     }
-    let mut notify = body(TYPE_NOTIFY, NOTIFY, queues * NOTIFY_STRIDE, 4);
-    notify[14..].copy_from_slice(&(NOTIFY_STRIDE as u32).to_le_bytes());
-    config.add_capability(VENDOR_CAPABILITY, &notify, &[]);
+    // Drivers take the first of a kind that they can use.
+    for (bar, offset) in [(NOTIFY_BAR, 0), (BAR, NOTIFY)] {
+        let mut notify = body(TYPE_NOTIFY, bar, offset, queues * NOTIFY_STRIDE, 4);
+        notify[14..].copy_from_slice(&(NOTIFY_STRIDE as u32).to_le_bytes());
+        config.add_capability(VENDOR_CAPABILITY, &notify, &[]);
+    }
     // BAR, offset, length and data of the window are the driver's.
     let mut writable = [0; 18];
     writable[2] = 0xff;
     writable[6..].fill(0xff);
-    config.add_capability(VENDOR_CAPABILITY, &body(TYPE_PCI, 0, 0, 4), &writable)
+    config.add_capability(VENDOR_CAPABILITY, &body(TYPE_PCI, BAR, 0, 0, 4), &writable)
 }
 
 impl PciFunction for VirtioPciDevice {
@@ -300,7 +308,11 @@ impl PciFunction for VirtioPciDevice {
         self.host_fault("route an interrupt", result);
     }
 
-    fn read_bar(&mut self, _bar: usize, offset: u64, data: &mut [u8]) {
+    fn read_bar(&mut self, bar: usize, offset: u64, data: &mut [u8]) {
+        if bar == NOTIFY_BAR {
+            // Notification addresses are write-only.
+            return data.fill(0);
+        }
         let at = offset % PAGE;
         match offset - at {
             COMMON => self.common.read(at, data),
@@ -313,12 +325,14 @@ impl PciFunction for VirtioPciDevice {
             DEVICE => self.device.read_config(at, data),
             TABLE => self.msix.read_table(at, data),
             PENDING => self.msix.read_pending(at, data),
-            // Notification addresses are write-only.
             _ => data.fill(0),
         }
     }
 
-    fn write_bar(&mut self, _bar: usize, offset: u64, data: &[u8]) {
+    fn write_bar(&mut self, bar: usize, offset: u64, data: &[u8]) {
+        if bar == NOTIFY_BAR {
+            return self.notify(offset / NOTIFY_STRIDE);
+        }
         let at = offset % PAGE;
         match offset - at {
             COMMON => self.write_common(at, data),
@@ -332,22 +346,27 @@ impl PciFunction for VirtioPciDevice {
         }
     }
 
-    fn bar_moved(&mut self, _bar: usize, address: Option<u64>) {
+    fn bar_moved(&mut self, bar: usize, address: Option<u64>) {
+        if bar != NOTIFY_BAR {
+            return;
+        }
+        // Ports have 16 bits: the root decodes nothing outside of its windows.
+        let first = address.map(|address| address as u16);
         for (index, event) in self.notify.iter().enumerate() {
-            let at = |base: u64| base + NOTIFY + index as u64 * NOTIFY_STRIDE;
-            if let Some(old) = self.mapped {
+            let at = |first: u16| first + index as u16 * NOTIFY_STRIDE as u16;
+            if let Some(old) = self.ports {
                 self.host_fault("remove an ioeventfd", self.host.remove_notify(at(old), event));
             }
-            if let Some(new) = address {
+            if let Some(new) = first {
                 self.host_fault("set an ioeventfd", self.host.add_notify(at(new), event));
             }
         }
-        self.mapped = address;
+        self.ports = first;
     }
 
     fn shutdown(&mut self) {
         self.reset();
-        self.bar_moved(BAR, None);
+        self.bar_moved(NOTIFY_BAR, None);
         let result = self.msix.shutdown();
         self.host_fault("release an interrupt", result);
     }

@@ -107,28 +107,36 @@ fn queue_registers_follow_the_rules() {
 #[test]
 fn notifications_follow_the_bar() {
     let (mut driver, metrics) = driver();
-    let notify = driver.notify_address(0);
-    assert_eq!(driver.machine.host.notify_addresses(), [notify]);
+    let port = driver.notify_port(0);
+    assert_eq!(driver.machine.host.notify_ports(), [port]);
     let mut queue = driver.up().remove(0);
     let (machine, slot) = (&driver.machine, driver.slot);
-    machine.write_config(slot, 4, 4);
-    assert_eq!(machine.host.notify_addresses(), [0; 0]);
+    // Memory only: no ports.
     machine.write_config(slot, 4, 6);
-    let moved = driver.bar + 0x20_0000;
-    machine.write_config(slot, 0x10, moved as u32);
-    assert_eq!(machine.host.notify_addresses(), [moved + notify - driver.bar]);
-    assert!(!machine.bus.read(driver.bar, &mut [0]));
+    assert_eq!(machine.host.notify_ports(), [0; 0]);
+    machine.write_config(slot, 4, 7);
+    let moved = port + 0x2000;
+    machine.write_config(slot, 0x18, moved.into());
+    assert_eq!(machine.host.notify_ports(), [moved]);
+    assert!(!machine.ports.read(port.into(), &mut [0]));
     let head = queue.add(&chain());
-    machine.write(moved + notify - driver.bar, &[0, 0]);
+    machine.write_port(moved, &[0, 0]);
     assert_eq!(queue.wait(), (u32::from(head), 513));
-    // Without an ioeventfd the write arrives here, and does the same.
+    // Without an ioeventfd the write arrives here, and does the same;
     let head = queue.add(&chain());
-    assert!(machine.bus.write(moved + notify - driver.bar, &[0, 0]));
+    assert!(machine.ports.write(moved.into(), &[0, 0]));
     assert_eq!(queue.wait(), (u32::from(head), 513));
-    assert!(machine.bus.write(moved + notify - driver.bar + 4, &[1, 0]));
+    // and so it does where a driver without ports notifies.
+    let head = queue.add(&chain());
+    machine.write(driver.notify_address(0), &[0, 0]);
+    assert_eq!(queue.wait(), (u32::from(head), 513));
+    machine.write(driver.notify_address(1), &[1, 0]);
     assert_eq!((metrics.guest_faults.value(), metrics.host_faults.value()), (1, 0));
+    assert_eq!(machine.read_config(slot, 0x18), u32::from(moved) | 1);
+    machine.write_config(slot, 0x18, u32::MAX);
+    assert_eq!(machine.read_config(slot, 0x18), !3 | 1, "four ports");
+    assert_eq!(machine.host.notify_ports(), [0; 0], "that is in no window");
     machine.root.shutdown();
-    assert_eq!(machine.host.notify_addresses(), [0; 0]);
     assert_eq!(machine.host.vectors.lock().unwrap()[1].route(), None);
 }
 
