@@ -10,7 +10,10 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use libc::iovec;
-use vm_memory::{ByteValued, GuestAddress, GuestMemory, GuestMemoryBackend, Permissions, VolatileSlice};
+use vm_memory::{
+    ByteValued, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, Permissions, VolatileMemory,
+    VolatileSlice,
+};
 
 use crate::Memory;
 
@@ -30,15 +33,17 @@ pub struct Buffers {
     memory: Memory,
     pieces: Vec<iovec>,
     len: usize,
+    /// Where the region of RAM begins that the last buffer was in, and where it is: the next one mostly is there, too.
+    region: Option<(u64, VolatileSlice<'static>)>,
 }
 
-// SAFETY: the raw pointers in `pieces` point into `memory`, which may be accessed from any thread.
+// SAFETY: the raw pointers in `pieces` and `region` point into `memory`, which may be accessed from any thread.
 unsafe impl Send for Buffers {}
 
 impl Buffers {
     /// An empty list over `memory`.
     pub fn new(memory: Memory) -> Self {
-        Self { memory, pieces: Vec::new(), len: 0 }
+        Self { memory, pieces: Vec::new(), len: 0, region: None }
     }
 
     /// An empty list over the same memory.
@@ -59,7 +64,7 @@ impl Buffers {
     pub fn push(&mut self, address: GuestAddress, len: u32) -> Result<(), OutsideRam> {
         // Nearly every buffer lies in one region, and the iterator over regions costs several times as much.
         if len > 0
-            && let Ok(slice) = GuestMemoryBackend::get_slice(&*self.memory, address, len as usize)
+            && let Some(slice) = self.in_region(address, len as usize)
         {
             self.pieces.push(iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() });
             self.len += len as usize;
@@ -77,6 +82,21 @@ impl Buffers {
         }
         self.len += len as usize;
         Ok(())
+    }
+
+    /// The range, if it lies in one region of RAM.
+    fn in_region(&mut self, address: GuestAddress, len: usize) -> Option<VolatileSlice<'static>> {
+        let find = |(start, region): (u64, VolatileSlice<'static>)| {
+            region.subslice(usize::try_from(address.0.checked_sub(start)?).ok()?, len).ok()
+        };
+        if let Some(slice) = self.region.and_then(find) {
+            return Some(slice);
+        }
+        let region = self.memory.find_region(address)?;
+        let whole = region.as_volatile_slice().ok()?;
+        // SAFETY: these are the bytes of the region, which are valid for as long as `memory` (module documentation).
+        let whole = unsafe { VolatileSlice::new(whole.ptr_guard_mut().as_ptr(), whole.len()) };
+        find(*self.region.insert((region.start_addr().0, whole)))
     }
 
     /// Moves the pieces of `other`, which must be over the same memory, to the end of this list.
@@ -258,9 +278,24 @@ impl<'a> View<'a> {
     /// Takes a value from the front; `None` if there are too few bytes.
     pub fn split_value<T: ByteValued + Default>(self) -> Option<(T, View<'a>)> {
         let (front, rest) = self.split_at(size_of::<T>())?;
+        // Nearly always in one piece.
+        if let Some(piece) = front.single()
+            && let Ok(place) = piece.get_ref::<T>(0)
+        {
+            return Some((place.load(), rest));
+        }
         let mut value = T::default();
         front.copy_to(value.as_mut_slice());
         Some((value, rest))
+    }
+
+    /// Writes `byte` to the start; nothing if there is no room.
+    pub fn put_byte(self, byte: u8) {
+        if let Some(piece) = self.slices().next()
+            && let Ok(place) = piece.get_ref::<u8>(0)
+        {
+            place.store(byte);
+        }
     }
 
     /// Hands the stretch, or as much of it as one system call takes, to `call`, followed by `extra` if all of it fitted.

@@ -76,7 +76,8 @@ pub fn frames() -> Result<()> {
 }
 
 fn frames_over_tap() -> Result<()> {
-    let sides = sides::all()?;
+    let mut sides = sides::all()?;
+    sides.push(sides::ours("bedplate with vhost-net", true));
     let mut to_node = Figure::new("TCP, guest to node", "MiB/s", &sides);
     let mut to_guest = Figure::new("TCP, node to guest", "MiB/s", &sides);
     let mut mean = Figure::new("one byte to the node and back, mean", "us", &sides);

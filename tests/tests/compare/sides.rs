@@ -34,6 +34,8 @@ pub struct Side {
     pub name: String,
     pub program: PathBuf,
     dialect: Dialect,
+    /// Frames are the node's kernel's to carry.
+    vhost: bool,
 }
 
 /// What a VMM's command line is like.
@@ -45,10 +47,14 @@ enum Dialect {
     CloudHypervisor,
 }
 
+/// Ours, with vhost-net or without.
+pub fn ours(name: &str, vhost: bool) -> Side {
+    Side { name: name.to_owned(), program: "/bin/bedplate-vmm".into(), dialect: Dialect::Firecracker, vhost }
+}
+
 /// Ours, and behind it whoever was brought.
 pub fn all() -> Result<Vec<Side>> {
-    let ours = Side { name: "bedplate".to_owned(), program: "/bin/bedplate-vmm".into(), dialect: Dialect::Firecracker };
-    let mut sides = vec![ours];
+    let mut sides = vec![ours("bedplate", false)];
     let mut brought: Vec<PathBuf> = match fs::read_dir(PEERS) {
         Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
         Err(_) => Vec::new(),
@@ -61,7 +67,7 @@ pub fn all() -> Result<Vec<Side>> {
             name if name.starts_with("firecracker") => Dialect::Firecracker,
             _ => bail!("{name} is neither firecracker… nor cloud-hypervisor…: nobody knows its command line"),
         };
-        sides.push(Side { name, program, dialect });
+        sides.push(Side { name, program, dialect, vhost: false });
     }
     Ok(sides)
 }
@@ -104,6 +110,9 @@ impl Side {
                 }
                 if let Some(tap) = extras.tap {
                     config["network-interfaces"] = json!([{"iface_id": "net", "host_dev_name": tap, "guest_mac": MAC}]);
+                    if self.vhost {
+                        config["network-interfaces"][0]["vhost"] = json!(true);
+                    }
                 }
                 if extras.disk.is_some() || extras.tap.is_some() {
                     command.arg("--enable-pci");

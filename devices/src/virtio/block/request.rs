@@ -96,7 +96,7 @@ impl Books {
             Ok(_) => VIRTIO_BLK_S_OK,
             Err(failure) => self.count(failure),
         };
-        status.copy_from(&[code as u8]);
+        status.put_byte(code as u8);
         match outcome {
             // The length counts from the first byte, so that it reaches the status only over data that was written.
             Ok(written) if written == room => Answer::Used(written as u32 + 1),
@@ -227,7 +227,7 @@ impl<B: Backend> Disk<B> {
         };
         if chain.fault.is_some() {
             self.books.counts.failures.increment();
-            status.copy_from(&[VIRTIO_BLK_S_IOERR as u8]);
+            status.put_byte(VIRTIO_BLK_S_IOERR as u8);
             return Answer::Used(0);
         }
         let request = match self.parse(chain.readable.view(), data) {
@@ -354,10 +354,9 @@ impl<B: Backend> Disk<B> {
     /// Understands and checks a request; the backend has not been asked for anything afterwards.
     fn parse<'a>(&self, readable: View<'a>, writable: View<'a>) -> Result<Request<'a>, Failure> {
         // type, reserved, sector: 5.2.6.
-        let (kind, rest) = readable.split_value::<[u32; 2]>().ok_or(Failure::Guest)?;
-        let (sector, data) = rest.split_value::<u64>().ok_or(Failure::Guest)?;
+        let ([kind, sector], data) = readable.split_value::<[u64; 2]>().ok_or(Failure::Guest)?;
         let sector = u64::from_le(sector);
-        let request = match u32::from_le(kind[0]) {
+        let request = match u64::from_le(kind) as u32 {
             VIRTIO_BLK_T_IN => {
                 return Ok(Request::Read { offset: self.offset(sector, writable.len() as u64)?, into: writable });
             }
