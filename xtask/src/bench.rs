@@ -11,9 +11,10 @@ use bedplate_tests::suite::{FIGURES, PEERS, ROUNDS};
 use crate::{images, setup, test};
 
 /// What can be measured: its name here, the test program, and the scenario in it.
-const BENCHES: [(&str, &str, &str); 4] = [
+const BENCHES: [(&str, &str, &str); 5] = [
     ("cold", "tests/agent", "a_cold_start_and_a_warm_one"),
     ("compare-starts", "tests/compare", "vmms_start_side_by_side"),
+    ("compare-exits", "tests/compare", "vmms_handle_exits_side_by_side"),
     ("compare-blocks", "tests/compare", "vmms_move_blocks_side_by_side"),
     ("compare-frames", "tests/compare", "vmms_move_frames_side_by_side"),
 ];

@@ -24,19 +24,63 @@ pub const DEBIAN: Guest =
 pub const SMALL: Guest = Guest { kernel: "/run/small", initrd: None, cmdline: "quiet", says: "small" };
 
 /// Where it is loaded.
-const BASE: u32 = 0x10_0000;
+pub const BASE: u32 = 0x10_0000;
 const LEN: usize = 2048;
 const CODE: usize = 0x100;
+/// Where it is entered.
+pub const ENTRY: u32 = BASE + CODE as u32;
 
-/// Writes [`SMALL`]'s kernel: an ELF file with a PVH entry, which is entered in 32-bit protected mode.
+/// Writes [`SMALL`]'s kernel.
 pub fn write_small() -> Result<()> {
-    let entry = BASE + CODE as u32;
+    let mut code = Vec::new();
+    say(&mut code, SMALL.says);
+    Ok(fs::write(Path::new(SMALL.kernel), kernel(&code))?)
+}
+
+/// It leaves the guest over and over, in each of these ways between two of its words.
+pub const EXITS: Guest = Guest { kernel: "/run/exits", initrd: None, cmdline: "quiet", says: "port write" };
+/// What it does between its words, and the last of them.
+pub const WAYS: [&str; 4] = [EXITS.says, "memory write", "memory read", "done"];
+/// How often it does each.
+pub const REPEAT: u32 = 20_000;
+/// Where nothing is, in any of the VMMs.
+const NOBODYS_PORT: u16 = 0x5f0;
+const NOBODYS_ADDRESS: u32 = 0xf000_0000;
+
+/// [`EXITS`]'s kernel.
+pub fn exits() -> Vec<u8> {
+    let mut code = vec![0xbf]; // mov edi, address
+    code.extend(NOBODYS_ADDRESS.to_le_bytes());
+    let steps: [&[u8]; 3] = [&[0xee], &[0x89, 0x07], &[0x8b, 0x07]]; // out dx, al; mov [edi], eax; mov eax, [edi]
+    for (word, step) in WAYS.iter().zip(steps) {
+        say(&mut code, word);
+        code.extend([0x66, 0xba]); // mov dx, port
+        code.extend(NOBODYS_PORT.to_le_bytes());
+        code.push(0xb9); // mov ecx, count
+        code.extend(REPEAT.to_le_bytes());
+        code.extend(step);
+        code.extend([0x49, 0x75, (-(step.len() as i8 + 3)) as u8]); // dec ecx; jnz
+    }
+    say(&mut code, WAYS[3]);
+    kernel(&code)
+}
+
+/// Code that prints a line.
+fn say(code: &mut Vec<u8>, word: &str) {
+    code.extend([0x66, 0xba, 0xf8, 0x03]); // mov dx, 0x3f8
+    for letter in word.bytes().chain(*b"\n") {
+        code.extend([0xb0, letter, 0xee]); // mov al, letter; out dx, al
+    }
+}
+
+/// An ELF file with `code`, after which the processor halts. It is entered in 32-bit protected mode, by PVH.
+fn kernel(code: &[u8]) -> Vec<u8> {
     let mut elf = vec![0u8; LEN];
     let mut put = |at: usize, bytes: &[u8]| elf[at..at + bytes.len()].copy_from_slice(bytes);
     // ELF64, little-endian, executable, x86-64; two program headers behind the header of 64 bytes.
     put(0, b"\x7fELF\x02\x01\x01");
     put(16, &[2, 0, 62, 0, 1, 0, 0, 0]);
-    put(24, &u64::from(entry).to_le_bytes());
+    put(24, &u64::from(ENTRY).to_le_bytes());
     put(32, &64u64.to_le_bytes());
     put(52, &[64, 0, 56, 0, 2, 0]);
     // The whole file is loaded (PT_LOAD, readable, writable and executable).
@@ -54,12 +98,8 @@ pub fn write_small() -> Result<()> {
     put(168, &4u64.to_le_bytes());
     put(184, &[4, 0, 0, 0, 4, 0, 0, 0, 18, 0, 0, 0]);
     put(196, b"Xen\0");
-    put(200, &entry.to_le_bytes());
-    // mov dx, 0x3f8; then for each letter: mov al, letter; out dx, al; at last: hlt; jmp to the hlt
-    let mut code = vec![0x66, 0xba, 0xf8, 0x03];
-    SMALL.says.bytes().chain(*b"\n").for_each(|letter| code.extend([0xb0, letter, 0xee]));
-    code.extend([0xf4, 0xeb, 0xfd]);
-    put(CODE, &code);
-    fs::write(Path::new(SMALL.kernel), elf)?;
-    Ok(())
+    put(200, &ENTRY.to_le_bytes());
+    put(CODE, code);
+    put(CODE + code.len(), &[0xf4, 0xeb, 0xfd]); // hlt; jmp to the hlt
+    elf
 }

@@ -2,7 +2,9 @@
 //!
 //! As a test it shows that everything can be measured; figures worth keeping want the clock that counts instructions.
 
+mod bare;
 mod data;
+mod exits;
 mod figures;
 mod guests;
 mod sides;
@@ -18,6 +20,7 @@ fn main() -> ExitCode {
     let node = NodeSpec { memory_mib: 3072, programs: &["bedplate-vmm"], patience: Duration::from_secs(240) };
     let scenarios = [
         Scenario { name: "vmms_start_side_by_side", run: starts::figures },
+        Scenario { name: "vmms_handle_exits_side_by_side", run: exits::figures },
         Scenario { name: "vmms_move_blocks_side_by_side", run: data::blocks },
         Scenario { name: "vmms_move_frames_side_by_side", run: data::frames },
     ];

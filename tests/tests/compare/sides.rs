@@ -167,6 +167,12 @@ impl Running {
         Ok(())
     }
 
+    /// Waits until its guest says `word`.
+    pub fn hears(&self, word: &str) -> Result<()> {
+        self.console.wait_for(&format!("{word}\n"), BOOT).with_context(|| self.words())?;
+        Ok(())
+    }
+
     /// Waits until a command can be typed.
     pub fn is_ready(&self) -> Result<()> {
         self.console.wait_for("TINY ready", BOOT).with_context(|| self.words())?;
