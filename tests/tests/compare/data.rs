@@ -12,7 +12,7 @@ use bedplate_tests::load::{self, DiskLoad};
 
 use crate::figures::Figure;
 use crate::guests::DEBIAN;
-use crate::sides::{self, Extras, Running};
+use crate::sides::{self, Extras, Running, Way};
 
 /// In the node's memory, so that no disk counts.
 const DISK: &str = "/run/disk";
@@ -77,7 +77,7 @@ pub fn frames() -> Result<()> {
 
 fn frames_over_tap() -> Result<()> {
     let mut sides = sides::all()?;
-    sides.push(sides::ours("bedplate with vhost-net", true));
+    sides.push(sides::ours("bedplate with vhost-net", Way::Vhost));
     let mut to_node = Figure::new("TCP, guest to node", "MiB/s", &sides);
     let mut to_guest = Figure::new("TCP, node to guest", "MiB/s", &sides);
     let mut mean = Figure::new("one byte to the node and back, mean", "us", &sides);

@@ -9,7 +9,7 @@ use bedplate_tests::inside::{figure, rounds};
 use crate::bare;
 use crate::figures::Figure;
 use crate::guests::{self, EXITS, REPEAT, WAYS};
-use crate::sides::{self, Extras, Side};
+use crate::sides::{self, Extras, Side, Way};
 
 /// Nanoseconds of each way.
 pub type Times = [f64; 3];
@@ -21,7 +21,8 @@ pub fn times(marks: [Instant; 4]) -> Times {
 
 pub fn figures() -> Result<()> {
     fs::write(EXITS.kernel, guests::exits())?;
-    let sides = sides::all()?;
+    let mut sides = sides::all()?;
+    sides.push(sides::ours("bedplate without its sandbox", Way::NoSandbox));
     let names = ["a write to nobody's port", "a write to nobody's memory", "a read of nobody's memory"];
     let shares = [
         "a write to nobody's port, beyond the bare loop",

@@ -34,8 +34,18 @@ pub struct Side {
     pub name: String,
     pub program: PathBuf,
     dialect: Dialect,
-    /// Frames are the node's kernel's to carry.
-    vhost: bool,
+    way: Way,
+}
+
+/// How it is run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// As it is by itself.
+    Plain,
+    /// Ours: frames are the node's kernel's to carry.
+    Vhost,
+    /// Ours: every system call is allowed, and looked at by nobody.
+    NoSandbox,
 }
 
 /// What a VMM's command line is like.
@@ -47,14 +57,14 @@ enum Dialect {
     CloudHypervisor,
 }
 
-/// Ours, with vhost-net or without.
-pub fn ours(name: &str, vhost: bool) -> Side {
-    Side { name: name.to_owned(), program: "/bin/bedplate-vmm".into(), dialect: Dialect::Firecracker, vhost }
+/// Ours.
+pub fn ours(name: &str, way: Way) -> Side {
+    Side { name: name.to_owned(), program: "/bin/bedplate-vmm".into(), dialect: Dialect::Firecracker, way }
 }
 
 /// Ours, and behind it whoever was brought.
 pub fn all() -> Result<Vec<Side>> {
-    let mut sides = vec![ours("bedplate", false)];
+    let mut sides = vec![ours("bedplate", Way::Plain)];
     let mut brought: Vec<PathBuf> = match fs::read_dir(PEERS) {
         Ok(entries) => entries.flatten().map(|entry| entry.path()).collect(),
         Err(_) => Vec::new(),
@@ -67,7 +77,7 @@ pub fn all() -> Result<Vec<Side>> {
             name if name.starts_with("firecracker") => Dialect::Firecracker,
             _ => bail!("{name} is neither firecracker… nor cloud-hypervisor…: nobody knows its command line"),
         };
-        sides.push(Side { name, program, dialect, vhost: false });
+        sides.push(Side { name, program, dialect, way: Way::Plain });
     }
     Ok(sides)
 }
@@ -110,7 +120,7 @@ impl Side {
                 }
                 if let Some(tap) = extras.tap {
                     config["network-interfaces"] = json!([{"iface_id": "net", "host_dev_name": tap, "guest_mac": MAC}]);
-                    if self.vhost {
+                    if self.way == Way::Vhost {
                         config["network-interfaces"][0]["vhost"] = json!(true);
                     }
                 }
@@ -120,6 +130,9 @@ impl Side {
                 let file = dir.join("config.json");
                 fs::write(&file, config.to_string())?;
                 command.args(["--no-api", "--config-file"]).arg(file);
+                if self.way == Way::NoSandbox {
+                    command.arg("--no-sandbox");
+                }
             }
             Dialect::CloudHypervisor => {
                 command.args(["--cpus", "boot=1", "--memory", &format!("size={MEMORY_MIB}M")]);
