@@ -29,23 +29,24 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 
 pub use self::backend::Backend;
 pub use self::file::{OpenError, RawFile};
 use self::request::Disk;
 pub use self::uring::Uring;
 use super::limiter::{Limiter, LimiterConfig, LimiterUpdate};
-use super::{Active, Drained, Handler, Inbox, Session, VirtioDevice, Virtqueue, Worker, read_image};
+use super::{Active, COMMON_FEATURES, Drained, Handler, Inbox, Session, VirtioDevice, Virtqueue, Worker, read_image};
 use crate::metrics::{Counter, DeviceMetrics};
 
 /// Bytes of a sector: the unit of all requests.
 pub const SECTOR: u64 = 512;
 /// Request queues of one disk, at most: beyond it vCPUs share them.
 pub const MAX_QUEUES: u16 = 8;
-/// Entries of a request queue.
-const QUEUE_SIZE: u16 = 256;
-/// Data buffers of one request: with header and status they must fit into a chain as long as the queue.
-const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+/// Entries of a request queue: four requests of the most buffers, which is what a disk is kept busy with.
+const QUEUE_SIZE: u16 = 1024;
+/// Data buffers of one request, which has a header and a status beside them.
+const SEG_MAX: u32 = QUEUE_SIZE as u32 / 4 - 2;
 /// Bytes of the configuration space up to `write_zeroes_may_unmap` and its padding.
 const CONFIG_LEN: usize = 60;
 /// The worker's descriptors: orders from the control thread, the limiter's timer, the ring, what the backend waits for.
@@ -243,6 +244,11 @@ impl<B: Backend + 'static> VirtioDevice for Block<B> {
 
     fn features(&self) -> u64 {
         self.features
+    }
+
+    /// No tables beside the ring: a driver allocates one for each request, and the ring is long enough without.
+    fn ring_features(&self) -> u64 {
+        COMMON_FEATURES & !(1 << VIRTIO_RING_F_INDIRECT_DESC)
     }
 
     fn queue_sizes(&self) -> &[u16] {

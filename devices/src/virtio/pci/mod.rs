@@ -43,7 +43,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::common::{COMMON_LEN, Common, Effect};
 use self::interrupt::Lines;
-use super::{Active, COMMON_FEATURES, Interrupt, QueueConfig, QueuePosition, VirtioDevice, Virtqueue};
+use super::{Active, Interrupt, QueueConfig, QueuePosition, VirtioDevice, Virtqueue};
 use crate::Memory;
 use crate::host::PciHost;
 use crate::pci::{ConfigSpace, Identity, Msix, PciFunction};
@@ -120,7 +120,7 @@ impl VirtioPciDevice {
         let vectors = (0..vector_count).map(|_| host.msi_vector()).collect::<Result<Vec<_>, _>>();
         let msix = Msix::new(vectors.map_err(VirtioPciError::Vector)?);
         let lines = Arc::new(Lines::new(sizes.len(), msix.vectors(), Arc::clone(device.metrics())));
-        let offered = device.features() | COMMON_FEATURES;
+        let offered = device.features() | device.ring_features();
         let common = Common::new(offered, sizes, vector_count as u16, Arc::clone(&lines));
         let mut config = ConfigSpace::new(&identity(device.device_type()));
         config.add_memory_bar(BAR, BAR_LEN);

@@ -64,15 +64,15 @@ fn queue_registers_follow_the_rules() {
     let set =
         |driver: &Driver, register, value: u16| driver.machine.write(driver.common(register), &value.to_le_bytes());
     set(&driver, 24, 64);
-    assert_eq!(word(&driver, 24), 256, "not before the features");
+    assert_eq!(word(&driver, 24), 1024, "not before the features");
     driver.prepare(VERSION_1);
     driver.set_status(0);
     driver.set_status(3);
     set_features(&driver, VERSION_1);
     driver.set_status(11);
-    for bad in [0, 3, 512, 0xffff] {
+    for bad in [0, 3, 2048, 0xffff] {
         set(&driver, 24, bad);
-        assert_eq!(word(&driver, 24), 256);
+        assert_eq!(word(&driver, 24), 1024);
     }
     set(&driver, 24, 64);
     assert_eq!(word(&driver, 24), 64);
@@ -101,7 +101,7 @@ fn queue_registers_follow_the_rules() {
     assert_eq!((word(&driver, 24), word(&driver, 28)), (0, 0), "there is no such queue");
     driver.set_status(0);
     set(&driver, 22, 0);
-    assert_eq!((word(&driver, 24), word(&driver, 26), word(&driver, 28)), (256, 0xffff, 0));
+    assert_eq!((word(&driver, 24), word(&driver, 26), word(&driver, 28)), (1024, 0xffff, 0));
 }
 
 #[test]
