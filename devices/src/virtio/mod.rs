@@ -32,6 +32,7 @@ pub mod pmem;
 mod queue;
 pub mod rng;
 mod timer;
+pub mod vhost_user;
 pub mod vsock;
 mod worker;
 
@@ -40,7 +41,7 @@ use inbox::Inbox;
 pub use queue::{Answer, Chain, ChainFault, Drained, QueueConfig, QueueError, QueuePosition, Virtqueue};
 pub use worker::{Handler, MAX_TOKEN, Session, Worker, on_worker_start};
 
-/// Feature bits that every device has, by the queues that all are built on.
+/// Feature bits that every device of ours has, by the queues that all are built on.
 pub const COMMON_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
@@ -80,8 +81,13 @@ pub trait VirtioDevice: Send {
     /// Device type, Virtio 1.2, chapter 5.
     fn device_type(&self) -> u32;
 
-    /// Feature bits of this type that are offered; the transport adds [`COMMON_FEATURES`].
+    /// Feature bits of this type that are offered; the transport adds [`Self::ring_features`].
     fn features(&self) -> u64;
+
+    /// What of [`COMMON_FEATURES`] whoever works on the queues has: all of them, if it is we.
+    fn ring_features(&self) -> u64 {
+        COMMON_FEATURES
+    }
 
     /// Size of each queue, powers of two.
     fn queue_sizes(&self) -> &[u16];

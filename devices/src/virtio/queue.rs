@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError, Permissions};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, Permissions,
+};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Buffers, Interrupt};
@@ -110,6 +112,13 @@ impl QueueConfig {
         };
         Queue::try_from(state).map_err(QueueError::Shape)
     }
+}
+
+/// Whether `len` bytes from `start` on lie in one region of memory.
+pub(super) fn in_one_region(memory: &Memory, start: u64, len: u64) -> bool {
+    let region = memory.find_region(GuestAddress(start));
+    // Cannot overflow: a region ends before the last address.
+    region.is_some_and(|region| len <= region.len() - (start - region.start_addr().raw_value()))
 }
 
 /// How a chain breaks the rules.
@@ -258,6 +267,14 @@ impl Virtqueue {
     /// Whether the ring was found broken.
     pub fn is_broken(&self) -> bool {
         self.broken
+    }
+
+    /// Whether each of its parts lies in one region of memory, for somebody who does not look for the next one.
+    pub fn is_contiguous(&self) -> bool {
+        let state = self.queue.state();
+        let size = u64::from(state.size);
+        let parts = [(state.desc_table, 16 * size), (state.avail_ring, 6 + 2 * size), (state.used_ring, 6 + 8 * size)];
+        parts.iter().all(|(start, len)| in_one_region(&self.memory, *start, *len))
     }
 
     /// Position of the ring, for saving: what is behind it has been used, nothing is in flight.
@@ -434,6 +451,31 @@ impl Virtqueue {
             self.broken = true;
             self.metrics.guest_faults.increment();
             self.interrupt.needs_reset();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestMemoryMmap;
+
+    use super::*;
+
+    #[test]
+    fn a_ring_lies_in_one_mapping() {
+        // Two regions that touch for the guest, and not here.
+        let regions = [(GuestAddress(0), 0x10_0000), (GuestAddress(0x10_0000), 0x10_0000)];
+        let memory: Memory = Arc::new(GuestMemoryMmap::from_ranges(&regions).unwrap());
+        for (start, len, expected) in [
+            (0, 0x1000, true),
+            (0xf_f000, 0x1000, true),
+            (0xf_f000, 0x1001, false),
+            (0x10_0000, 0x10_0000, true),
+            (0x10_0010, 0x10_0000, false),
+            (0x20_0000, 1, false),
+            (u64::MAX, 16, false),
+        ] {
+            assert_eq!(in_one_region(&memory, start, len), expected, "{start:#x} {len:#x}");
         }
     }
 }

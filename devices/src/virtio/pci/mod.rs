@@ -35,13 +35,13 @@ mod tests;
 use std::io;
 use std::sync::Arc;
 
-use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::common::{COMMON_LEN, Common, Effect};
 use self::interrupt::Lines;
-use super::{Active, COMMON_FEATURES, Interrupt, QueueConfig, QueuePosition, VirtioDevice, Virtqueue};
+use super::{Active, Interrupt, QueueConfig, QueuePosition, VirtioDevice, Virtqueue};
 use crate::Memory;
 use crate::host::PciHost;
 use crate::pci::{ConfigSpace, Identity, Msix, PciFunction};
@@ -116,7 +116,7 @@ impl VirtioPciDevice {
         let vectors = (0..vector_count).map(|_| host.msi_vector()).collect::<Result<Vec<_>, _>>();
         let msix = Msix::new(vectors.map_err(VirtioPciError::Vector)?);
         let lines = Arc::new(Lines::new(sizes.len(), msix.vectors(), Arc::clone(device.metrics())));
-        let offered = device.features() | COMMON_FEATURES;
+        let offered = device.features() | device.ring_features();
         let common = Common::new(offered, sizes, vector_count as u16, Arc::clone(&lines));
         let mut config = ConfigSpace::new(&identity(device.device_type()));
         config.add_memory_bar(BAR, BAR_LEN);
@@ -230,7 +230,7 @@ fn identity(device_type: u32) -> Identity {
         revision: 1,
         class: match device_type {
             VIRTIO_ID_NET => 0x02_0000,
-            VIRTIO_ID_BLOCK => 0x01_8000,
+            VIRTIO_ID_BLOCK | VIRTIO_ID_FS => 0x01_8000,
             _ => 0x07_8000,
         },
         subsystem_vendor: 0x1af4,
