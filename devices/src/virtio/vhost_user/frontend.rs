@@ -202,7 +202,8 @@ impl Frontend {
         self.talk(|talk| {
             let features = features & self.features | PROTOCOL_FEATURES;
             talk.tell(Request::SET_FEATURES, &features.to_ne_bytes(), &[])?;
-            let fds: Vec<_> = table.regions.iter().filter_map(|region| Some(region.file_offset()?.file().as_fd())).collect();
+            let fds: Vec<_> =
+                table.regions.iter().filter_map(|region| Some(region.file_offset()?.file().as_fd())).collect();
             talk.tell(Request::SET_MEM_TABLE, &table.message, &fds)?;
             for ring in rings {
                 let state = ring.queue.state();
@@ -251,7 +252,8 @@ impl Frontend {
             for ring in rings {
                 let mut answer = [0; 8];
                 talk.ask(Request::GET_VRING_BASE, &pair(ring, 0), &mut answer)?;
-                let [number, position] = [0, 4].map(|at| u32::from_ne_bytes([0, 1, 2, 3].map(|byte| answer[at + byte])));
+                let [number, position] =
+                    [0, 4].map(|at| u32::from_ne_bytes([0, 1, 2, 3].map(|byte| answer[at + byte])));
                 let position = u16::try_from(position).ok().filter(|_| number == u32::from(ring));
                 moved(ring, position.ok_or(TalkError::Nonsense(Request::GET_VRING_BASE))?);
             }

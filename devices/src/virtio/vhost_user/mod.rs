@@ -34,8 +34,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 pub use self::block::VhostUserBlockControl;
 pub use self::frontend::{Frontend, VhostUserError};
-pub use self::fs::TAG_LEN;
 use self::frontend::{MemoryTable, Ring};
+pub use self::fs::TAG_LEN;
 use self::watch::Watch;
 use super::{Active, Interrupt, VirtioDevice, Virtqueue, Worker, read_image};
 use crate::Memory;
