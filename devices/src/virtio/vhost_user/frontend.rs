@@ -85,6 +85,8 @@ pub struct Frontend {
     features: u64,
     protocol: Protocol,
     queues: Option<usize>,
+    /// For one step.
+    patience: Duration,
     /// To wait for the backend's end.
     socket: UnixStream,
     /// Locked for one step at a time, last of all locks.
@@ -100,17 +102,17 @@ impl Frontend {
         let text = path.display().to_string();
         let stream = connection::connect(path, Instant::now() + PATIENCE)
             .map_err(|source| VhostUserError::Connect { path: text.clone(), source })?;
-        Self::over(stream, text)
+        Self::over(stream, text, PATIENCE)
     }
 
     /// Asks the backend at the other end of `stream` what it can do; `path` is what it is called in messages.
     ///
     /// # Errors
     /// It is not as it should be, or descriptors have run out.
-    pub fn over(stream: UnixStream, path: String) -> Result<Self, VhostUserError> {
+    pub(super) fn over(stream: UnixStream, path: String, patience: Duration) -> Result<Self, VhostUserError> {
         let socket = stream.try_clone().map_err(VhostUserError::Host)?;
         let mut connection = Connection::new(stream);
-        let asked = connection.talk(Instant::now() + PATIENCE, false, |talk| {
+        let asked = connection.talk(Instant::now() + patience, false, |talk| {
             let features = talk.number(Request::GET_FEATURES)?;
             if features & PROTOCOL_FEATURES == 0 {
                 return Ok((features, Protocol::empty(), None));
@@ -134,7 +136,7 @@ impl Frontend {
         }
         // Whatever it says, more than all devices of ours together have mean nothing.
         let queues = queues.map(|queues| usize::try_from(queues).unwrap_or(usize::MAX));
-        Ok(Self { path, features, protocol, queues, socket, connection: Mutex::new(connection) })
+        Ok(Self { path, features, protocol, queues, patience, socket, connection: Mutex::new(connection) })
     }
 
     /// What it is called in messages.
@@ -275,7 +277,7 @@ impl Frontend {
         let acks = self.protocol.contains(Protocol::REPLY_ACK);
         let mut connection = self.lock();
         // From here on: what waited for the lock has not waited for the backend.
-        let result = connection.talk(Instant::now() + PATIENCE, acks, talk);
+        let result = connection.talk(Instant::now() + self.patience, acks, talk);
         result.map_err(|error| VhostUserError::Backend { path: self.path.clone(), fault: error.to_string() })
     }
 
