@@ -39,7 +39,7 @@ struct Carrier {
 
 impl Carrier {
     /// From the tap to the guest. What it has no room for is dropped, as on a wire.
-    fn receive(&self, ring: &VringRwLock<Memory>) {
+    fn receive(&self, ring: &VringRwLock<Memory>) -> Result<()> {
         let memory = self.memory.memory();
         let mut frame = [0; FRAME];
         while let Ok(len) = rustix::io::read(self.tap.as_fd(), &mut frame) {
@@ -50,32 +50,32 @@ impl Carrier {
             let (head, mut rest) = (chain.head_index(), &frame[..len]);
             for piece in chain.filter(|piece| piece.is_write_only()) {
                 let (now, later) = rest.split_at(rest.len().min(piece.len() as usize));
-                memory.write_slice(now, piece.addr()).unwrap();
+                memory.write_slice(now, piece.addr())?;
                 rest = later;
             }
-            ring.add_used(head, (len - rest.len()) as u32).unwrap();
+            ring.add_used(head, (len - rest.len()) as u32)?;
             self.carried.fetch_add(1, Ordering::Relaxed);
         }
-        ring.signal_used_queue().unwrap();
+        Ok(ring.signal_used_queue()?)
     }
 
     /// From the guest to the tap.
-    fn send(&self, ring: &VringRwLock<Memory>) {
+    fn send(&self, ring: &VringRwLock<Memory>) -> Result<()> {
         let memory = self.memory.memory();
-        let chains: Vec<_> = ring.get_mut().get_queue_mut().iter(self.memory.memory()).unwrap().collect();
+        let chains: Vec<_> = ring.get_mut().get_queue_mut().iter(self.memory.memory())?.collect();
         for chain in chains {
             let (head, mut frame) = (chain.head_index(), Vec::with_capacity(FRAME));
             for piece in chain {
                 let start = frame.len();
                 frame.resize(start + piece.len() as usize, 0);
-                memory.read_slice(&mut frame[start..], piece.addr()).unwrap();
+                memory.read_slice(&mut frame[start..], piece.addr())?;
             }
             // One that the tap does not take is lost.
             let _ = rustix::io::write(self.tap.as_fd(), &frame);
-            ring.add_used(head, 0).unwrap();
+            ring.add_used(head, 0)?;
             self.carried.fetch_add(1, Ordering::Relaxed);
         }
-        ring.signal_used_queue().unwrap();
+        Ok(ring.signal_used_queue()?)
     }
 }
 
@@ -107,7 +107,7 @@ impl VhostUserBackendMut for Carrier {
     }
 
     fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
-        Some((self.exit.0.try_clone().unwrap(), self.exit.1.try_clone().unwrap()))
+        self.exit.0.try_clone().ok().zip(self.exit.1.try_clone().ok())
     }
 
     fn handle_event(
@@ -117,20 +117,23 @@ impl VhostUserBackendMut for Carrier {
         rings: &[VringRwLock<Memory>],
         _thread: usize,
     ) -> io::Result<()> {
-        match event {
+        let done = match event {
             TAP if rings[RX].get_ref().get_queue().ready() => self.receive(&rings[RX]),
-            // Nobody is there.
-            TAP => while rustix::io::read(self.tap.as_fd(), &mut [0; FRAME]).is_ok() {},
+            TAP => {
+                // Nobody is there.
+                while rustix::io::read(self.tap.as_fd(), &mut [0; FRAME]).is_ok() {}
+                Ok(())
+            }
             event if usize::from(event) == TX => self.send(&rings[TX]),
-            _ => {}
-        }
-        Ok(())
+            _ => Ok(()),
+        };
+        done.map_err(io::Error::other)
     }
 }
 
 /// Carries frames between the guest that connects to its socket and a tap, until that guest's end.
 pub struct NetBackend {
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<Result<()>>>,
     carried: Arc<AtomicU64>,
 }
 
@@ -147,10 +150,10 @@ impl NetBackend {
             .map_err(|error| anyhow::anyhow!("{error}"))?;
         daemon.get_epoll_handlers()[0].register_listener(fd, EventSet::IN, TAP.into())?;
         let thread = thread::spawn(move || {
-            daemon.start(&mut listener).unwrap();
+            daemon.start(&mut listener).map_err(|error| anyhow::anyhow!("{error}"))?;
             // However the connection ends, it is the end.
             let _ = daemon.wait();
-            ended.notify().unwrap();
+            Ok(ended.notify()?)
         });
         Ok(Self { thread: Some(thread), carried })
     }
@@ -163,6 +166,6 @@ impl NetBackend {
     /// Waits until the guest has gone.
     pub fn wait(mut self) -> Result<()> {
         let thread = self.thread.take().context("it is waited for once")?;
-        thread.join().map_err(|_| anyhow::anyhow!("the backend panicked"))
+        thread.join().map_err(|_| anyhow::anyhow!("the backend panicked"))?
     }
 }

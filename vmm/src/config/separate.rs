@@ -91,7 +91,7 @@ mod tests {
             read_only,
             limits: LimiterConfig::NONE,
         };
-        let said = |drives: &[DriveConfig], pmems: &[PmemConfig]| {
+        let said = |drives: &[DiskConfig], pmems: &[PmemConfig]| {
             separate(drives, pmems).map_err(|error| error.to_string()).err().unwrap_or_default()
         };
         assert_eq!(said(&[drive("a", &disk, true)], &[pmem("p", true), pmem("q", true)]), "");
