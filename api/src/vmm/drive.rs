@@ -13,10 +13,6 @@ pub struct Drive {
     /// A raw image file, a block device, or the directory of a copy-on-write disk. Absent: there is a `socket`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path_on_host: Option<String>,
-    /// Unix socket of a vhost-user backend that has the disk. Excludes all that says how a file is used: `path_on_host`,
-    /// `is_read_only`, `rate_limiter`, `io_engine`, `chunk_source`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub socket: Option<String>,
     /// The guest mounts this one as `/`: it becomes the first disk and `root=` is added to the command line.
     pub is_root_device: bool,
     /// Partition to mount as `/`, where `is_root_device`. Absent: the whole disk.
@@ -37,6 +33,10 @@ pub struct Drive {
     /// Who gets what the image of a copy-on-write disk lacks. Absent: nobody, and a read of it fails.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chunk_source: Option<ChunkSource>,
+    /// Unix socket of a vhost-user backend that has the disk. Excludes all that says how a file is used: `path_on_host`,
+    /// `is_read_only`, `rate_limiter`, `io_engine`, `chunk_source`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<String>,
 }
 
 /// A change of a drive of a VM that runs. Of one with a `socket` it has no other field, and has the backend asked for the

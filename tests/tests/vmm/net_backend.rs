@@ -7,9 +7,11 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bedplate_devices::virtio::net::{Tap, TapQueues};
+use bedplate_tests::patience::until;
 use vhost::vhost_user::{Listener, VhostUserProtocolFeatures};
 use vhost_user_backend::{VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -22,6 +24,8 @@ use vmm_sys_util::event::{EventConsumer, EventFlag, EventNotifier, new_event_con
 type Memory = GuestMemoryAtomic<GuestMemoryMmap<()>>;
 
 const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// For its guest to go.
+const PATIENCE: Duration = Duration::from_secs(60);
 /// Rings.
 const RX: usize = 0;
 const TX: usize = 1;
@@ -166,6 +170,7 @@ impl NetBackend {
     /// Waits until the guest has gone.
     pub fn wait(mut self) -> Result<()> {
         let thread = self.thread.take().context("it is waited for once")?;
+        until("the end of a backend", PATIENCE, || Ok(thread.is_finished().then_some(())))?;
         thread.join().map_err(|_| anyhow::anyhow!("the backend panicked"))?
     }
 }

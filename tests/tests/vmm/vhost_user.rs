@@ -265,8 +265,14 @@ pub fn network() -> Result<()> {
     let limits = json!({"iface_id": "eth0", "rx_rate_limiter": {"ops": {"size": 1, "refill_time": 1000}}});
     let said = guest.api("PATCH", "/network-interfaces/eth0", &limits.to_string(), 400)?;
     ensure!(said.contains("rate limiters and socket exclude each other"), "{said}");
+    // It can go, and its backend knows.
+    guest.api("DELETE", "/network-interfaces/eth0", "", 204)?;
+    server.wait()?;
+    ensure!(guest.run("ls /sys/class/net")? == "lo");
+    let again = json!({"iface_id": "eth1", "socket": dir.join("net.sock")}).to_string();
+    let said = guest.api("PUT", "/network-interfaces/eth1", &again, 400)?;
+    ensure!(said.contains("network interface eth1: a VM that runs cannot get a vhost-user device"), "{said}");
     guest.begin("poweroff -f")?;
     guest.ended_well("guest_power_off")?;
-    server.wait()?;
     remove_tap("tap-u")
 }

@@ -64,7 +64,7 @@ impl VhostUserNet {
         let most = frontend.queues().map_or(1, |queues| (queues / 2).clamp(1, MAX_PAIRS));
         let count = pairs.unwrap_or(most.min(usual.max(1)));
         if !(1..=most).contains(&count) {
-            return Err(frontend.lacks("so many pairs of queues", "ask for fewer (queue_pairs), or have it offer more"));
+            return Err(frontend.lacks("more pairs of queues", "ask for fewer (queue_pairs), or have it offer them"));
         }
         let frontend = Arc::new(frontend);
         let pair = |index: usize| {

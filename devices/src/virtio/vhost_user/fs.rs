@@ -22,7 +22,7 @@ impl VhostUser {
     /// The backend is for something else, memory cannot be shared, or descriptors have run out.
     pub fn file_system(frontend: Frontend, memory: &Memory, tag: &str) -> Result<Self, VhostUserError> {
         if frontend.queues().is_some_and(|queues| queues < QUEUES) {
-            return Err(frontend.lacks("two virtqueues, which a file system needs", "is it virtiofsd?"));
+            return Err(frontend.lacks("second virtqueue, which a file system needs", "is it virtiofsd?"));
         }
         let frontend = Arc::new(frontend);
         let mut config = vec![0; TAG_LEN + 4];
