@@ -39,6 +39,7 @@
 //! | `GET /bedplate/status` | → [`Status`] |
 //! | `GET /bedplate/inspect` | → [`Inspection`]; after the start only |
 //! | `GET`, `PUT /bedplate/vcpus` | → [`Vcpus`], [`VcpusUpdate`]; after the start only |
+//! | `PUT /bedplate/filesystems/{tag}` | [`FileSystem`]; before the start only |
 //! | `PUT /bedplate/power-button` | no body; presses the ACPI power button |
 //! | `PUT /bedplate/stop` | no body; ends the VM at once, the process exits with code 0 |
 
@@ -48,6 +49,8 @@ mod console;
 mod core_dump;
 mod cpu;
 mod devices;
+mod drive;
+mod filesystem;
 mod hotplug;
 mod inspect;
 mod limits;
@@ -69,6 +72,8 @@ pub use cpu::{
     RegisterModifier,
 };
 pub use devices::{DeviceStatus, MetricsLine};
+pub use drive::{CacheType, Drive, DrivePatch, IoEngine};
+pub use filesystem::FileSystem;
 pub use hotplug::{MemoryHotplug, MemoryHotplugStatus, MemoryHotplugUpdate, Vcpus, VcpusUpdate};
 pub use inspect::{ExitKind, ExitRecord, Inspection, QueueInspection, Registers, VcpuInspection};
 pub use limits::{RateLimiter, TokenBucket};
@@ -124,6 +129,9 @@ pub struct VmConfig {
     /// Memory that can be added while the VM runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_hotplug: Option<MemoryHotplug>,
+    /// Directories that vhost-user backends share with the guest, in the order in which it sees them. Ours.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub filesystems: Vec<FileSystem>,
     /// A virtio console beside the serial one. Ours.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<VirtioConsole>,
@@ -154,69 +162,6 @@ pub struct BootSource {
     /// The kernel's command line. Absent: `reboot=k panic=1 console=ttyS0`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot_args: Option<String>,
-}
-
-/// One disk.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Drive {
-    /// Name, unique among the drives; the guest sees its first 20 bytes as the serial number.
-    pub drive_id: String,
-    /// A raw image file, a block device, or the directory of a copy-on-write disk.
-    pub path_on_host: String,
-    /// The guest mounts this one as `/`: it becomes the first disk and `root=` is added to the command line.
-    pub is_root_device: bool,
-    /// Partition to mount as `/`, where `is_root_device`. Absent: the whole disk.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub partuuid: Option<String>,
-    /// The guest cannot write.
-    #[serde(default)]
-    pub is_read_only: bool,
-    /// Whether a flush of the guest reaches the host's disk.
-    #[serde(default)]
-    pub cache_type: CacheType,
-    /// The way to a raw file or block device. Absent: `Sync`. A copy-on-write disk has one way of its own.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub io_engine: Option<IoEngine>,
-    /// How much may be read and written in a time. Absent: no limit.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rate_limiter: Option<RateLimiter>,
-    /// Who gets what the image of a copy-on-write disk lacks. Absent: nobody, and a read of it fails.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub chunk_source: Option<ChunkSource>,
-}
-
-/// A change of a drive of a VM that runs.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DrivePatch {
-    /// As in the path.
-    pub drive_id: String,
-    /// What holds the disk from now on; the same path has its size read again. Absent: as it was.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub path_on_host: Option<String>,
-    /// How much may be read and written from now on; of the limits only those change that are named. Absent: as it was.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rate_limiter: Option<RateLimiter>,
-}
-
-/// What a flush does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub enum CacheType {
-    /// Flushes are answered without flushing: fast, and data is lost when the host fails.
-    Unsafe,
-    /// Flushes are honoured. Firecracker's default is `Unsafe`; ours is this one.
-    #[default]
-    Writeback,
-}
-
-/// How requests reach a file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub enum IoEngine {
-    /// One system call for each.
-    Sync,
-    /// io_uring, in batches. Where the host has none, as `Sync`, with a warning.
-    Async,
 }
 
 /// vCPUs and memory.
@@ -317,9 +262,13 @@ pub struct MachineConfigPatch {
 pub struct NetworkInterface {
     /// Name, unique among the interfaces.
     pub iface_id: String,
-    /// Tap device on the host.
-    pub host_dev_name: String,
-    /// MAC address that the guest uses. Absent: one made from the tap's name.
+    /// Tap device on the host. Absent: there is a `socket`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_dev_name: Option<String>,
+    /// Unix socket of a vhost-user backend that carries the frames. It excludes what `vhost` excludes, and that. Ours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<String>,
+    /// MAC address that the guest uses. Absent: one made from the name of tap or socket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest_mac: Option<String>,
     /// MTU that the guest should use, 68 or more. Absent: its own choice.

@@ -33,7 +33,7 @@ fn act_as_vmm() {
         return end("guest_reset");
     }
     let config: VmConfig = serde_json::from_slice(&fs::read(value("--config-file")).unwrap()).unwrap();
-    let disk = Path::new(&config.drives[0].path_on_host);
+    let disk = Path::new(config.drives[0].path_on_host.as_ref().unwrap());
     assert!(disk.join("disk.json").exists());
     let listener = UnixListener::bind(serial.strip_prefix("socket:").unwrap()).unwrap();
     let (mut stream, _) = listener.accept().unwrap();
@@ -49,7 +49,8 @@ fn act_as_vmm() {
         both => panic!("{both:?}"),
     }
     if let Some(interface) = config.network_interfaces.first() {
-        let look = format!("ip -o -4 addr show dev {}; nft list tables; nft list ruleset", interface.host_dev_name);
+        let tap = interface.host_dev_name.as_ref().unwrap();
+        let look = format!("ip -o -4 addr show dev {tap}; nft list tables; nft list ruleset");
         stream.write_all(&Command::new("sh").args(["-c", &look]).output().unwrap().stdout).unwrap();
     }
     let mut byte = [0];

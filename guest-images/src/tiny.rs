@@ -18,7 +18,7 @@ const BUSYBOX: &str = "busybox";
 const UDHCPC: &str = include_str!("../files/tiny/udhcpc");
 
 /// Loaded by init in this order.
-const MODULES: [&str; 12] = [
+const MODULES: [&str; 13] = [
     "virtio_pci",
     "virtio_net",
     "virtio_blk",
@@ -28,6 +28,7 @@ const MODULES: [&str; 12] = [
     "virtio_mem",
     "virtio_pmem",
     "nd_pmem",
+    "virtiofs",
     "vmw_vsock_virtio_transport",
     "evdev",
     "button",

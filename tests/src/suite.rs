@@ -3,6 +3,7 @@
 //!
 //! Outside it takes libtest's place: same words, same exit code, filters by name.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
@@ -29,6 +30,8 @@ pub struct NodeSpec {
     pub memory_mib: u64,
     /// Programs of ours that go into `/bin`.
     pub programs: &'static [&'static str],
+    /// Programs of this machine's Debian, by their paths, which are the same in the node. Their libraries come along.
+    pub debian: &'static [&'static str],
     /// How long the slowest scenario may take.
     pub patience: Duration,
 }
@@ -138,6 +141,19 @@ fn until_done(machine: &Machine, done: &str, patience: Duration) -> bedplate_lab
     Ok(())
 }
 
+/// `programs`, and the libraries of this machine that they are loaded with.
+fn needed(programs: &[&str]) -> Result<BTreeSet<String>> {
+    let mut paths = BTreeSet::new();
+    for program in programs {
+        let listed = output(std::process::Command::new("ldd").arg(program))?;
+        // `libc.so.6 => /lib/… (0x…)`, and the loader itself by its path alone.
+        let path = |line: &str| line.split_whitespace().find(|word| word.starts_with('/')).map(str::to_owned);
+        paths.extend(listed.lines().filter_map(path));
+        paths.insert((*program).to_owned());
+    }
+    Ok(paths)
+}
+
 fn boot(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenario]) -> Result<Machine> {
     let mut archive = Archive::new();
     let myself = std::env::current_exe().context("find this program")?;
@@ -151,6 +167,9 @@ fn boot(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenario]
     add("/init", &myself)?;
     for program in node.programs {
         add(&format!("/bin/{program}"), &artifacts.program(program))?;
+    }
+    for path in needed(node.debian)? {
+        archive.copy(&path, 0o755, Path::new(&path))?;
     }
     for peer in std::env::var(PEERS).unwrap_or_default().split_terminator(',') {
         let (name, path) = peer.split_once('=').with_context(|| format!("{PEERS}: {peer:?} is not NAME=PATH"))?;

@@ -7,6 +7,7 @@ mod hotplug;
 mod net;
 mod pmem;
 mod separate;
+mod vhost_user;
 
 use std::collections::HashSet;
 use std::io;
@@ -15,8 +16,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bedplate_api::vmm::{
-    Balloon, CacheType, ChunkSource, CpuConfig, CpuConfigSource, CpuTemplate, Drive, HugePages, IoEngine,
-    MachineConfig, RateLimiter, TokenBucket, VmConfig, Vsock,
+    Balloon, ChunkSource, CpuConfig, CpuConfigSource, CpuTemplate, Drive, HugePages, IoEngine, MachineConfig,
+    RateLimiter, TokenBucket, VmConfig, Vsock,
 };
 use bedplate_devices::virtio::balloon::BalloonConfig;
 use bedplate_devices::virtio::block::Cache;
@@ -27,9 +28,10 @@ pub use self::boot::{BootSourceError, boot_source};
 pub use self::console::{ConsoleConfig, ConsoleConfigError, console};
 pub use self::hotplug::{HotplugConfig, HotplugError, memory_hotplug};
 use self::net::MIN_MTU;
-pub use self::net::{NetConfig, mmds_address, net, nets};
+pub use self::net::{NetConfig, NetLink, mmds_address, net, nets};
 pub use self::pmem::{PmemConfig, PmemError, pmem, root_device};
 pub use self::separate::separate;
+pub use self::vhost_user::{BackendDriveConfig, DiskConfig, FileSystemConfig, VhostUserConfigError, disk, file_system};
 use crate::boot::Boot;
 use crate::files;
 use crate::json;
@@ -44,7 +46,7 @@ pub const MIN_MEMORY_MIB: u64 = 16;
 pub const MAX_MEMORY_MIB: u64 = 1 << 20;
 /// Bytes of a file with a template: some hundred modifiers, of a hundred bytes each.
 const MAX_TEMPLATE: u64 = 1 << 20;
-/// Drives, network interfaces, pmem devices and the five others share 31 slots of the PCI bus.
+/// Drives, network interfaces, pmem devices, file systems and the five others share 31 slots of the PCI bus.
 const MAX_DEVICES: usize = 31;
 /// Context ids below are the host's and the hypervisor's.
 const FIRST_GUEST_CID: u32 = 3;
@@ -65,11 +67,13 @@ pub struct Config {
     /// Kernel, initial RAM disk, command line; or firmware.
     pub boot: Boot,
     /// Root device first.
-    pub drives: Vec<DriveConfig>,
+    pub drives: Vec<DiskConfig>,
     /// Network interfaces.
     pub nets: Vec<NetConfig>,
     /// Files in the guest's address space.
     pub pmems: Vec<PmemConfig>,
+    /// Directories that backends share with the guest.
+    pub filesystems: Vec<FileSystemConfig>,
     /// Sockets between host and guest.
     pub vsock: Option<VsockConfig>,
     /// A source of randomness.
@@ -82,7 +86,20 @@ pub struct Config {
     pub console: Option<ConsoleConfig>,
 }
 
-/// One disk.
+impl Config {
+    /// The drives that are files.
+    pub fn files(&self) -> impl Iterator<Item = &DriveConfig> {
+        self.drives.iter().filter_map(DiskConfig::file)
+    }
+
+    /// Whether other processes work in guest memory.
+    pub fn has_backends(&self) -> bool {
+        let disks = self.drives.iter().any(|disk| disk.file().is_none());
+        disks || !self.filesystems.is_empty() || self.nets.iter().any(|net| matches!(net.link, NetLink::Backend(_)))
+    }
+}
+
+/// One disk that is a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub struct DriveConfig {
@@ -160,8 +177,8 @@ pub enum ConfigError {
     )]
     VhostLimits(String),
     #[error(
-        "MMDS config error: network interface {0:?} has vhost, so that nobody sees the guest's requests: name another one, or \
-         leave vhost out"
+        "MMDS config error: network interface {0:?} has vhost or a socket, so that nobody sees the guest's requests: name \
+         another one, or give it a tap without vhost"
     )]
     VhostMmds(String),
     #[error("{what} {name:?} exists twice: give each its own")]
@@ -180,6 +197,15 @@ pub enum ConfigError {
     #[error("network interface {id:?}: guest_mac {mac:?} is not a unicast MAC address such as 06:00:ac:10:00:02")]
     Mac { id: String, mac: String },
     #[error(
+        "network interface {0:?}: name a tap device (host_dev_name) or the socket of a vhost-user backend, one of the two"
+    )]
+    OneLink(String),
+    #[error(
+        "network interface {id:?}: {what} and socket exclude each other, because a vhost-user backend carries the frames: \
+         leave one of them out"
+    )]
+    SocketExcludes { id: String, what: &'static str },
+    #[error(
         "network interface {id:?}: host_dev_name {name:?} is not the name of a tap device: give 1 to 15 characters"
     )]
     Tap { id: String, name: String },
@@ -191,6 +217,8 @@ pub enum ConfigError {
     Pmem(#[from] PmemError),
     #[error(transparent)]
     Console(#[from] ConsoleConfigError),
+    #[error(transparent)]
+    VhostUser(#[from] VhostUserConfigError),
     /// Firecracker's words.
     #[error("Amount of pages requested is too large.")]
     Balloon,
@@ -217,6 +245,8 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
         mmds_address(mmds, &spec.network_interfaces)?;
     }
     distinct("pmem id", spec.pmem.iter().map(|p| p.id.as_str()))?;
+    distinct("file system tag", spec.filesystems.iter().map(|f| f.tag.as_str()))?;
+    distinct("vhost-user socket", vhost_user::sockets(spec))?;
     let root = root_device(&spec.drives, &spec.pmem)?;
     let boot = boot_source(source, root.as_ref())?;
     let mut drives: Vec<_> = spec.drives.iter().collect();
@@ -241,9 +271,10 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
             HugePages::Of2Mib => Pages::Huge,
         },
         boot,
-        drives: drives.into_iter().map(drive).collect::<Result<_, _>>()?,
+        drives: drives.into_iter().map(disk).collect::<Result<_, _>>()?,
         nets,
         pmems: spec.pmem.iter().map(pmem).collect::<Result<_, _>>()?,
+        filesystems: spec.filesystems.iter().map(file_system).collect::<Result<_, _>>()?,
         vsock: spec.vsock.as_ref().map(vsock).transpose()?,
         entropy: spec.entropy.as_ref().map(|entropy| EntropyConfig { limits: limits(entropy.rate_limiter) }),
         balloon: spec.balloon.as_ref().map(|spec| balloon(spec, memory_mib)).transpose()?,
@@ -257,7 +288,7 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
         config.hotplug.is_some(),
         config.console.is_some(),
     ];
-    let named = config.drives.len() + config.nets.len() + config.pmems.len();
+    let named = config.drives.len() + config.nets.len() + config.pmems.len() + config.filesystems.len();
     let devices = named + others.iter().filter(|there| **there).count();
     match (&config.balloon, config.pages) {
         // What it gives back, another VM could reserve.
@@ -333,29 +364,17 @@ fn cpu(source: &CpuConfigSource) -> Result<CpuConfig, ConfigError> {
     read().map_err(|source| ConfigError::CpuConfigFile { path: path.clone(), source })
 }
 
-/// Checks one drive.
-///
-/// # Errors
-/// Its name, path or partition cannot be.
-pub fn drive(drive: &Drive) -> Result<DriveConfig, ConfigError> {
-    let id = name("drive_id", &drive.drive_id)?;
-    if let Some(partuuid) = &drive.partuuid {
-        let digits = !partuuid.is_empty() && partuuid.chars().all(|c| c.is_ascii_hexdigit() || c == '-');
-        if !digits || !drive.is_root_device {
-            return Err(ConfigError::PartUuid { id, partuuid: partuuid.clone() });
-        }
-    }
-    let path = path(&format!("drive {id:?}: path_on_host"), &drive.path_on_host)?;
-    let cache = match drive.cache_type {
-        CacheType::Unsafe => Cache::Unsafe,
-        CacheType::Writeback => Cache::Writeback,
-    };
+/// Checks a drive that is a file, all but its name and partition.
+fn drive(drive: &Drive, path_on_host: &str, cache: Cache) -> Result<DriveConfig, ConfigError> {
+    let id = drive.drive_id.clone();
+    let path = path(&format!("drive {id:?}: path_on_host"), path_on_host)?;
     let (engine, limits) = (drive.io_engine.unwrap_or(IoEngine::Sync), limits(drive.rate_limiter));
     let chunk_source = drive.chunk_source.clone();
     if let Some(source) = &chunk_source {
         self::path(&format!("drive {id:?}: chunk_source"), &source.socket)?;
     }
-    Ok(DriveConfig { id, path, read_only: drive.is_read_only, cache, engine, limits, chunk_source })
+    let read_only = drive.is_read_only.unwrap_or(false);
+    Ok(DriveConfig { id, path, read_only, cache, engine, limits, chunk_source })
 }
 
 /// Any limiter can be built.
@@ -425,7 +444,7 @@ mod tests {
                            {"drive_id": "root", "path_on_host": "r", "is_root_device": true, "is_read_only": true}]"#,
         ))
         .unwrap();
-        assert_eq!(config.drives.iter().map(|d| d.id.as_str()).collect::<Vec<_>>(), ["root", "data"]);
+        assert_eq!(config.drives.iter().map(DiskConfig::id).collect::<Vec<_>>(), ["root", "data"]);
         let Boot::Kernel(kernel) = config.boot else { panic!("{:?}", config.boot) };
         assert!(kernel.cmdline.ends_with("root=/dev/vda ro"), "{}", kernel.cmdline);
     }

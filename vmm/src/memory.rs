@@ -21,7 +21,6 @@ use std::fs::File;
 use std::sync::Arc;
 
 use bedplate_devices::Memory;
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::mm::{Advice, madvise};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
@@ -126,6 +125,17 @@ pub enum Pages {
     Huge,
 }
 
+/// Who else gets RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Sharing {
+    /// Nobody.
+    #[default]
+    Nobody,
+    /// Backends of devices, other processes. They can change what is in it, and not how long it is: one that made it shorter
+    /// would have every touch of the rest be a signal for us.
+    Backends,
+}
+
 /// RAM of one VM.
 pub struct Ram {
     /// Mapped.
@@ -133,18 +143,27 @@ pub struct Ram {
     /// Behind the mapping, all of it in order of guest address.
     pub file: Arc<File>,
     len: u64,
+    sharing: Sharing,
     hotplug: Option<std::ops::Range<u64>>,
     /// Where what was reserved beyond that ends.
     reserved_end: u64,
 }
 
 impl Ram {
+    /// `mib` MiB of zeros, shared with nobody.
+    ///
+    /// # Errors
+    /// The host has less, or refuses.
+    pub fn new(mib: u64, pages: Pages) -> Result<Self, MemoryError> {
+        Self::with_sharing(mib, pages, Sharing::Nobody)
+    }
+
     /// `mib` MiB of zeros. Pages are taken from the host when they are first touched; huge ones are reserved here, so
     /// that the host cannot run out of them later, which would kill the process.
     ///
     /// # Errors
     /// The host has less, or refuses.
-    pub fn new(mib: u64, pages: Pages) -> Result<Self, MemoryError> {
+    pub fn with_sharing(mib: u64, pages: Pages, sharing: Sharing) -> Result<Self, MemoryError> {
         let host_mib = host_mib();
         if mib > host_mib {
             return Err(MemoryError::BeyondHost { asked_mib: mib, host_mib });
@@ -160,7 +179,7 @@ impl Ram {
         // Cannot overflow: the host has that much.
         let len = mib << 20;
         let pages = if pages == Pages::Host { file::host_gives() } else { pages };
-        let file = Arc::new(file::create(len, pages).map_err(refused)?);
+        let file = Arc::new(file::create(len, pages, sharing).map_err(refused)?);
         let mut offset = 0;
         let mut regions = Vec::with_capacity(2);
         for (start, end) in ram_ranges(len) {
@@ -179,7 +198,7 @@ impl Ram {
         if pages == Pages::Transparent {
             advise_huge(&memory);
         }
-        Ok(Self { memory: Arc::new(memory), file, len, hotplug: None, reserved_end: 0 })
+        Ok(Self { memory: Arc::new(memory), file, len, sharing, hotplug: None, reserved_end: 0 })
     }
 
     /// Adds a region of `mib` MiB of normal pages, in a memfd of its own, that is not RAM for the guest until a device
@@ -195,10 +214,8 @@ impl Ram {
         let refused = |source: std::io::Error| MemoryError::Refused { asked_mib: mib, source };
         let other = |error: &dyn std::fmt::Display| refused(std::io::Error::other(error.to_string()));
         let (start, len) = (self.end().next_multiple_of(layout::HOTPLUG_ALIGN), mib << 20);
-        let memfd = memfd_create("guest-hotplug", MemfdFlags::CLOEXEC).map_err(|e| refused(e.into()))?;
-        ftruncate(&memfd, len).map_err(|e| refused(e.into()))?;
-        let mapping =
-            MmapRegion::from_file(FileOffset::new(File::from(memfd), 0), len as usize).map_err(|e| other(&e))?;
+        let memfd = file::create(len, Pages::Normal, self.sharing).map_err(refused)?;
+        let mapping = MmapRegion::from_file(FileOffset::new(memfd, 0), len as usize).map_err(|e| other(&e))?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(start))
             .ok_or_else(|| other(&"the region reaches past the end of all addresses"))?;
         self.memory = Arc::new(self.memory.insert_region(Arc::new(region)).map_err(|e| other(&e))?);
@@ -316,6 +333,23 @@ mod tests {
         let error = Ram::new(host_mib() + 1, Pages::Normal).map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("more than this host has"), "{error}");
         assert!(Ram::new(u64::MAX, Pages::Normal).is_err());
+    }
+
+    #[test]
+    fn nobody_makes_memory_shorter_that_is_shared() {
+        for pages in [Pages::Host, Pages::Normal, Pages::Transparent] {
+            let ram = Ram::with_sharing(16, pages, Sharing::Backends).unwrap().with_hotplug(128).unwrap();
+            for region in ram.memory.iter() {
+                let file = region.file_offset().unwrap().file();
+                for len in [0, 4096, 1 << 30] {
+                    let error = file.set_len(len).unwrap_err();
+                    assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{pages:?}, {len}");
+                }
+                // Nor forbids us to change it, which is a seal, too.
+                assert!(rustix::fs::fcntl_add_seals(file, rustix::fs::SealFlags::FUTURE_WRITE).is_err());
+            }
+            ram.memory.write_slice(b"hello", GuestAddress(0x1234)).unwrap();
+        }
     }
 
     #[test]

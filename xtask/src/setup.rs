@@ -5,8 +5,9 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 /// Beside those that the image recipes name.
-const PACKAGES: [(&str, &str); 11] = [
+const PACKAGES: [(&str, &str); 12] = [
     ("qemu-system-x86", "emulated machines"),
+    ("qemu-system-common", "somebody else's backends of vhost-user devices"),
     ("ipxe", "first stage of network boot"),
     ("ovmf", "UEFI firmware of emulated machines"),
     ("iproute2", "network namespaces"),

@@ -142,7 +142,8 @@ pub(super) fn config(args: &Args, start: Start, disk: PathBuf, net: Option<&Net>
     let text = |path: PathBuf| path.to_string_lossy().into_owned();
     let interface = net.map(|net| NetworkInterface {
         iface_id: "eth0".to_owned(),
-        host_dev_name: net.tap().to_owned(),
+        host_dev_name: Some(net.tap().to_owned()),
+        socket: None,
         guest_mac: Some(net.mac.clone()),
         mtu: None,
         rx_rate_limiter: None,
@@ -163,11 +164,12 @@ pub(super) fn config(args: &Args, start: Start, disk: PathBuf, net: Option<&Net>
         boot_source: Some(boot_source),
         drives: vec![Drive {
             drive_id: "disk".to_owned(),
-            path_on_host: text(disk),
+            path_on_host: Some(text(disk)),
+            socket: None,
             // Where the command line has no root= the VMM adds the whole disk.
             is_root_device: true,
             partuuid: None,
-            is_read_only: false,
+            is_read_only: None,
             cache_type: Default::default(),
             io_engine: None,
             rate_limiter: None,

@@ -1,9 +1,11 @@
 //! MSI-X, PCI Local Bus 3.0, 6.8.2: the table and the pending bits of one function, and the way from a device's worker to
 //! an interrupt.
 
-use std::io;
+use std::io::{self, IoSliceMut};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use rustix::io::{ReadWriteFlags, preadv2};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::host::MsiVector;
@@ -14,6 +16,9 @@ const CONTROL_ENABLE: u16 = 1 << 15;
 const CONTROL_MASK: u16 = 1 << 14;
 /// What the guest may write of an entry: the two low address bits are zero, and of control only the mask bit exists.
 const ENTRY_WRITABLE: [u32; 4] = [!3, !0, !0, 1];
+
+/// For a descriptor that has no positions.
+const NO_OFFSET: u64 = u64::MAX;
 
 /// What happens to a signal.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -40,10 +45,18 @@ impl Vector {
         if self.direct && self.routed.take().is_some() { self.line.unroute() } else { Ok(()) }
     }
 
-    /// Takes the signals that wait in the line.
+    /// Takes the signals that wait in the line. Does not wait for one, even where somebody else who has the descriptor has
+    /// made it one that blocks.
     fn take_direct(&self) -> bool {
-        self.direct && self.line.trigger().read().is_ok()
+        let mut count = [0; 8];
+        let mut parts = [IoSliceMut::new(&mut count)];
+        self.direct && preadv2(borrow(self.line.trigger()), &mut parts, NO_OFFSET, ReadWriteFlags::NOWAIT).is_ok()
     }
+}
+
+fn borrow(event: &EventFd) -> BorrowedFd<'_> {
+    // SAFETY: the descriptor stays open as long as the event that is borrowed.
+    unsafe { BorrowedFd::borrow_raw(event.as_raw_fd()) }
 }
 
 /// The signalling side: held by workers. Each vector has its own lock, taken last and for a moment.
@@ -200,8 +213,12 @@ impl Msix {
         let message = (u64::from(high) << 32 | u64::from(low), data);
         // Routing is dear for the host, and guests mask and unmask around every change of affinity.
         if vector.routed != Some(message) {
+            vector.pending |= vector.take_direct();
             vector.line.route(message.0, message.1)?;
             vector.routed = Some(message);
+            // What came just before is delivered by the route. From here on nothing stays in the line, which somebody may
+            // have filled so that the write below would wait.
+            vector.take_direct();
         }
         vector.delivery = Delivery::Live;
         if std::mem::take(&mut vector.pending) { vector.line.trigger().write(1) } else { Ok(()) }

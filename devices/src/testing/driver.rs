@@ -53,7 +53,11 @@ impl Driver {
 
     /// Puts `device` into a machine and finds its structures; the device is not started.
     pub fn attach(device: impl VirtioDevice + 'static) -> Self {
-        let machine = Machine::new();
+        Self::attach_to(Machine::new(), device)
+    }
+
+    /// As [`Self::attach`], for a device that knows the machine's memory already.
+    pub fn attach_to(machine: Machine, device: impl VirtioDevice + 'static) -> Self {
         let function = VirtioPciDevice::new(device, &machine.memory, &machine.pci_host()).unwrap();
         let slot = machine.add(function);
         let bar = u64::from(machine.read_config(slot, 0x14)) << 32 | u64::from(machine.read_config(slot, 0x10) & !0xf);

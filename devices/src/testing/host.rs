@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::Memory;
@@ -109,6 +109,16 @@ impl PciHost for FakeHost {
     }
 }
 
+/// Memory that can be shared: a file in memory for each of `ranges`.
+pub fn ram(ranges: &[(GuestAddress, usize)]) -> GuestMemoryMmap {
+    let ranges = ranges.iter().map(|(start, len)| {
+        let memfd = rustix::fs::memfd_create("test-ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&memfd, *len as u64).unwrap();
+        (*start, *len, Some(FileOffset::new(memfd.into(), 0)))
+    });
+    GuestMemoryMmap::from_ranges_with_files(ranges.collect::<Vec<_>>()).unwrap()
+}
+
 /// RAM, a bus and a PCI root.
 pub struct Machine {
     /// Guest memory, from address 0.
@@ -135,7 +145,7 @@ impl Machine {
 
     /// A machine with no devices but the host bridge.
     pub fn new() -> Self {
-        let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), Self::RAM)]).unwrap());
+        let memory = Arc::new(ram(&[(GuestAddress(0), Self::RAM)]));
         let bus = Arc::new(Bus::new());
         let ports = Arc::new(Bus::new());
         let root = PciRoot::new((&bus, vec![Self::WINDOW]), (&ports, Self::PORTS));

@@ -33,6 +33,7 @@ mod queue;
 mod ring;
 pub mod rng;
 mod timer;
+pub mod vhost_user;
 pub mod vsock;
 mod worker;
 
@@ -41,7 +42,7 @@ use inbox::Inbox;
 pub use queue::{Answer, Chain, ChainFault, Drained, QueueConfig, QueueError, QueuePosition, Virtqueue};
 pub use worker::{Handler, MAX_TOKEN, Session, Worker, on_worker_start};
 
-/// Feature bits that devices have by the queues that all are built on.
+/// Feature bits that every device of ours has, by the queues that all are built on.
 pub const COMMON_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
 
@@ -81,10 +82,10 @@ pub trait VirtioDevice: Send {
     /// Device type, Virtio 1.2, chapter 5.
     fn device_type(&self) -> u32;
 
-    /// Feature bits of this type that are offered; those of [`VirtioDevice::ring_features`] come beside them.
+    /// Feature bits of this type that are offered; the transport adds [`Self::ring_features`].
     fn features(&self) -> u64;
 
-    /// Feature bits of the queues that are offered.
+    /// What of [`COMMON_FEATURES`] whoever works on the queues has: all of them, if it is we.
     fn ring_features(&self) -> u64 {
         COMMON_FEATURES
     }

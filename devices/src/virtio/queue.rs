@@ -396,3 +396,32 @@ impl Virtqueue {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestMemoryMmap;
+
+    use super::*;
+
+    #[test]
+    fn each_part_of_a_ring_lies_in_one_mapping() {
+        // Two regions that touch for the guest, and not here.
+        let regions = [(GuestAddress(0), 0x10_0000), (GuestAddress(0x10_0000), 0x10_0000)];
+        let memory: Memory = Arc::new(GuestMemoryMmap::from_ranges(&regions).unwrap());
+        // Bytes of the parts of a ring of 16: 256, 38, 134.
+        for (descriptors, driver, device, fits) in [
+            (0, 0x1000, 0x2000, true),
+            (0xf_ff00, 0xf_fe00, 0xf_fc00, true),
+            (0xf_ff10, 0x1000, 0x2000, false),
+            (0, 0xf_fff0, 0x2000, false),
+            (0, 0x1000, 0xf_ff80, false),
+            (0x10_0000, 0x10_1000, 0x1f_ff78, true),
+            (0x1f_ff10, 0x1000, 0x2000, false),
+            (0x20_0000, 0x1000, 0x2000, false),
+            (0, 0x1000, 0xffff_ffff_ffff_fffc, false),
+        ] {
+            let config = QueueConfig { size: 16, enabled: true, descriptors, driver, device, ..QueueConfig::new(16) };
+            assert_eq!(config.activate(&memory, true).is_ok(), fits, "{config:x?}");
+        }
+    }
+}

@@ -50,8 +50,8 @@ fn wait_for_disks(config: &str) {
     // A configuration that cannot be read is the VMM's to complain about.
     let Ok(Some(config)) = files::read_json::<VmConfig>(Path::new(config)) else { return };
     let deadline = Instant::now() + DISKS;
-    for drive in &config.drives {
-        while !Path::new(&drive.path_on_host).exists() && Instant::now() < deadline {
+    for path in config.drives.iter().filter_map(|drive| drive.path_on_host.as_deref()) {
+        while !Path::new(path).exists() && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(20));
         }
     }

@@ -36,11 +36,12 @@ pub fn vm_config(
         }),
         drives: vec![Drive {
             drive_id: "disk".to_owned(),
-            path_on_host: text(disk),
+            path_on_host: Some(text(disk)),
+            socket: None,
             // The VMM adds `root=` for a root device; an image that names its root itself knows better.
             is_root_device: !names_root,
             partuuid: None,
-            is_read_only: false,
+            is_read_only: None,
             cache_type: CacheType::Writeback,
             io_engine: None,
             rate_limiter: None,
@@ -50,7 +51,8 @@ pub fn vm_config(
         network_interfaces: nic
             .map(|nic| NetworkInterface {
                 iface_id: "eth0".to_owned(),
-                host_dev_name: nic.tap.clone(),
+                host_dev_name: Some(nic.tap.clone()),
+                socket: None,
                 guest_mac: Some(format_mac(nic.mac)),
                 mtu: None,
                 rx_rate_limiter: None,

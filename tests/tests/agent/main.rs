@@ -15,7 +15,7 @@ use bedplate_tests::suite::{self, NodeSpec, Scenario};
 fn main() -> ExitCode {
     // A node without disks keeps half of its RAM for images and disks.
     let programs = &["bedplate-node", "bedplate-vmm", "bedplate-control"];
-    let node = NodeSpec { memory_mib: 5120, programs, patience: Duration::from_secs(600) };
+    let node = NodeSpec { memory_mib: 5120, programs, debian: &[], patience: Duration::from_secs(600) };
     let scenarios = [
         Scenario { name: "eight_guests_outlive_their_agent", run: eight::life },
         Scenario { name: "a_guest_boots_before_its_image_is_here", run: lazy::life },

@@ -17,7 +17,8 @@ use std::time::Duration;
 use bedplate_tests::suite::{self, NodeSpec, Scenario};
 
 fn main() -> ExitCode {
-    let node = NodeSpec { memory_mib: 3072, programs: &["bedplate-vmm"], patience: Duration::from_secs(240) };
+    let node =
+        NodeSpec { memory_mib: 3072, programs: &["bedplate-vmm"], debian: &[], patience: Duration::from_secs(240) };
     let scenarios = [
         Scenario { name: "vmms_start_side_by_side", run: starts::figures },
         Scenario { name: "vmms_handle_exits_side_by_side", run: exits::figures },

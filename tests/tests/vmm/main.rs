@@ -13,6 +13,7 @@ mod firmware;
 mod hotplug;
 mod machine;
 mod metadata;
+mod net_backend;
 mod network;
 mod plug;
 mod pmem;
@@ -22,6 +23,7 @@ mod sandbox;
 mod serial;
 mod vcpus;
 mod vhost;
+mod vhost_user;
 mod vsock;
 
 use std::process::ExitCode;
@@ -31,7 +33,12 @@ use bedplate_tests::inside::{BZIMAGE, ELF};
 use bedplate_tests::suite::{self, NodeSpec, Scenario};
 
 fn main() -> ExitCode {
-    let node = NodeSpec { memory_mib: 4096, programs: &["bedplate-vmm"], patience: Duration::from_secs(600) };
+    let node = NodeSpec {
+        memory_mib: 4096,
+        programs: &["bedplate-vmm"],
+        debian: &[vhost_user::VIRTIOFSD, vhost_user::STORAGE],
+        patience: Duration::from_secs(600),
+    };
     let scenarios = [
         Scenario { name: "boots_the_bzimage_as_shipped", run: || boot::boots(BZIMAGE) },
         Scenario { name: "boots_the_elf_kernel", run: || boot::boots(ELF) },
@@ -73,6 +80,11 @@ fn main() -> ExitCode {
         Scenario { name: "the_kernel_carries_frames_of_two_pairs", run: || vhost::both_ways(2) },
         Scenario { name: "the_kernel_carries_frames_in_memory_that_was_added", run: vhost::added_memory },
         Scenario { name: "what_vhost_cannot_do_is_refused", run: vhost::refusals },
+        Scenario { name: "a_directory_of_the_node_is_mounted", run: vhost_user::file_system },
+        Scenario { name: "a_file_system_whose_backend_dies_takes_nothing_along", run: vhost_user::dies },
+        Scenario { name: "a_storage_daemon_has_the_disk", run: vhost_user::disk },
+        Scenario { name: "a_storage_daemon_has_the_root_device", run: vhost_user::root_device },
+        Scenario { name: "another_process_carries_the_frames", run: vhost_user::network },
         Scenario { name: "guests_reach_each_other", run: network::guest_and_guest },
         Scenario { name: "disks_and_interfaces_come_and_go", run: plug::come_and_go },
         Scenario { name: "a_guest_is_asked_for_a_device_and_keeps_the_others", run: plug::is_asked },

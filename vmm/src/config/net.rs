@@ -1,12 +1,13 @@
 //! Network interfaces, and over which of them the guest reaches its metadata.
 
 use std::net::Ipv4Addr;
+use std::path::PathBuf;
 
 use bedplate_api::vmm::{MmdsConfig, NetworkInterface, VmConfig};
 use bedplate_devices::virtio::limiter::LimiterConfig;
 use bedplate_devices::virtio::net::MAX_PAIRS;
 
-use super::{ConfigError, distinct, limits, name};
+use super::{ConfigError, distinct, limits, name, path};
 
 /// Where the guest's metadata is if nobody says where.
 const MMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
@@ -18,7 +19,7 @@ pub(super) const MIN_MTU: u16 = 68;
 #[allow(missing_docs)]
 pub struct NetConfig {
     pub id: String,
-    pub tap: String,
+    pub link: NetLink,
     pub mac: [u8; 6],
     pub mtu: Option<u16>,
     /// Where the guest reaches its metadata over it.
@@ -31,6 +32,15 @@ pub struct NetConfig {
     pub vhost: bool,
 }
 
+/// What carries the frames of an interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NetLink {
+    /// A tap device, by name.
+    Tap(String),
+    /// The vhost-user backend at this socket: no limits, no metadata.
+    Backend(PathBuf),
+}
+
 /// Checks the network interfaces of `spec`, and says which of them lead to the guest's metadata.
 ///
 /// # Errors
@@ -38,7 +48,7 @@ pub struct NetConfig {
 pub fn nets(spec: &VmConfig) -> Result<Vec<NetConfig>, ConfigError> {
     let interfaces = &spec.network_interfaces;
     distinct("iface_id", interfaces.iter().map(|n| n.iface_id.as_str()))?;
-    distinct("host_dev_name", interfaces.iter().map(|n| n.host_dev_name.as_str()))?;
+    distinct("host_dev_name", interfaces.iter().filter_map(|n| n.host_dev_name.as_deref()))?;
     distinct("guest_mac", interfaces.iter().filter_map(|n| n.guest_mac.as_deref()))?;
     let mut nets: Vec<_> = interfaces.iter().map(net).collect::<Result<_, _>>()?;
     if let Some(mmds) = &spec.mmds_config {
@@ -56,14 +66,14 @@ pub fn nets(spec: &VmConfig) -> Result<Vec<NetConfig>, ConfigError> {
 /// Its name, tap or MAC address cannot be.
 pub fn net(net: &NetworkInterface) -> Result<NetConfig, ConfigError> {
     let id = name("iface_id", &net.iface_id)?;
-    let tap = net.host_dev_name.clone();
-    // As the kernel has it: IFNAMSIZ with its terminator.
-    if tap.is_empty() || tap.len() > 15 || tap.contains(|c: char| c == '/' || c.is_whitespace() || c == '\0') {
-        return Err(ConfigError::Tap { id, name: tap });
-    }
+    let (link, name) = match (&net.host_dev_name, &net.socket) {
+        (Some(tap), None) => (NetLink::Tap(tap_name(&id, tap)?), tap),
+        (None, Some(socket)) => (NetLink::Backend(path(&format!("network interface {id:?}: socket"), socket)?), socket),
+        _ => return Err(ConfigError::OneLink(id)),
+    };
     let mac = match &net.guest_mac {
         Some(text) => parse_mac(text).ok_or_else(|| ConfigError::Mac { id: id.clone(), mac: text.clone() })?,
-        None => mac_of(&tap),
+        None => mac_of(name),
     };
     if let Some(mtu) = net.mtu.filter(|mtu| *mtu < MIN_MTU) {
         return Err(ConfigError::Mtu { id, mtu });
@@ -72,11 +82,15 @@ pub fn net(net: &NetworkInterface) -> Result<NetConfig, ConfigError> {
     if let Some(pairs) = queue_pairs.filter(|pairs| !(1..=MAX_PAIRS).contains(pairs)) {
         return Err(ConfigError::QueuePairs { id, pairs });
     }
-    if net.vhost && (net.rx_rate_limiter.is_some() || net.tx_rate_limiter.is_some()) {
+    let has_limits = net.rx_rate_limiter.is_some() || net.tx_rate_limiter.is_some();
+    if net.vhost && has_limits {
         return Err(ConfigError::VhostLimits(id));
     }
+    if net.socket.is_some() && (net.vhost || has_limits) {
+        return Err(ConfigError::SocketExcludes { id, what: if net.vhost { "vhost" } else { "rate limiters" } });
+    }
     let (rx_limits, tx_limits) = (limits(net.rx_rate_limiter), limits(net.tx_rate_limiter));
-    Ok(NetConfig { id, tap, mac, mtu: net.mtu, metadata: None, rx_limits, tx_limits, queue_pairs, vhost: net.vhost })
+    Ok(NetConfig { id, link, mac, mtu: net.mtu, metadata: None, rx_limits, tx_limits, queue_pairs, vhost: net.vhost })
 }
 
 /// Checks how the guest reaches its metadata; returns at which address.
@@ -101,10 +115,16 @@ pub fn mmds_address(mmds: &MmdsConfig, interfaces: &[NetworkInterface]) -> Resul
 /// Nobody of ours sees the frames that the kernel carries.
 fn without_vhost(mmds: &MmdsConfig, interfaces: &[NetworkInterface]) -> Result<(), ConfigError> {
     let mut named = interfaces.iter().filter(|interface| mmds.network_interfaces.contains(&interface.iface_id));
-    match named.find(|interface| interface.vhost) {
+    match named.find(|interface| interface.vhost || interface.socket.is_some()) {
         Some(interface) => Err(ConfigError::VhostMmds(interface.iface_id.clone())),
         None => Ok(()),
     }
+}
+
+/// As the kernel has it: IFNAMSIZ with its terminator.
+fn tap_name(id: &str, tap: &str) -> Result<String, ConfigError> {
+    let is_bad = tap.is_empty() || tap.len() > 15 || tap.contains(|c: char| c == '/' || c.is_whitespace() || c == '\0');
+    if is_bad { Err(ConfigError::Tap { id: id.into(), name: tap.into() }) } else { Ok(tap.into()) }
 }
 
 fn parse_mac(text: &str) -> Option<[u8; 6]> {
@@ -118,9 +138,9 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
     (parts.next().is_none() && mac[0] & 1 == 0 && mac != [0; 6]).then_some(mac)
 }
 
-/// A locally administered address that stays the same for the same tap (FNV-1a of its name).
-fn mac_of(tap: &str) -> [u8; 6] {
-    let hash = tap
+/// A locally administered address that stays the same for the same tap or socket (FNV-1a of its name).
+fn mac_of(name: &str) -> [u8; 6] {
+    let hash = name
         .bytes()
         .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
     let [a, b, c, d, e, ..] = hash.to_le_bytes();
@@ -135,7 +155,8 @@ mod tests {
     fn an_interface_without_mac_gets_one_that_is_local_and_stays() {
         let interface = |tap: &str| NetworkInterface {
             iface_id: "e".into(),
-            host_dev_name: tap.into(),
+            host_dev_name: Some(tap.into()),
+            socket: None,
             guest_mac: None,
             mtu: None,
             rx_rate_limiter: None,
@@ -177,6 +198,27 @@ mod tests {
         let only = MmdsConfig { network_interfaces: vec!["b".into()], ..spec.mmds_config.clone().unwrap() };
         let checked = nets(&VmConfig { mmds_config: Some(only), ..spec }).unwrap();
         assert_eq!((checked[0].vhost, checked[0].metadata, checked[1].metadata.is_some()), (true, None, true));
+    }
+
+    #[test]
+    fn an_interface_has_a_tap_or_a_backend_and_a_backend_does_it_alone() {
+        let check = |more: &str| {
+            let text = format!(r#"{{"iface_id": "a" {more}}}"#);
+            net(&serde_json::from_str(&text).unwrap()).map_err(|error| error.to_string())
+        };
+        let config = check(r#", "socket": "/run/s", "queue_pairs": 2"#).unwrap();
+        assert_eq!((config.link, config.queue_pairs), (NetLink::Backend("/run/s".into()), Some(2)));
+        for wrong in ["", r#", "socket": "s", "host_dev_name": "t""#] {
+            assert!(
+                check(wrong).unwrap_err().contains("\"a\": name a tap device (host_dev_name) or the socket"),
+                "{wrong}"
+            );
+        }
+        assert!(check(r#", "socket": "s", "vhost": true"#).unwrap_err().contains("vhost and socket exclude"));
+        assert!(check(r#", "socket": "s", "rx_rate_limiter": {}"#).unwrap_err().contains("rate limiters and socket"));
+        let text = r#"{"network-interfaces": [{"iface_id": "a", "socket": "s"}],
+                       "mmds-config": {"network_interfaces": ["a"]}}"#;
+        assert!(nets(&serde_json::from_str(text).unwrap()).unwrap_err().to_string().contains("vhost or a socket"));
     }
 
     #[test]

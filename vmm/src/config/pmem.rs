@@ -62,7 +62,7 @@ pub fn root_device(drives: &[Drive], pmems: &[Pmem]) -> Result<Option<RootDevice
         (Some(drive), None, None) => {
             // The root device becomes the first disk.
             let name = drive.partuuid.as_ref().map_or("/dev/vda".into(), |uuid| format!("PARTUUID={uuid}"));
-            Ok(Some(RootDevice { name, read_only: drive.is_read_only }))
+            Ok(Some(RootDevice { name, read_only: drive.is_read_only.unwrap_or(false) }))
         }
         (None, None, None) => Ok(None),
     }

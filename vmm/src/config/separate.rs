@@ -4,7 +4,7 @@ use std::fs::Metadata;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
-use super::{ConfigError, DriveConfig, PmemConfig};
+use super::{ConfigError, DiskConfig, PmemConfig};
 
 /// What holds the bytes of a device.
 struct Holder<'a> {
@@ -19,8 +19,9 @@ struct Holder<'a> {
 ///
 /// # Errors
 /// The first two that are one file, by whatever paths.
-pub fn separate(drives: &[DriveConfig], pmems: &[PmemConfig]) -> Result<(), ConfigError> {
-    let drives = drives.iter().map(|d| Holder { id: &d.id, path: &d.path, read_only: d.read_only, pmem: false });
+pub fn separate(drives: &[DiskConfig], pmems: &[PmemConfig]) -> Result<(), ConfigError> {
+    let files = drives.iter().filter_map(DiskConfig::file);
+    let drives = files.map(|d| Holder { id: &d.id, path: &d.path, read_only: d.read_only, pmem: false });
     let pmems = pmems.iter().map(|p| Holder { id: &p.id, path: &p.path, read_only: p.read_only, pmem: true });
     let mut seen: Vec<((bool, u64, u64), Holder<'_>)> = Vec::new();
     for holder in drives.chain(pmems) {
@@ -53,6 +54,7 @@ mod tests {
     use bedplate_devices::virtio::limiter::LimiterConfig;
 
     use super::*;
+    use crate::config::DriveConfig;
 
     #[test]
     fn a_file_is_one_writable_drive_at_most_by_whatever_path() {
@@ -61,14 +63,16 @@ mod tests {
         std::fs::write(&disk, "").unwrap();
         std::fs::write(&other, "").unwrap();
         std::os::unix::fs::symlink("disk", &link).unwrap();
-        let drive = |id: &str, path: &Path, read_only| DriveConfig {
-            id: id.into(),
-            path: path.into(),
-            read_only,
-            cache: Cache::Writeback,
-            engine: IoEngine::Sync,
-            limits: LimiterConfig::NONE,
-            chunk_source: None,
+        let drive = |id: &str, path: &Path, read_only| {
+            DiskConfig::File(DriveConfig {
+                id: id.into(),
+                path: path.into(),
+                read_only,
+                cache: Cache::Writeback,
+                engine: IoEngine::Sync,
+                limits: LimiterConfig::NONE,
+                chunk_source: None,
+            })
         };
         let check = |one: bool, two: bool| {
             separate(&[drive("a", &disk, one), drive("b", &other, false), drive("c", &link, two)], &[])
@@ -87,7 +91,7 @@ mod tests {
             read_only,
             limits: LimiterConfig::NONE,
         };
-        let said = |drives: &[DriveConfig], pmems: &[PmemConfig]| {
+        let said = |drives: &[DiskConfig], pmems: &[PmemConfig]| {
             separate(drives, pmems).map_err(|error| error.to_string()).err().unwrap_or_default()
         };
         assert_eq!(said(&[drive("a", &disk, true)], &[pmem("p", true), pmem("q", true)]), "");

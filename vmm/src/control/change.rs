@@ -1,6 +1,7 @@
 //! Commands that change the machine that runs, and the guest's metadata, which changes before and after the start.
 
 use bedplate_api::vmm::{DrivePatch, LogLevel, NetworkInterfacePatch, RateLimiter};
+use bedplate_devices::virtio::vhost_user::VhostUserBlockControl;
 use hyper::StatusCode;
 use serde_json::{Map, Value};
 
@@ -9,6 +10,7 @@ use super::fault::Fault;
 use super::session::Session;
 use crate::block;
 use crate::config::{self, ConfigError};
+use crate::machine::DeviceError;
 use crate::metadata::StoreError;
 
 /// Why a file that is there may not be found.
@@ -35,21 +37,25 @@ impl Session {
     pub(super) fn patch_drive(&mut self, patch: &DrivePatch) -> Result<(), Fault> {
         let id = &patch.drive_id;
         let at = self.spec.drives.iter().position(|drive| drive.drive_id == *id);
+        if let Some(disk) = self.vm.as_ref().and_then(|vm| vm.machine.devices().backend_disk(id)) {
+            return read_again(disk, patch);
+        }
         let disk = self.vm.as_ref().and_then(|vm| vm.machine.devices().disk(id));
         let (Some(at), Some(disk)) = (at, disk) else { return Err(unknown("drive", id)) };
         let mut drives = self.spec.drives.clone();
         if let Some(path) = &patch.path_on_host {
-            drives[at].path_on_host.clone_from(path);
+            drives[at].path_on_host = Some(path.clone());
             let configs: Vec<_> =
-                drives.iter().map(config::drive).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
+                drives.iter().map(config::disk).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
             let pmems: Result<Vec<_>, _> = self.spec.pmem.iter().map(config::pmem).collect();
             let pmems = pmems.map_err(Fault::bad_request)?;
             config::separate(&configs, &pmems).map_err(Fault::bad_request)?;
             let seen = if self.sandbox.is_some() { ONLY_VISIBLE } else { "" };
+            let Some(config) = configs[at].file() else { return Err(unknown("drive", id)) };
             let (medium, warning) =
-                block::open(&configs[at]).map_err(|error| Fault::bad_request(format!("{error}{seen}")))?;
+                block::open(config).map_err(|error| Fault::bad_request(format!("{error}{seen}")))?;
             disk.replace(medium);
-            for warning in warning.into_iter().chain(warning_of_length(&configs[at])) {
+            for warning in warning.into_iter().chain(warning_of_length(config)) {
                 self.log.write(LogLevel::Warning, &warning);
             }
         }
@@ -70,6 +76,10 @@ impl Session {
         if interface.vhost {
             return Err(Fault::bad_request(ConfigError::VhostLimits(id.clone())));
         }
+        if interface.socket.is_some() {
+            let error = ConfigError::SocketExcludes { id: id.clone(), what: "rate limiters" };
+            return Err(Fault::bad_request(error));
+        }
         let Some(net) = net else { return Err(unknown("network interface", id)) };
         let update = |limiter: Option<RateLimiter>| config::limits_update(limiter.unwrap_or_default());
         net.limit(update(patch.rx_rate_limiter), update(patch.tx_rate_limiter));
@@ -88,6 +98,16 @@ impl Session {
              saved yet."
         )))
     }
+}
+
+/// Has the backend of a drive asked for the disk's configuration, which is all that can be asked of it.
+fn read_again(disk: &VhostUserBlockControl, patch: &DrivePatch) -> Result<(), Fault> {
+    let id = patch.drive_id.clone();
+    let excluded = [(patch.path_on_host.is_some(), "path_on_host"), (patch.rate_limiter.is_some(), "rate_limiter")];
+    if let Some((_, what)) = excluded.into_iter().find(|(is_there, _)| *is_there) {
+        return Err(Fault::bad_request(config::VhostUserConfigError::Excluded { id, what }));
+    }
+    disk.read_again().map_err(|source| Fault::bad_request(DeviceError::VhostUser { what: "drive", id, source }))
 }
 
 /// What a limiter is after a change, which leaves the bucket as it is that it does not name.

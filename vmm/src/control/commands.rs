@@ -1,10 +1,10 @@
 //! Everything that can be asked of a VM process.
 
 use bedplate_api::vmm::{
-    ActionType, Balloon, BalloonStats, BootSource, CoreDump, CpuConfig, Drive, DrivePatch, Entropy, HintingStatus,
-    Inspection, InstanceInfo, Logger, MachineConfig, MachineConfigPatch, MemoryHotplugStatus, Metrics, MmdsConfig,
-    MmdsVersion, NetworkInterface, NetworkInterfacePatch, SerialDevice, SnapshotCreate, SnapshotLoad, Status,
-    TargetState, Vcpus, VcpusUpdate, Version, VmConfig, Vsock,
+    ActionType, Balloon, BalloonStats, BootSource, CoreDump, CpuConfig, Drive, DrivePatch, Entropy, FileSystem,
+    HintingStatus, Inspection, InstanceInfo, Logger, MachineConfig, MachineConfigPatch, MemoryHotplugStatus, Metrics,
+    MmdsConfig, MmdsVersion, NetworkInterface, NetworkInterfacePatch, SerialDevice, SnapshotCreate, SnapshotLoad,
+    Status, TargetState, Vcpus, VcpusUpdate, Version, VmConfig, Vsock,
 };
 use serde_json::Value;
 
@@ -37,6 +37,8 @@ pub(super) enum Command {
     /// After the start it is plugged, as is a network interface.
     PutDrive(Drive),
     PutNetworkInterface(NetworkInterface),
+    /// After the start it is refused.
+    PutFileSystem(FileSystem),
     SetMmds(MmdsConfig),
     SetVsock(Vsock),
     SetEntropy(Entropy),

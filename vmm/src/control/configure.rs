@@ -33,7 +33,7 @@ impl Session {
             }
             Command::SetCpu(cpu) => spec.cpu_config = Some(CpuConfigSource::Template(cpu)),
             Command::PutDrive(drive) => {
-                config::drive(&drive).map_err(Fault::bad_request)?;
+                config::disk(&drive).map_err(Fault::bad_request)?;
                 if drive.is_root_device && spec.pmem.iter().any(|pmem| pmem.root_device) {
                     return Err(Fault::bad_request(config::PmemError::DriveBesideRoot));
                 }
@@ -41,7 +41,8 @@ impl Session {
             }
             Command::PutNetworkInterface(interface) => {
                 let net = config::net(&interface).map_err(Fault::bad_request)?;
-                if net.vhost && spec.mmds_config.iter().any(|mmds| mmds.network_interfaces.contains(&net.id)) {
+                let is_elsewhere = net.vhost || interface.socket.is_some();
+                if is_elsewhere && spec.mmds_config.iter().any(|mmds| mmds.network_interfaces.contains(&net.id)) {
                     return Err(Fault::bad_request(config::ConfigError::VhostMmds(net.id)));
                 }
                 replace(&mut spec.network_interfaces, interface, |interface| &interface.iface_id);

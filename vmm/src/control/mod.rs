@@ -7,6 +7,7 @@ mod commands;
 mod configure;
 mod console;
 mod fault;
+mod filesystem;
 mod hotplug;
 mod http;
 mod log;

@@ -30,7 +30,7 @@ impl Unplug {
 
 impl Session {
     pub(super) fn plug_drive(&mut self, drive: Drive) -> Result<(), Fault> {
-        let config = config::drive(&drive).map_err(Fault::bad_request)?;
+        let config = config::disk(&drive).map_err(Fault::bad_request)?;
         if self.spec.drives.iter().any(|other| other.drive_id == drive.drive_id) {
             return Err(self.in_use(&Unplug::Drive(drive.drive_id), "drive_id"));
         }
@@ -42,18 +42,18 @@ impl Session {
         }
         let mut drives = self.spec.drives.clone();
         drives.push(drive);
-        let configs: Vec<_> = drives.iter().map(config::drive).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
+        let configs: Vec<_> = drives.iter().map(config::disk).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
         let pmems: Vec<_> =
             self.spec.pmem.iter().map(config::pmem).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
         config::separate(&configs, &pmems).map_err(Fault::bad_request)?;
-        let length = warning_of_length(&config);
+        let length = config.file().and_then(warning_of_length);
         let is_walled = self.sandbox.is_some();
         let machine = &mut self.running()?.machine;
-        machine.plug_drive(&config).map_err(|error| fault_of_file(&error, is_walled))?;
+        machine.plug_disk(&config).map_err(|error| fault_of_file(&error, is_walled))?;
         let warnings = machine.devices_mut().take_warnings();
         self.spec.drives = drives;
         length.into_iter().chain(warnings).for_each(|warning| self.log.write(LogLevel::Warning, &warning));
-        self.log.write(LogLevel::Info, &format!("drive {:?} was plugged in", config.id));
+        self.log.write(LogLevel::Info, &format!("drive {:?} was plugged in", config.id()));
         Ok(())
     }
 

@@ -8,8 +8,8 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use bedplate_api::vmm::{
-    Action, Drive, DrivePatch, HintingStart, MachineConfigPatch, NetworkInterface, NetworkInterfacePatch, SnapshotLoad,
-    VmStateChange,
+    Action, Drive, DrivePatch, FileSystem, HintingStart, MachineConfigPatch, NetworkInterface, NetworkInterfacePatch,
+    SnapshotLoad, VmStateChange,
 };
 
 use super::balloon::BalloonCommand;
@@ -44,6 +44,7 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
         ("PUT", ["bedplate", "vcpus"]) => json(body).map(Command::PlugVcpus),
         ("PUT", ["bedplate", "core-dump"]) => json(body).map(Command::DumpCore),
         ("PUT", ["bedplate", "console"]) => json(body).map(ConsoleCommand::Set).map(Command::Console),
+        ("PUT", ["bedplate", "filesystems", tag]) => put_file_system(tag, json(body)?),
         ("PUT", ["actions"]) => json(body).map(|action: Action| Command::Act(action.action_type)),
         ("PUT", ["boot-source"]) => json(body).map(Command::SetBootSource),
         ("PUT", ["machine-config"]) => json(body).map(Command::SetMachine),
@@ -112,6 +113,11 @@ fn patch_drive(id: &str, patch: DrivePatch) -> Result<Command, Fault> {
 fn put_network_interface(id: &str, interface: NetworkInterface) -> Result<Command, Fault> {
     same_id(id, &interface.iface_id)?;
     Ok(Command::PutNetworkInterface(interface))
+}
+
+fn put_file_system(tag: &str, file_system: FileSystem) -> Result<Command, Fault> {
+    same_id(tag, &file_system.tag)?;
+    Ok(Command::PutFileSystem(file_system))
 }
 
 fn patch_network_interface(id: &str, patch: NetworkInterfacePatch) -> Result<Command, Fault> {

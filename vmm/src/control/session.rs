@@ -175,7 +175,7 @@ impl Session {
             None => Console::open(&Target::Off, None)?,
         };
         // Inside of the sandbox the files may not be seen any more.
-        let lengths: Vec<_> = config.drives.iter().filter_map(warning_of_length).collect();
+        let lengths: Vec<_> = config.files().filter_map(warning_of_length).collect();
         let outlets = Outlets {
             serial: Box::new(console.sink()),
             console: second.as_ref().map(Console::sink),
@@ -323,6 +323,7 @@ impl Session {
             Command::Balloon(command) => self.execute_balloon(command),
             Command::Hotplug(command) => self.execute_hotplug(command),
             Command::Pmem(command) => self.execute_pmem(command),
+            Command::PutFileSystem(file_system) => self.put_file_system(file_system).map(done),
             Command::DescribeVcpus => self.vcpus().map(Answer::Vcpus).ok_or_else(|| Fault::bad_request(BEFORE_START)),
             Command::PlugVcpus(update) => self.plug_vcpus(&update).map(done),
             Command::ChangeState(target) => self.running()?.change_state(target).map(done),
@@ -431,7 +432,7 @@ impl Running {
 
 /// What this VM uses by name while it runs.
 fn around(mut sandbox: Sandbox, config: &Config) -> Sandbox {
-    for drive in &config.drives {
+    for drive in config.files() {
         let dir = Path::new(&drive.path);
         // A copy-on-write disk reads its image's chunks as the guest asks for them; a raw file is open already. One that
         // cannot be read is the builder's to complain about.

@@ -22,7 +22,7 @@ use crate::console::Sink;
 use crate::debugger::{DebugSocket, Debugger, Words};
 use crate::firmware::{self, FirmwareError};
 use crate::kvm::{Creation, Vcpu, install_kick_signal};
-use crate::memory::{MemoryError, Ram, layout};
+use crate::memory::{MemoryError, Ram, Sharing, layout};
 use crate::metadata::Metadata;
 use crate::pmem::{PmemFile, Watch};
 use crate::sandbox::Sandbox;
@@ -94,7 +94,8 @@ fn clock(boot: &Boot, ram: &Ram) -> Rtc {
 pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildError> {
     // KVM begins to make a VM, and mostly waits. Meanwhile: memory, what the guest is told, and the kernel it boots.
     let creation = Creation::begin(&config.kvm)?;
-    let mut ram = Ram::new(config.memory_mib, config.pages)?;
+    let sharing = if config.has_backends() { Sharing::Backends } else { Sharing::Nobody };
+    let mut ram = Ram::with_sharing(config.memory_mib, config.pages, sharing)?;
     if let Some(hotplug) = config.hotplug {
         ram = ram.with_hotplug(hotplug.total_mib)?;
     }
@@ -149,9 +150,12 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     };
     let mut attach = plug.attach(When::Start, &pci, &ram.memory, &mut devices);
     attach.files = &files;
-    let disks = config.drives.iter().map(|drive| attach.drive(drive)).collect::<Result<Vec<_>, _>>()?;
+    let disks = config.drives.iter().map(|disk| attach.disk(disk)).collect::<Result<Vec<_>, _>>()?;
     for net in &config.nets {
         attach.net(net)?;
+    }
+    for file_system in &config.filesystems {
+        attach.file_system(file_system)?;
     }
     for file in &files {
         attach.pmem(file, &mut vm, &buses.mmio)?;

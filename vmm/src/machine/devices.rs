@@ -14,6 +14,7 @@ use bedplate_devices::virtio::mem::{MemControl, MemMetrics};
 use bedplate_devices::virtio::net::{NetControl, NetMetrics};
 use bedplate_devices::virtio::pci::VirtioPciDevice;
 use bedplate_devices::virtio::pmem::{PmemControl, PmemMetrics};
+use bedplate_devices::virtio::vhost_user::VhostUserBlockControl;
 
 /// What changes a disk while its VM runs.
 pub type DiskControl = BlockControl<Box<dyn Backend>>;
@@ -22,6 +23,7 @@ pub type DiskControl = BlockControl<Box<dyn Backend>>;
 #[derive(Default)]
 pub struct Devices {
     pub(super) disks: BTreeMap<String, DiskControl>,
+    pub(super) backend_disks: BTreeMap<String, VhostUserBlockControl>,
     pub(super) nets: BTreeMap<String, NetControl>,
     pub(super) pmems: BTreeMap<String, PmemControl>,
     pub(super) balloon: Option<BalloonControl>,
@@ -43,8 +45,8 @@ pub(super) enum Counts {
     Console(Arc<ConsoleMetrics>),
     Rng(Arc<Counter>),
     Vsock,
-    /// The kernel counts, by the tap.
-    Vhost,
+    /// The kernel counts, by the tap; or a backend.
+    Elsewhere,
 }
 
 impl Devices {
@@ -68,12 +70,18 @@ impl Devices {
         self.transports.remove(name);
         self.counts.remove(name);
         self.disks.retain(|id, _| Self::name_of_disk(id) != name);
+        self.backend_disks.retain(|id, _| Self::name_of_disk(id) != name);
         self.nets.retain(|id, _| Self::name_of_net(id) != name);
     }
 
     /// The disk of a drive, if there is such a drive.
     pub fn disk(&self, drive_id: &str) -> Option<&DiskControl> {
         self.disks.get(drive_id)
+    }
+
+    /// The disk of a drive that a backend has, if there is such a drive.
+    pub fn backend_disk(&self, drive_id: &str) -> Option<&VhostUserBlockControl> {
+        self.backend_disks.get(drive_id)
     }
 
     /// A network interface, if there is such a one.
@@ -179,7 +187,7 @@ impl Counts {
                 ("dropped_bytes", &console.dropped_bytes),
             ],
             Self::Rng(bytes) => vec![("entropy_bytes", bytes)],
-            Self::Vsock | Self::Vhost => Vec::new(),
+            Self::Vsock | Self::Elsewhere => Vec::new(),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use bedplate_api::socket;
@@ -16,10 +16,11 @@ use bedplate_devices::virtio::balloon::{Balloon, BalloonConfig};
 use bedplate_devices::virtio::block::{Block, BlockConfig, OpenError};
 use bedplate_devices::virtio::console::{Console, WindowSize};
 use bedplate_devices::virtio::mem::{Mem, MemConfig};
-use bedplate_devices::virtio::net::{Net, NetConfig, Seen, TapError, VhostError, VhostNet};
+use bedplate_devices::virtio::net::{Net, NetConfig, Seen, TapError, VhostError, VhostNet, VhostUserNet};
 use bedplate_devices::virtio::pci::{VirtioPciDevice, VirtioPciError};
 use bedplate_devices::virtio::pmem::{Pmem, PmemConfig};
 use bedplate_devices::virtio::rng::Rng;
+use bedplate_devices::virtio::vhost_user::{Frontend, VhostUser, VhostUserError};
 use bedplate_devices::virtio::vsock::{Vsock, VsockConfig, VsockError};
 use bedplate_images::disk::DiskError;
 
@@ -27,7 +28,9 @@ use super::BuildError;
 use super::devices::{Counts, Devices};
 use super::taps::Taps;
 use crate::block;
-use crate::config::{self, DriveConfig, EntropyConfig, HotplugConfig};
+use crate::config::{
+    self, BackendDriveConfig, DiskConfig, DriveConfig, EntropyConfig, FileSystemConfig, HotplugConfig, NetLink,
+};
 use crate::console::Sink;
 use crate::kvm::Vm;
 use crate::metadata::{GuestView, Metadata};
@@ -129,6 +132,27 @@ pub enum DeviceError {
         /// `iface_id`.
         id: String,
     },
+    /// The other process that does the work of a device cannot be used.
+    #[error("{what} {id}: {source}")]
+    VhostUser {
+        /// Kind of the device.
+        what: &'static str,
+        /// Its name.
+        id: String,
+        /// Names the socket.
+        source: VhostUserError,
+    },
+    /// Such devices are there from the start only.
+    #[error(
+        "{what} {id}: a VM that runs cannot get a vhost-user device, because it reaches no new socket: configure it before \
+         the start"
+    )]
+    VhostUserLater {
+        /// Kind of the device.
+        what: &'static str,
+        /// Its name.
+        id: String,
+    },
     /// Somebody else has the socket.
     #[error("vsock: {path}: {source}; choose another uds_path")]
     SocketInUse {
@@ -169,7 +193,14 @@ pub(super) struct Attach<'a> {
 }
 
 impl Attach<'_> {
-    pub fn drive(&mut self, drive: &DriveConfig) -> Result<Slot, BuildError> {
+    pub fn disk(&mut self, disk: &DiskConfig) -> Result<Slot, BuildError> {
+        match disk {
+            DiskConfig::File(drive) => self.drive(drive),
+            DiskConfig::Backend(drive) => self.backend_drive(drive),
+        }
+    }
+
+    fn drive(&mut self, drive: &DriveConfig) -> Result<Slot, BuildError> {
         let (medium, warning) = block::open(drive)?;
         let config = BlockConfig {
             read_only: drive.read_only,
@@ -190,8 +221,12 @@ impl Attach<'_> {
         if net.vhost && self.when == When::Running {
             return Err(DeviceError::VhostLater { id: net.id.clone() }.into());
         }
-        let queues = self.taps.open(net)?;
         let config = NetConfig { mac: net.mac, mtu: net.mtu, rx_limits: net.rx_limits, tx_limits: net.tx_limits };
+        let tap = match &net.link {
+            NetLink::Tap(tap) => tap,
+            NetLink::Backend(socket) => return self.backend_net(net, &config, socket),
+        };
+        let queues = self.taps.open(net, tap)?;
         if net.vhost {
             let seen = |file: &PmemFile| Seen {
                 guest: file.region.start,
@@ -201,7 +236,7 @@ impl Attach<'_> {
             let files: Vec<_> = self.files.iter().map(seen).collect();
             let device = VhostNet::open(queues, &config, self.memory, &files)
                 .map_err(|source| DeviceError::Vhost { id: net.id.clone(), source })?;
-            return self.virtio(Devices::name_of_net(&net.id), device, Counts::Vhost);
+            return self.virtio(Devices::name_of_net(&net.id), device, Counts::Elsewhere);
         }
         let mut device = Net::new(queues, config).map_err(BuildError::Host)?;
         if let Some(address) = net.metadata {
@@ -212,6 +247,49 @@ impl Attach<'_> {
         let slot = self.virtio(Devices::name_of_net(&net.id), device, counts)?;
         self.devices.nets.insert(net.id.clone(), control);
         Ok(slot)
+    }
+
+    /// The backend carries the frames.
+    fn backend_net(&mut self, net: &config::NetConfig, config: &NetConfig, socket: &Path) -> Result<Slot, BuildError> {
+        let (memory, usual) = (self.memory, self.vcpus.into());
+        let device = self.over_backend("network interface", &net.id, socket, |frontend| {
+            VhostUserNet::new(frontend, config, memory, net.queue_pairs, usual)
+        })?;
+        self.virtio(Devices::name_of_net(&net.id), device, Counts::Elsewhere)
+    }
+
+    /// The backend has the disk.
+    fn backend_drive(&mut self, drive: &BackendDriveConfig) -> Result<Slot, BuildError> {
+        let (memory, queues) = (self.memory, self.vcpus.into());
+        let (device, control) = self.over_backend("drive", &drive.id, &drive.socket, |frontend| {
+            VhostUser::block(frontend, memory, drive.cache, queues)
+        })?;
+        let slot = self.virtio(Devices::name_of_disk(&drive.id), device, Counts::Elsewhere)?;
+        self.devices.backend_disks.insert(drive.id.clone(), control);
+        Ok(slot)
+    }
+
+    pub fn file_system(&mut self, file_system: &FileSystemConfig) -> Result<(), BuildError> {
+        let FileSystemConfig { tag, socket } = file_system;
+        let memory = self.memory;
+        let device =
+            self.over_backend("file system", tag, socket, |frontend| VhostUser::file_system(frontend, memory, tag))?;
+        self.virtio(format!("filesystem_{tag}"), device, Counts::Elsewhere).map(drop)
+    }
+
+    /// What `make` makes of the backend at `socket`.
+    fn over_backend<D>(
+        &self,
+        what: &'static str,
+        id: &str,
+        socket: &Path,
+        make: impl FnOnce(Frontend) -> Result<D, VhostUserError>,
+    ) -> Result<D, DeviceError> {
+        if self.when == When::Running {
+            return Err(DeviceError::VhostUserLater { what, id: id.into() });
+        }
+        let device = Frontend::connect(socket).and_then(make);
+        device.map_err(|source| DeviceError::VhostUser { what, id: id.into(), source })
     }
 
     /// The file becomes memory of `vm`; what the guest writes to one that it may only read leaves it and is counted.

@@ -22,7 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::pci_devices::{Attach, When};
 use super::taps::Taps;
 use super::{BuildError, Devices, Machine};
-use crate::config::{DriveConfig, NetConfig};
+use crate::config::{DiskConfig, NetConfig};
 use crate::metadata::Metadata;
 
 /// How long a vCPU may take to come. It comes at once; its thread may have to wait for a processor.
@@ -119,8 +119,8 @@ impl Machine {
     ///
     /// # Errors
     /// It cannot be opened, or there is no room for it. The machine is as it was.
-    pub fn plug_drive(&mut self, drive: &DriveConfig) -> Result<(), BuildError> {
-        let slot = self.attach().drive(drive)?;
+    pub fn plug_disk(&mut self, disk: &DiskConfig) -> Result<(), BuildError> {
+        let slot = self.attach().disk(disk)?;
         self.plug.signals.came(slot);
         Ok(())
     }

@@ -54,12 +54,12 @@ impl Taps {
         self.sealed = true;
     }
 
-    /// The tap of `net`, queue by queue. One that is kept forgets the frames that came while nobody had it.
+    /// `tap`, for `net`, queue by queue. One that is kept forgets the frames that came while nobody had it.
     ///
     /// # Errors
     /// It is not there, cannot be used, has too few queues, or cannot be reached any more.
-    pub fn open(&self, net: &NetConfig) -> Result<Vec<Tap>, DeviceError> {
-        let (id, tap) = (net.id.clone(), net.tap.clone());
+    pub fn open(&self, net: &NetConfig, tap: &str) -> Result<Vec<Tap>, DeviceError> {
+        let (id, tap) = (net.id.clone(), tap.to_owned());
         if let Some(kept) = self.kept.get(&tap) {
             let wanted = net.queue_pairs.unwrap_or(kept.len());
             if wanted > kept.len() {

@@ -3,21 +3,27 @@
 use std::fs::{self, File};
 use std::io;
 
-use rustix::fs::{MemfdFlags, Mode, OFlags, ftruncate, memfd_create, openat};
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create, openat};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen};
 
-use super::Pages;
+use super::{Pages, Sharing};
 
-/// A file of `len` zeros.
-pub(super) fn create(len: u64, pages: Pages) -> io::Result<File> {
-    let named = |flags| -> io::Result<_> { Ok(memfd_create("guest-ram", flags | MemfdFlags::CLOEXEC)?) };
+/// A file of `len` zeros, whose length nobody changes if others get it.
+pub(super) fn create(len: u64, pages: Pages, sharing: Sharing) -> io::Result<File> {
+    let sealable = if sharing == Sharing::Backends { MemfdFlags::ALLOW_SEALING } else { MemfdFlags::empty() };
+    let named = |flags| -> io::Result<_> { Ok(memfd_create("guest-ram", flags | sealable | MemfdFlags::CLOEXEC)?) };
     let fd = match pages {
         Pages::Huge => named(MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?,
         Pages::Host | Pages::Normal => named(MemfdFlags::empty())?,
+        // A file on a file system cannot be sealed.
+        Pages::Transparent if sharing == Sharing::Backends => named(MemfdFlags::empty())?,
         // What the host does not let us have is what advice is for, which it may refuse as well.
         Pages::Transparent => of_huge_pages().map_or_else(|_| named(MemfdFlags::empty()), Ok)?,
     };
     ftruncate(&fd, len)?;
+    if sharing == Sharing::Backends {
+        fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    }
     Ok(File::from(fd))
 }
 

@@ -19,6 +19,7 @@ mod tap;
 #[cfg(test)]
 mod tests;
 mod vhost;
+mod vhost_user;
 
 use std::io;
 use std::sync::Arc;
@@ -35,6 +36,7 @@ use self::registers::Registers;
 pub(crate) use self::tap::tap_features;
 pub use self::tap::{Link, Tap, TapError, TapQueues};
 pub use self::vhost::{Seen, VhostError, VhostNet};
+pub use self::vhost_user::VhostUserNet;
 use super::limiter::{Limiter, LimiterConfig, LimiterUpdate, Limits};
 use super::{Active, VirtioDevice, Virtqueue, Worker, read_image};
 use crate::metadata::Responder;

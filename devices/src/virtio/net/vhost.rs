@@ -25,7 +25,7 @@ use vhost::vhost_kern::vhost_binding::{VHOST_NET_SET_BACKEND, vhost_vring_file};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_ids::VIRTIO_ID_NET;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 
@@ -93,23 +93,6 @@ impl VhostKernBackend for Device {
     fn mem(&self) -> &Memory {
         &self.memory
     }
-
-    /// Each part in one mapping: see the head of this file.
-    fn is_valid(&self, ring: &VringConfigData) -> bool {
-        let size = u64::from(ring.queue_size);
-        let parts = [
-            (ring.desc_table_addr, 16 * size),
-            (ring.avail_ring_addr, 6 + 2 * size),
-            (ring.used_ring_addr, 6 + 8 * size),
-        ];
-        parts.iter().all(|(start, len)| in_one_region(&self.memory, *start, *len))
-    }
-}
-
-fn in_one_region(memory: &Memory, start: u64, len: u64) -> bool {
-    let region = memory.find_region(GuestAddress(start));
-    // Cannot overflow: a region ends before the last address.
-    region.is_some_and(|region| len <= region.len() - (start - region.start_addr().raw_value()))
 }
 
 impl Device {
@@ -428,27 +411,9 @@ impl Drop for VhostNet {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::GuestMemoryMmap;
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
 
     use super::*;
-
-    #[test]
-    fn a_ring_lies_in_one_mapping() {
-        // Two regions that touch for the guest, and not here.
-        let regions = [(GuestAddress(0), 0x10_0000), (GuestAddress(0x10_0000), 0x10_0000)];
-        let memory: Memory = Arc::new(GuestMemoryMmap::from_ranges(&regions).unwrap());
-        for (start, len, expected) in [
-            (0, 0x1000, true),
-            (0xf_f000, 0x1000, true),
-            (0xf_f000, 0x1001, false),
-            (0x10_0000, 0x10_0000, true),
-            (0x10_0010, 0x10_0000, false),
-            (0x20_0000, 1, false),
-            (u64::MAX, 16, false),
-        ] {
-            assert_eq!(in_one_region(&memory, start, len), expected, "{start:#x} {len:#x}");
-        }
-    }
 
     #[test]
     fn without_vhost_the_message_says_what_to_do() {

@@ -37,7 +37,7 @@ mod tests;
 use std::io;
 use std::sync::Arc;
 
-use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_NET};
+use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -235,7 +235,7 @@ fn identity(device_type: u32) -> Identity {
         revision: 1,
         class: match device_type {
             VIRTIO_ID_NET => 0x02_0000,
-            VIRTIO_ID_BLOCK => 0x01_8000,
+            VIRTIO_ID_BLOCK | VIRTIO_ID_FS => 0x01_8000,
             _ => 0x07_8000,
         },
         subsystem_vendor: 0x1af4,
