@@ -26,4 +26,5 @@ pub mod machine;
 pub mod memory;
 pub mod metadata;
 pub mod pmem;
+pub mod residence;
 pub mod sandbox;

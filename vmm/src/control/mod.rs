@@ -59,7 +59,7 @@ pub fn run(mut session: Session, mut server: Option<Server>, signals: &Signals) 
             if let Some(server) = &server {
                 server.poll_fds(&mut fds);
             }
-            let timeout = session.borrow().until_flush().map(|until| Timespec {
+            let timeout = session.borrow().until_due().map(|until| Timespec {
                 // At most a minute.
                 tv_sec: until.as_secs() as i64,
                 tv_nsec: until.subsec_nanos().into(),
@@ -81,7 +81,7 @@ pub fn run(mut session: Session, mut server: Option<Server>, signals: &Signals) 
         if let Some(server) = &mut server {
             server.serve(&session);
         }
-        session.borrow_mut().flush_in_time();
+        session.borrow_mut().work_in_time();
         let exit = session.borrow_mut().take_exit();
         if let Some(exit) = exit {
             return Ok(exit);

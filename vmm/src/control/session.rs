@@ -30,12 +30,16 @@ use crate::machine::builder::Outlets;
 use crate::machine::unknown_msrs::Warn;
 use crate::machine::{BuildError, Machine, builder};
 use crate::metadata::Metadata;
+use crate::residence;
 use crate::sandbox::{self, Access, Sandbox};
 
 const NAME: &str = "Bedplate";
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const AFTER_START: &str = "The requested operation is not supported after starting the microVM.";
 const BEFORE_START: &str = "The requested operation is not supported before starting the microVM.";
+
+/// From a start until the guest's own is under way, and what our part of it has used of the program is not used any more.
+const SETTLED: Duration = Duration::from_secs(1);
 
 /// Between two lines of metrics: Firecracker's.
 const FLUSH_PERIOD: Duration = Duration::from_secs(60);
@@ -86,6 +90,8 @@ pub struct Session {
     pub(super) vm: Option<Running>,
     pub(super) log: Log,
     pub(super) metrics: Option<File>,
+    /// When what only the start needed of the program is let go of.
+    shed: Option<Instant>,
     /// When counters were written last, or the VM was started.
     flushed: Instant,
     pub(super) metadata: Metadata,
@@ -129,6 +135,7 @@ impl Session {
             flushed: Instant::now(),
             sandbox,
             debugger: None,
+            shed: None,
             leave: event()?,
             ended: event()?,
             departed: event()?,
@@ -205,6 +212,7 @@ impl Session {
         let _second = second.map(|(console, line)| console.serve(line, &self.leave)).transpose()?;
         self.flushed = Instant::now();
         sandbox::narrow(sandbox::Thread::Control);
+        self.shed = Some(Instant::now() + SETTLED);
         self.vm = Some(Running { machine, paused: false, _console: console, _second });
         match &self.debugger {
             None => self.log.write(LogLevel::Info, "the VM runs"),
@@ -365,14 +373,28 @@ impl Session {
         self.vm.as_mut().ok_or_else(|| Fault::bad_request(BEFORE_START))
     }
 
+    /// How long there is nothing to do unless something happens.
+    pub(super) fn until_due(&self) -> Option<Duration> {
+        let shed = self.shed.map(|at| at.saturating_duration_since(Instant::now()));
+        shed.into_iter().chain(self.until_flush()).min()
+    }
+
+    /// Does what it is time for.
+    pub(super) fn work_in_time(&mut self) {
+        self.flush_in_time();
+        if self.shed.take_if(|at| *at <= Instant::now()).is_some() {
+            residence::shed_program();
+        }
+    }
+
     /// When counters are to be written again; never, if nobody wants them.
-    pub(super) fn until_flush(&self) -> Option<Duration> {
+    fn until_flush(&self) -> Option<Duration> {
         let wanted = self.metrics.is_some() && self.vm.is_some();
         wanted.then(|| FLUSH_PERIOD.saturating_sub(self.flushed.elapsed()))
     }
 
     /// Writes counters if it is time to.
-    pub(super) fn flush_in_time(&mut self) {
+    fn flush_in_time(&mut self) {
         if self.until_flush() == Some(Duration::ZERO)
             && let Err(error) = self.flush_metrics()
         {
