@@ -33,6 +33,8 @@ pub struct Description {
     pub mmio32: Vec<Range<u64>>,
     /// The one above.
     pub mmio64: Range<u64>,
+    /// The PM timer is told of.
+    pub timer: bool,
 }
 
 /// The tables do not fit where they must lie: our bug.
@@ -92,7 +94,7 @@ impl Tables {
         let facs = tables.put(&acpi_tables::facs::FACS::new());
         tables.summed.pop();
         let at = |table: usize| base + table as u64;
-        let fadt = tables.put(&tables::fadt(at(dsdt), at(facs)));
+        let fadt = tables.put(&tables::fadt(at(dsdt), at(facs), description.timer));
         tables.links.extend(FADT_LINKS.map(|(offset, len)| (fadt + offset, len)));
         let named =
             [fadt, tables.put(&tables::madt(description.vcpus, description.present)), tables.put(&tables::mcfg())];
@@ -148,6 +150,7 @@ mod tests {
             present: 6,
             mmio32: vec![0xc000_0000..0xd000_0000, 0xd000_0000..0xe000_0000],
             mmio64: 1 << 34..1 << 35,
+            timer: false,
         };
         let rsdp = write(&ram.memory, &description).unwrap();
         let mut root = [0; 36];
@@ -175,5 +178,24 @@ mod tests {
             }
         }
         assert_eq!(names, ["FACP", "APIC", "MCFG"]);
+    }
+
+    #[test]
+    fn the_timer_is_told_of_or_not() {
+        for timer in [false, true] {
+            let description = Description {
+                vcpus: 1,
+                present: 1,
+                mmio32: vec![0xc000_0000..0xd000_0000, 0xd000_0000..0xe000_0000],
+                mmio64: 1 << 34..1 << 35,
+                timer,
+            };
+            let Tables { bytes, summed, .. } = Tables::new(&description, 0);
+            let mut tables = summed.iter().map(|range| &bytes[range.clone()]);
+            let fadt = tables.find(|table| table.starts_with(b"FACP")).unwrap();
+            // PM_TMR_BLK, PM_TMR_LEN, the flag for 32 bits, and X_PM_TMR_BLK (ACPI 6.4, table 5.9).
+            let told = [fadt[76..80] != [0; 4], fadt[91] != 0, fadt[113] & 1 != 0, fadt[208..220] != [0; 12]];
+            assert_eq!(told, [timer; 4]);
+        }
     }
 }

@@ -34,7 +34,7 @@ fn register(offset: u64, bits: u8, access: AccessSize) -> GAS {
     GAS::new(AddressSpace::SystemIo, bits, 0, access, port(offset).into())
 }
 
-pub(super) fn fadt(dsdt: u64, facs: u64) -> FADT {
+pub(super) fn fadt(dsdt: u64, facs: u64, timer: bool) -> FADT {
     let mut fadt = FADTBuilder::new(OEM, OEM_TABLE, OEM_REVISION)
         .dsdt_64(dsdt)
         .firmware_ctrl_64(facs)
@@ -43,20 +43,17 @@ pub(super) fn fadt(dsdt: u64, facs: u64) -> FADT {
         // There is neither a sleep button nor a wake-up by the clock.
         .flag(Flags::SlpButton)
         .flag(Flags::FixRtc)
-        .flag(Flags::TmrValExt)
         .flag(Flags::ResetRegSup);
     // Firmware looks at nothing but the old field; ours are below 4 GiB always, and systems prefer the new one.
     fadt.dsdt = (dsdt as u32).into();
     fadt.sci_int = (SCI as u16).into();
     fadt.pm1a_evt_blk = u32::from(port(PM1_EVENT_OFFSET)).into();
     fadt.pm1a_cnt_blk = u32::from(port(PM1_CONTROL_OFFSET)).into();
-    fadt.pm_tmr_blk = u32::from(port(PM_TIMER_OFFSET)).into();
     fadt.gpe0_blk = u32::from(port(GPE_OFFSET)).into();
     fadt.gpe0_blk_len = 2;
-    (fadt.pm1_evt_len, fadt.pm1_cnt_len, fadt.pm_tmr_len) = (4, 2, 4);
+    (fadt.pm1_evt_len, fadt.pm1_cnt_len) = (4, 2);
     fadt.x_pm1a_evt_blk = register(PM1_EVENT_OFFSET, 32, AccessSize::WordAccess);
     fadt.x_pm1a_cnt_blk = register(PM1_CONTROL_OFFSET, 16, AccessSize::WordAccess);
-    fadt.x_pm_tmr_blk = register(PM_TIMER_OFFSET, 32, AccessSize::DwordAccess);
     fadt.x_gpe0_blk = register(GPE_OFFSET, 16, AccessSize::ByteAccess);
     fadt.reset_reg = register(RESET_OFFSET, 8, AccessSize::ByteAccess);
     fadt.reset_value = AcpiPm::RESET_VALUE;
@@ -64,6 +61,13 @@ pub(super) fn fadt(dsdt: u64, facs: u64) -> FADT {
     fadt.iapc_boot_arch = (BOOT_LEGACY_DEVICES | BOOT_NO_VGA).into();
     // No C2 and C3: latencies beyond the limits say so.
     (fadt.p_lvl2_lat, fadt.p_lvl3_lat) = (0xfff.into(), 0xfff.into());
+    if timer {
+        // Firmware waits by it. A kernel has better clocks, and Linux takes seven milliseconds to see whether this is one.
+        fadt = fadt.flag(Flags::TmrValExt);
+        fadt.pm_tmr_len = 4;
+        fadt.pm_tmr_blk = u32::from(port(PM_TIMER_OFFSET)).into();
+        fadt.x_pm_tmr_blk = register(PM_TIMER_OFFSET, 32, AccessSize::DwordAccess);
+    }
     fadt.finalize()
 }
 

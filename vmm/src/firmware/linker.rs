@@ -110,6 +110,7 @@ mod tests {
             present: 2,
             mmio32: vec![0xc000_0000..0xd000_0000, 0xd000_0000..0xe000_0000],
             mmio64: 1 << 34..1 << 35,
+            timer: true,
         };
         let tables = Tables::new(&description, 0);
         let script = script(&tables);

@@ -103,7 +103,13 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     let windows = Windows::of(&config.boot, &ram, creation.address_bits())?;
     let bars = windows.all();
     let Windows { mmio32, mmio64 } = windows;
-    let description = acpi::Description { vcpus: config.topology.vcpus, present: config.vcpus, mmio32, mmio64 };
+    let description = acpi::Description {
+        vcpus: config.topology.vcpus,
+        present: config.vcpus,
+        mmio32,
+        mmio64,
+        timer: matches!(config.boot, Boot::Firmware(_)),
+    };
     let entry = match &config.boot {
         Boot::Kernel(kernel) => {
             let rsdp = acpi::write(&ram.memory, &description)?;
