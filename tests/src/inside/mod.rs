@@ -9,7 +9,7 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rustix::mount::{MountFlags, mount};
@@ -107,7 +107,10 @@ pub fn stagger() {
     let words = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let seed = words.split_whitespace().find_map(|word| word.strip_prefix(STAGGER)?.parse::<u64>().ok()).unwrap_or(0);
     let factor = TIMES.fetch_add(1, Ordering::Relaxed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    std::thread::sleep(Duration::from_micros((seed ^ factor >> 32) % TICK_US));
+    // A sleep ends with a tick: that sets the phase to nothing, and work moves it from there.
+    std::thread::sleep(Duration::from_micros(1));
+    let (begun, phase) = (Instant::now(), Duration::from_micros((seed ^ factor >> 32) % TICK_US));
+    while begun.elapsed() < phase {}
 }
 
 /// How many times a figure is to be taken.
