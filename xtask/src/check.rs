@@ -50,8 +50,10 @@ fn rules(path: &Path, text: &str) -> Vec<String> {
         if unfinished.iter().any(|mark| line.contains(mark)) {
             broken(number, "unfinished work is an issue, not a comment");
         }
-        if code.contains("kvm_ioctls") && !within("vmm/src/kvm") && !within("benches") && !within("xtask") {
-            broken(number, "only vmm/src/kvm names kvm_ioctls");
+        // What ours is compared with does without us.
+        let is_measure = within("benches") || within("tests/tests/compare");
+        if code.contains("kvm_ioctls") && !within("vmm/src/kvm") && !is_measure && !within("xtask") {
+            broken(number, "only vmm/src/kvm, the benches and the comparison name kvm_ioctls");
         }
         if within("devices/src") && ["kvm_bindings", "tokio", "async fn", "serde_json"].iter().any(|w| code.contains(w))
         {
@@ -143,6 +145,7 @@ mod tests {
     fn rules_see_what_they_forbid_and_nothing_else() {
         let broken = |path: &str, text: &str| rules(Path::new(path), text).len();
         assert_eq!(broken("devices/src/lib.rs", "use kvm_ioctls::Kvm;"), 1);
+        assert_eq!(broken("tests/tests/compare/bare.rs", "use kvm_ioctls::Kvm;"), 0);
         assert_eq!(broken("vmm/src/kvm/vcpu.rs", "use kvm_ioctls::Kvm;"), 0);
         assert_eq!(broken("images/src/disk.rs", "// unlike anyhow\n"), 0);
         assert_eq!(broken("images/src/disk.rs", "use anyhow::Result;"), 1);
