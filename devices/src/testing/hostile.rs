@@ -114,8 +114,14 @@ impl Hostile {
             12 => driver.start(),
             13 => {
                 let value = source.number(8).to_le_bytes();
-                let (offset, width) = (source.number(2) % 0x6000, source.width());
-                driver.machine.write(driver.bar + offset, &value[..width]);
+                let (offset, width) = (source.number(2) % 0x6800, source.width());
+                match offset.checked_sub(0x6000) {
+                    None => driver.machine.write(driver.bar + offset, &value[..width]),
+                    // Notifications of all kinds, also of queues that there are not.
+                    Some(port) => {
+                        driver.machine.write_port(driver.notify_port(0) + port as u16 % 64, &value[..width.min(4)])
+                    }
+                }
             }
             14 => configuration(
                 &driver.machine,
