@@ -226,6 +226,11 @@ pub enum ConfigError {
         "a balloon would give back pages that huge_pages 2M has reserved, and might not get them again: leave one out"
     )]
     BalloonOfHugePages,
+    #[error(
+        "a vhost-user backend could give back pages that huge_pages 2M has reserved, and they might not be had again: use Transparent, \
+         or leave huge_pages out"
+    )]
+    BackendOfHugePages,
     #[error("{what}: the path is empty: name a file")]
     EmptyPath { what: String },
     #[error("{0} devices are too many: the PCI bus has room for {MAX_DEVICES}")]
@@ -293,6 +298,8 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
     match (&config.balloon, config.pages) {
         // What it gives back, another VM could reserve.
         (Some(_), Pages::Huge) => return Err(ConfigError::BalloonOfHugePages),
+        // A backend could do the same, and a page that cannot be had again ends us.
+        (_, Pages::Huge) if config.has_backends() => return Err(ConfigError::BackendOfHugePages),
         (None, Pages::Host | Pages::Transparent) if devices < MAX_DEVICES => {
             config.balloon = Some(BalloonConfig { reporting: true, ..BalloonConfig::default() });
         }

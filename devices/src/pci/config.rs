@@ -177,7 +177,7 @@ impl ConfigSpace {
 
     /// The BAR that begins at register `index`.
     pub fn bar(&self, index: usize) -> Option<Bar> {
-        self.bars[index]
+        self.bars.get(index).copied().flatten()
     }
 
     /// Where the guest has put the BAR at `index`.

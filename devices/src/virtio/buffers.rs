@@ -2,7 +2,7 @@
 //!
 //! This module is where guest addresses become host pointers, so that reads and writes of files, taps and sockets go
 //! straight to guest memory. The invariant that all `unsafe` here rests on: every `iovec` in a [`Buffers`] was made by
-//! `push` from the memory that the same [`Buffers`] keeps alive, and mappings never change while that handle lives. The
+//! `push`, as its `region` was, from the memory that the same [`Buffers`] keeps alive, and mappings never change while that handle lives. The
 //! guest may write to the bytes at any time, so they are only ever copied, by volatile access or by the kernel.
 
 use std::io;
@@ -101,7 +101,7 @@ impl Buffers {
 
     /// Moves the pieces of `other`, which must be over the same memory, to the end of this list.
     pub fn append(&mut self, other: &mut Buffers) {
-        debug_assert!(std::sync::Arc::ptr_eq(&self.memory, &other.memory));
+        assert!(std::sync::Arc::ptr_eq(&self.memory, &other.memory), "buffers of two machines have no list in common");
         self.pieces.append(&mut other.pieces);
         self.len += std::mem::take(&mut other.len);
     }

@@ -90,6 +90,12 @@ pub trait VirtioDevice: Send {
         COMMON_FEATURES
     }
 
+    /// Whether a notification that comes to this process, and not to KVM, may be signalled from here. Not where somebody
+    /// shares the event who is not trusted: it would be in his hands how long that takes.
+    fn may_be_notified_here(&self) -> bool {
+        true
+    }
+
     /// Size of each queue, powers of two.
     fn queue_sizes(&self) -> &[u16];
 

@@ -15,9 +15,9 @@ use super::{Buffers, Interrupt};
 use crate::Memory;
 use crate::metrics::DeviceMetrics;
 
-/// A chain is served at most this many times the ring's size before the worker looks at its other events again, so that
-/// a driver that never pauses cannot keep a reset waiting.
-const ROUNDS: usize = 4;
+/// So many chains are served at most before the worker looks at its other events again, so that a driver that never
+/// pauses cannot keep a reset waiting.
+const PATIENCE: usize = 1024;
 
 /// Registers of one queue, as the driver writes them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -275,7 +275,7 @@ impl Virtqueue {
     }
 
     fn drain_into(&mut self, chain: &mut Chain, serve: &mut dyn FnMut(&mut Chain) -> Answer) -> Drained {
-        let mut budget = usize::from(self.ring.size()) * ROUNDS;
+        let mut budget = PATIENCE;
         loop {
             self.suppress_notifications();
             while self.pop(chain) {

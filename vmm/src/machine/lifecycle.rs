@@ -55,8 +55,7 @@ impl State {
     }
 }
 
-/// A kick takes a vCPU out of the guest, always. It takes one out of a system call only if it is in it already, and there is
-/// one that may wait: the write of a notification that KVM did not take, if whoever shares its event wants that.
+/// A kick takes a vCPU out of the guest, always. It takes one out of a system call only if it is in it already.
 const KICK_AGAIN: Duration = Duration::from_millis(100);
 /// Between two looks whether a thread has ended.
 const JOIN_PAUSE: Duration = Duration::from_micros(200);

@@ -30,11 +30,11 @@ struct RingPair {
 
 impl Pair for RingPair {
     fn switch(&self, on: bool) -> io::Result<()> {
-        if !self.given.load(Ordering::Acquire) {
-            return Ok(());
-        }
-        let rings = [self.first, self.first + 1];
-        rings.into_iter().try_for_each(|ring| self.frontend.enable(ring, on)).map_err(io::Error::other)
+        let switch = |ring| match self.given.load(Ordering::Acquire) {
+            true => self.frontend.enable(ring, on),
+            false => Ok(()),
+        };
+        [self.first, self.first + 1].into_iter().try_for_each(switch).map_err(io::Error::other)
     }
 }
 
@@ -121,6 +121,10 @@ impl VirtioDevice for VhostUserNet {
         self.rings.ring_features()
     }
 
+    fn may_be_notified_here(&self) -> bool {
+        false
+    }
+
     fn queue_sizes(&self) -> &[u16] {
         &self.registers.queue_sizes
     }
@@ -138,10 +142,10 @@ impl VirtioDevice for VhostUserNet {
     }
 
     fn stop(&mut self) -> Vec<Virtqueue> {
-        // First, so that no pair is switched any more.
+        // First, so that commands which wait in the ring say nothing to the backend any more: each could take its time.
+        self.give(0);
         let mut queues: Vec<_> = self.commands.iter_mut().flat_map(Worker::stop).collect();
         // The backend lets go of all rings, whether they are on or off.
-        self.give(0);
         queues.extend(self.rings.stop());
         queues.sort_by_key(Virtqueue::index);
         queues

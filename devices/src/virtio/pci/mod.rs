@@ -125,7 +125,7 @@ impl VirtioPciDevice {
         let mut config = ConfigSpace::new(&identity(device.device_type()));
         config.add_memory_bar(BAR, BAR_LEN);
         config.add_port_bar(NOTIFY_BAR, (sizes.len() as u16 * NOTIFY_STRIDE as u16).next_power_of_two());
-        let window_at = usize::from(add_capabilities(&mut config, sizes.len() as u64));
+        let window_at = usize::from(add_capabilities(&mut config, sizes.len() as u64, device.may_be_notified_here()));
         let (body, writable) = msix.capability(BAR as u32, TABLE as u32, PENDING as u32);
         let msix_at = usize::from(config.add_capability(MSIX_CAPABILITY, &body, &writable));
         Ok(Self {
@@ -206,18 +206,21 @@ impl VirtioPciDevice {
 
     fn notify(&self, index: u64) {
         match self.notify.get(index as usize) {
-            Some(event) => self.host_fault("signal a virtqueue's event descriptor", event.write(1)),
-            None => self.guest_fault(),
+            Some(event) if self.device.may_be_notified_here() => {
+                self.host_fault("signal a virtqueue's event descriptor", event.write(1))
+            }
+            _ => self.guest_fault(),
         }
     }
 
     /// Where the window of the PCI configuration access capability looks, 4.1.4.9.
-    fn window(&self) -> Option<(u64, usize)> {
-        let bar = self.config.word(self.window_at + 4) & 0xff;
+    fn window(&self) -> Option<(usize, u64, usize)> {
+        let bar = usize::from(self.config.word(self.window_at + 4) & 0xff);
         let offset = u64::from(self.config.dword(self.window_at + 8));
         let len = self.config.dword(self.window_at + 12);
-        let valid = matches!(len, 1 | 2 | 4) && offset.is_multiple_of(u64::from(len)) && offset < BAR_LEN;
-        (bar == BAR as u16 && valid).then_some((offset, len as usize))
+        let size = self.config.bar(bar).map_or(0, |bar| bar.size);
+        let valid = matches!(len, 1 | 2 | 4) && offset.is_multiple_of(u64::from(len)) && offset < size;
+        valid.then_some((bar, offset, len as usize))
     }
 
     /// Whether an access touches the data of that window.
@@ -244,7 +247,7 @@ fn identity(device_type: u32) -> Identity {
 }
 
 /// Appends what a driver finds the structures by; returns where the configuration access window is.
-fn add_capabilities(config: &mut ConfigSpace, queues: u64) -> u16 {
+fn add_capabilities(config: &mut ConfigSpace, queues: u64, by_memory: bool) -> u16 {
     // An endpoint that is integrated into the root complex, version 2, with role-based error reporting.
     let mut express = [0; 58];
     express[0] = 0x92;
@@ -267,7 +270,7 @@ fn add_capabilities(config: &mut ConfigSpace, queues: u64) -> u16 {
         config.add_capability(VENDOR_CAPABILITY, &body(cfg_type, BAR, offset, len, 0), &[]);
     }
     // Drivers take the first of a kind that they can use.
-    for (bar, offset) in [(NOTIFY_BAR, 0), (BAR, NOTIFY)] {
+    for (bar, offset) in [(NOTIFY_BAR, 0), (BAR, NOTIFY)].into_iter().take(1 + usize::from(by_memory)) {
         let mut notify = body(TYPE_NOTIFY, bar, offset, queues * NOTIFY_STRIDE, 4);
         notify[14..].copy_from_slice(&(NOTIFY_STRIDE as u32).to_le_bytes());
         config.add_capability(VENDOR_CAPABILITY, &notify, &[]);
@@ -286,10 +289,10 @@ impl PciFunction for VirtioPciDevice {
 
     fn read_config(&mut self, offset: u16, data: &mut [u8]) {
         if self.touches_window(offset, data.len())
-            && let Some((at, len)) = self.window()
+            && let Some((bar, at, len)) = self.window()
         {
             let mut value = [0; 4];
-            self.read_bar(BAR, at, &mut value[..len]);
+            self.read_bar(bar, at, &mut value[..len]);
             self.config.put(self.window_at + 16, &value);
         }
         self.config.read(offset, data);
@@ -298,10 +301,10 @@ impl PciFunction for VirtioPciDevice {
     fn write_config(&mut self, offset: u16, data: &[u8]) {
         self.config.write(offset, data);
         if self.touches_window(offset, data.len())
-            && let Some((at, len)) = self.window()
+            && let Some((bar, at, len)) = self.window()
         {
             let value = self.config.dword(self.window_at + 16).to_le_bytes();
-            self.write_bar(BAR, at, &value[..len]);
+            self.write_bar(bar, at, &value[..len]);
         }
         let control = self.config.word(self.msix_at + 2);
         let result = self.msix.set_control(control);

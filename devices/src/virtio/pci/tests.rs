@@ -203,7 +203,7 @@ fn a_masked_vector_is_delivered_when_it_is_unmasked() {
 
 #[test]
 fn the_window_in_configuration_space_reaches_the_bar() {
-    let (driver, _) = driver();
+    let (driver, metrics) = driver();
     let (machine, slot) = (&driver.machine, driver.slot);
     let mut at = u64::from(machine.read_config(slot, 0x34));
     while machine.read_config(slot, at) >> 24 != u32::from(TYPE_PCI) {
@@ -220,7 +220,15 @@ fn the_window_in_configuration_space_reaches_the_bar() {
     machine.write(Machine::config(slot, at + 16), &[1]);
     assert_eq!(driver.status(), 1);
     assert_eq!(machine.read::<1>(Machine::config(slot, at + 16)), [1]);
-    for (bar, offset, len) in [(1, 20, 1), (0, 20, 3), (0, 21, 2), (0, BAR_LEN as u32, 4), (0, !3, 4), (0, 20, 0)] {
+    let faults = metrics.guest_faults.value();
+    look(2, 4, 4);
+    machine.write_config(slot, at + 16, 0);
+    look(2, 0, 2);
+    machine.write_config(slot, at + 16, 0);
+    assert_eq!(metrics.guest_faults.value(), faults, "a notification of the only queue");
+    for (bar, offset, len) in
+        [(1, 20, 1), (2, 20, 1), (6, 20, 1), (0, 20, 3), (0, 21, 2), (0, BAR_LEN as u32, 4), (0, !3, 4), (0, 20, 0)]
+    {
         look(bar, offset, len);
         machine.write_config(slot, at + 16, 0);
         assert_eq!(driver.status(), 1, "bar {bar} offset {offset:#x} length {len}");

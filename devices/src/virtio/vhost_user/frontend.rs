@@ -214,8 +214,10 @@ impl Frontend {
                 give(talk, Request::SET_VRING_CALL, number, ring.call)?;
                 give(talk, Request::SET_VRING_KICK, number, ring.queue.notify())?;
             }
-            let on = rings.iter().map(|ring| ring.queue.index()).filter(|number| is_on(*number));
-            on.into_iter().try_for_each(|number| talk.tell(Request::SET_VRING_ENABLE, &pair(number, 1), &[]))
+            // Off, too: one that was on for the driver before is on still.
+            let mut numbers = rings.iter().map(|ring| ring.queue.index());
+            numbers
+                .try_for_each(|number| talk.tell(Request::SET_VRING_ENABLE, &pair(number, is_on(number).into()), &[]))
         })
     }
 

@@ -208,6 +208,10 @@ impl VirtioDevice for VhostUser {
         self.rings.ring_features()
     }
 
+    fn may_be_notified_here(&self) -> bool {
+        false
+    }
+
     fn queue_sizes(&self) -> &[u16] {
         &self.queue_sizes
     }

@@ -309,7 +309,7 @@ fn a_ring_that_a_backend_gives_up_is_broken_until_a_reset() {
 
 #[test]
 fn whoever_shares_an_event_cannot_make_us_wait_for_it() {
-    let (mut driver, _, _, backend) = scripted(Script::default());
+    let (mut driver, _, metrics, backend) = scripted(Script::default());
     driver.up();
     let call = backend.file(Request::SET_VRING_CALL);
     // Of the open file, and so for all who have it.
@@ -326,6 +326,13 @@ fn whoever_shares_an_event_cannot_make_us_wait_for_it() {
     mask(1);
     (&call).write_all(&5u64.to_ne_bytes()).unwrap();
     assert_eq!((pending(), pending()), (2, 2));
+    // A notification that KVM does not take: there is no way for it.
+    let kick = backend.file(Request::SET_VRING_KICK);
+    fcntl_setfl(&kick, fcntl_getfl(&kick).unwrap() & !OFlags::NONBLOCK).unwrap();
+    (&kick).write_all(&(u64::MAX - 1).to_ne_bytes()).unwrap();
+    driver.machine.write(driver.bar + 0x3000, &[0, 0]);
+    driver.machine.ports.write(driver.notify_port(0).into(), &[0, 0]);
+    assert_eq!(metrics.guest_faults.value(), 2);
     assert!(began.elapsed() < Duration::from_secs(5));
 }
 
@@ -414,22 +421,24 @@ fn pairs_of_queues_are_switched_by_the_backend() {
         backend.payloads(Request::SET_VRING_ENABLE).iter().map(|payload| [payload[0], payload[4]]).collect()
     };
     let mut queues = driver.up();
-    assert_eq!((queues.len(), enabled(&backend)), (5, vec![[0, 1], [1, 1]]), "two pairs and their control queue");
+    assert_eq!(queues.len(), 5, "two pairs and their control queue");
+    let one_pair = [[0, 1], [1, 1], [2, 0], [3, 0]];
+    assert_eq!(enabled(&backend), one_pair);
     let switch = |driver: &Driver, queues: &mut [DriverQueue], pairs: u8| {
         driver.put(HEADER, &[VIRTIO_NET_CTRL_MQ as u8, 0, pairs, 0]);
         driver.run(&mut queues[4], &[Piece::Read(HEADER, 4), Piece::Write(STATUS, 1)]);
         driver.get(STATUS, 1)[0]
     };
     assert_eq!(switch(&driver, &mut queues, 2), VIRTIO_NET_OK as u8);
-    assert_eq!(enabled(&backend)[2..], [[2, 1], [3, 1]]);
+    assert_eq!(enabled(&backend)[4..], [[2, 1], [3, 1]]);
     assert_eq!(switch(&driver, &mut queues, 1), VIRTIO_NET_OK as u8);
-    assert_eq!(enabled(&backend)[4..], [[2, 0], [3, 0]]);
+    assert_eq!(enabled(&backend)[6..], [[2, 0], [3, 0]]);
     assert_eq!(switch(&driver, &mut queues, 2), VIRTIO_NET_OK as u8);
     driver.set_status(0);
     // All are taken from it, and the next driver begins with one pair.
     assert_eq!(backend.payloads(Request::GET_VRING_BASE).len(), 4);
     driver.up();
-    assert_eq!(enabled(&backend)[8..], [[0, 1], [1, 1]]);
+    assert_eq!(enabled(&backend)[10..], one_pair);
     assert_eq!(metrics.host_faults.value(), 0);
 
     let (frontend, _backend) = Scripted::start(Script::default());
