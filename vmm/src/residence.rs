@@ -1,7 +1,8 @@
 //! What the process holds of its own program.
 //!
 //! A start uses nearly all of it, and what comes after a small part; but what was once mapped stays mapped until the host is
-//! short of memory. It is let go of at the end of the start, and what is used from then on is mapped again from the page cache.
+//! short of memory. It is let go of a second after the start, and what is used from then on is mapped again from the page cache.
+//! What a debugger of this process has written into code, to stop there, is lost with it.
 
 use std::ffi::c_void;
 use std::ptr;

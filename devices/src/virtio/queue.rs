@@ -42,8 +42,8 @@ pub enum QueueError {
     /// Alignment of a ring, or the size.
     #[error("virtqueue is misaligned or of a wrong size: {0}")]
     Shape(virtio_queue::Error),
-    /// A ring is not in RAM.
-    #[error("virtqueue rings are outside of guest memory")]
+    /// A part of a ring is not in RAM, or not in one region of it.
+    #[error("virtqueue rings are outside of guest memory, or cross from one region of it into the next")]
     OutsideRam,
 }
 

@@ -6,7 +6,6 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
-use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::{Exit, ExitReason, Registers};
@@ -54,11 +53,6 @@ impl State {
         self.members.iter_mut().flatten().for_each(|member| member.held = true);
     }
 }
-
-/// A kick takes a vCPU out of the guest, always. It takes one out of a system call only if it is in it already.
-const KICK_AGAIN: Duration = Duration::from_millis(100);
-/// Between two looks whether a thread has ended.
-const JOIN_PAUSE: Duration = Duration::from_micros(200);
 
 /// A vCPU has come to where the debugger wanted it to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,7 +144,9 @@ impl Lifecycle {
     /// Stops all vCPUs; returns when none runs. False where the machine has ended.
     pub fn pause(&self) -> bool {
         self.aim(Target::Pause);
-        let state = self.wait_while(|state| state.target == Target::Pause && state.parked < state.alive());
+        let state = self.lock();
+        let wait = |state: &mut State| state.target == Target::Pause && state.parked < state.alive();
+        let state = self.changed.wait_while(state, wait).unwrap_or_else(|e| e.into_inner());
         state.target == Target::Pause
     }
 
@@ -185,35 +181,6 @@ impl Lifecycle {
             state.target = target;
         }
         self.kick_all();
-    }
-
-    /// Waits for the vCPUs, which were kicked, and kicks them again.
-    fn wait_while(&self, mut wait: impl FnMut(&mut State) -> bool) -> MutexGuard<'_, State> {
-        loop {
-            let waited = self.changed.wait_timeout_while(self.lock(), KICK_AGAIN, &mut wait);
-            let (state, timeout) = waited.unwrap_or_else(|e| e.into_inner());
-            if !timeout.timed_out() {
-                return state;
-            }
-            drop(state);
-            self.kick_all();
-        }
-    }
-
-    /// Waits for the ends of the vCPUs' `threads`, after [`Self::end`].
-    pub fn join(&self, threads: impl Iterator<Item = JoinHandle<()>>) {
-        for thread in threads {
-            let mut kicked = Instant::now();
-            while !thread.is_finished() {
-                thread::sleep(JOIN_PAUSE);
-                if kicked.elapsed() > KICK_AGAIN {
-                    self.kick_all();
-                    kicked = Instant::now();
-                }
-            }
-            // A panic of that thread has been reported by the panic hook, and the machine ends either way.
-            let _ = thread.join();
-        }
     }
 
     fn kick_all(&self) {
@@ -272,7 +239,8 @@ impl Lifecycle {
     pub fn hold(&self) -> bool {
         self.lock().hold_all();
         self.kick_all();
-        let state = self.wait_while(|state| state.target != Target::End && state.parked < state.alive());
+        let wait = |state: &mut State| state.target != Target::End && state.parked < state.alive();
+        let state = self.changed.wait_while(self.lock(), wait).unwrap_or_else(|e| e.into_inner());
         state.target != Target::End
     }
 
