@@ -37,7 +37,7 @@ use crate::firmware::FirmwareError;
 use crate::kvm::{KvmError, Vcpu, VcpuState, Vm};
 use crate::memory::{MemoryError, Ram};
 use crate::pmem::{PmemFileError, Watching};
-use crate::sandbox::{self, SandboxError};
+use crate::sandbox::SandboxError;
 use counters::ExitCounters;
 use lifecycle::Lifecycle;
 use plug::Plug;
@@ -115,10 +115,7 @@ impl Machine {
             self.counters.push(Arc::clone(&counters));
             let index = usize::from(vcpu.index());
             let name = format!("vcpu{index}");
-            let body = move || {
-                sandbox::narrow(sandbox::Thread::Vcpu);
-                vcpu::run(&mut vcpu, &buses, &life, &counters, &unknown);
-            };
+            let body = move || vcpu::run(&mut vcpu, &buses, &life, &counters, &unknown);
             match threads::named(name).spawn(body) {
                 Ok(thread) => self.threads.push(thread),
                 Err(error) => {

@@ -2,6 +2,7 @@
 //!
 //! A program is a binary search over the numbers. One comparison after the other, as libraries make them, costs a start of a VM
 //! several milliseconds: for each number that there is, the kernel tries beforehand whether the program always allows it.
+//! What it always allows is not asked again; the few calls of which an argument counts are, each time, and are compared first.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -80,12 +81,22 @@ pub(super) fn program(rules: &Rules, otherwise: Answer) -> io::Result<Vec<sock_f
     program.add(LOAD, ARCH);
     program.branch(IF_EQUAL, X86_64, Place::Next, Place::End(libc::SECCOMP_RET_KILL_PROCESS));
     program.add(LOAD, NUMBER);
+    for (call, rule) in rules {
+        if matches!(rule, Rule::Only(..)) {
+            program.branch(IF_EQUAL, number(*call)?, Place::Rule(*call), Place::Next);
+        }
+    }
     let spans = spans(rules, otherwise)?;
     program.search(&spans);
     // What calls with rules lead to, then the ends; all jumps go forward.
     for (call, rule) in rules {
         if let Rule::Only(argument, values) = rule {
             program.land(Place::Rule(*call));
+            // Nothing is allowed.
+            if values.is_empty() {
+                program.add(RETURN, otherwise.0);
+                continue;
+            }
             program.add(LOAD, ARGUMENTS + 8 * u32::from(*argument));
             for (number, value) in values.iter().enumerate() {
                 let last = number + 1 == values.len();
@@ -111,7 +122,11 @@ const fn end(place: Place) -> Option<u32> {
     }
 }
 
-/// Where numbers of calls begin that lead to the same place, in order, from 0 on.
+fn number(call: c_long) -> io::Result<u32> {
+    u32::try_from(call).map_err(io::Error::other)
+}
+
+/// Where numbers of calls begin that are always answered the same and lead to the same place, in order, from 0 on.
 fn spans(rules: &Rules, otherwise: Answer) -> io::Result<Vec<(u32, Place)>> {
     let mut spans = vec![(0, Place::End(otherwise.0))];
     let mut add = |from, place| match spans.last_mut() {
@@ -120,17 +135,12 @@ fn spans(rules: &Rules, otherwise: Answer) -> io::Result<Vec<(u32, Place)>> {
         _ => spans.push((from, place)),
     };
     for (call, rule) in rules {
-        let number = u32::try_from(*call).map_err(io::Error::other)?;
-        add(
-            number,
-            match rule {
-                Rule::Always(answer) => Place::End(answer.0),
-                // Nothing is allowed.
-                Rule::Only(_, values) if values.is_empty() => Place::End(otherwise.0),
-                Rule::Only(..) => Place::Rule(*call),
-            },
-        );
-        add(number + 1, Place::End(otherwise.0));
+        // The others were compared before.
+        if let Rule::Always(answer) = rule {
+            let number = number(*call)?;
+            add(number, Place::End(answer.0));
+            add(number + 1, Place::End(otherwise.0));
+        }
     }
     // One that begins where the last one ended may have become the same as the one before.
     spans.dedup_by(|later, earlier| later.1 == earlier.1);

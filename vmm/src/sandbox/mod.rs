@@ -6,7 +6,8 @@
 //! 1. own mount, network, IPC and host-name namespaces; the root holds the directories of this VM and nothing else;
 //! 2. another user, if one was named, and no capabilities, for good;
 //! 3. landlock: the same directories, also for descriptors from before;
-//! 4. seccomp: a list of system calls for the process, and a shorter one for each kind of thread ([`narrow`]).
+//! 4. seccomp: a list of system calls for the process and its vCPUs, and a shorter one for each other kind of thread
+//!    ([`narrow`]).
 //!
 //! Absences: no pid namespace, which would need a second process that waits for this one. What it would take away, to
 //! signal or trace others, seccomp does.
@@ -117,8 +118,8 @@ impl Sandbox {
     }
 }
 
-/// Leaves the calling thread only what its kind needs. Called first thing by every thread; does nothing outside of a
-/// sandbox.
+/// Leaves the calling thread only what its kind needs. Called first thing by every thread but vCPUs'; does nothing outside
+/// of a sandbox.
 ///
 /// # Panics
 /// The host refuses the list: a thread must not go on without.
