@@ -25,8 +25,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use event_manager::EventSet;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
-    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_GEOMETRY, VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
@@ -205,8 +205,11 @@ impl<B: Backend + 'static> Block<B> {
 }
 
 fn features(config: &BlockConfig) -> u64 {
-    let mut features =
-        1 << VIRTIO_BLK_F_SEG_MAX | 1 << VIRTIO_BLK_F_BLK_SIZE | 1 << VIRTIO_BLK_F_TOPOLOGY | 1 << VIRTIO_BLK_F_MQ;
+    let mut features = 1 << VIRTIO_BLK_F_SEG_MAX
+        | 1 << VIRTIO_BLK_F_GEOMETRY
+        | 1 << VIRTIO_BLK_F_BLK_SIZE
+        | 1 << VIRTIO_BLK_F_TOPOLOGY
+        | 1 << VIRTIO_BLK_F_MQ;
     if config.cache == Cache::Writeback {
         features |= 1 << VIRTIO_BLK_F_FLUSH;
     }
@@ -218,7 +221,17 @@ fn features(config: &BlockConfig) -> u64 {
     features
 }
 
-/// `struct virtio_blk_config`, 5.2.4, without the capacity in its first eight bytes.
+/// Cylinders, heads and sectors of a disk, for who still counts in them: those that every BIOS takes, which reach up to 8 GB
+/// of a larger one.
+fn geometry(sectors: u64) -> [u8; 4] {
+    const HEADS: u8 = 16;
+    const SECTORS: u8 = 63;
+    let cylinders = (sectors / (u64::from(HEADS) * u64::from(SECTORS))).clamp(1, 16383) as u16;
+    let [low, high] = cylinders.to_le_bytes();
+    [low, high, HEADS, SECTORS]
+}
+
+/// `struct virtio_blk_config`, 5.2.4, without what the size says: capacity and geometry.
 fn config_space(queues: u16) -> [u8; CONFIG_LEN] {
     let mut config = [0; CONFIG_LEN];
     let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
@@ -257,7 +270,9 @@ impl<B: Backend + 'static> VirtioDevice for Block<B> {
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = self.config;
-        config[..8].copy_from_slice(&self.control.sectors.load(Ordering::SeqCst).to_le_bytes());
+        let sectors = self.control.sectors.load(Ordering::SeqCst);
+        config[..8].copy_from_slice(&sectors.to_le_bytes());
+        config[16..20].copy_from_slice(&geometry(sectors));
         read_image(&config, offset, data);
     }
 

@@ -93,6 +93,14 @@ const DISCARD: u32 = 11;
 pub(super) const WRITE_ZEROES: u32 = 13;
 
 #[test]
+fn geometry_ends_where_no_bios_goes_on() {
+    assert_eq!(
+        [1 << 21, 1 << 24, u64::MAX].map(super::geometry),
+        [[32, 8, 16, 63], [255, 63, 16, 63], [255, 63, 16, 63]]
+    );
+}
+
+#[test]
 fn a_raw_file_is_read_written_and_flushed() {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(&[7; 4096 + 100]).unwrap();
@@ -100,6 +108,7 @@ fn a_raw_file_is_read_written_and_flushed() {
         Driver::attach(Block::new(RawFile::new(file.try_clone().unwrap()).unwrap(), BlockConfig::default()).unwrap());
     let mut queue = driver.up().remove(0);
     assert_eq!(u64::from_le_bytes(driver.machine.read(driver.device_config(0))), 8, "whole sectors only");
+    assert_eq!(driver.machine.read::<4>(driver.device_config(16)), [1, 0, 16, 63], "less than a cylinder is one");
 
     driver.put(DATA, b"written by the guest");
     assert_eq!(request(&driver, &mut queue, OUT, 3, &[Piece::Read(DATA, 512)]), (0, 1));
@@ -321,4 +330,6 @@ fn a_disk_is_replaced_while_it_works_and_its_driver_told() {
     driver.set_status(0);
     control.replace(Notes::new(512).into());
     assert_eq!(driver.machine.read::<8>(driver.device_config(0)), [1, 0, 0, 0, 0, 0, 0, 0]);
+    control.replace(Notes::new(300 * 16 * 63 * 512).into());
+    assert_eq!(driver.machine.read::<4>(driver.device_config(16)), [44, 1, 16, 63]);
 }
