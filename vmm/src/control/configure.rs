@@ -95,7 +95,7 @@ impl Session {
     /// There they cannot be written.
     pub fn set_metrics(&mut self, metrics: &Metrics) -> Result<(), StartError> {
         let path = metrics.metrics_path.clone();
-        let file = files::append_to(path.as_ref()).map_err(|source| StartError::File {
+        let file = files::append_messages_to(path.as_ref()).map_err(|source| StartError::File {
             what: "metrics_path",
             path,
             source,
