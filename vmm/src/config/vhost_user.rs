@@ -74,10 +74,9 @@ pub enum VhostUserConfigError {
 pub fn disk(spec: &Drive) -> Result<DiskConfig, ConfigError> {
     let id = name("drive_id", &spec.drive_id)?;
     // Of other drives nobody looks at it.
-    if let Some(partuuid) = spec.partuuid.as_ref().filter(|_| spec.is_root_device) {
-        if partuuid.is_empty() || !partuuid.chars().all(|c| c.is_ascii_hexdigit() || c == '-') {
-            return Err(ConfigError::PartUuid { id, partuuid: partuuid.clone() });
-        }
+    let is_bad = |uuid: &&String| uuid.is_empty() || !uuid.chars().all(|c| c.is_ascii_hexdigit() || c == '-');
+    if let Some(partuuid) = spec.partuuid.as_ref().filter(|_| spec.is_root_device).filter(is_bad) {
+        return Err(ConfigError::PartUuid { id, partuuid: partuuid.clone() });
     }
     let cache = match spec.cache_type {
         CacheType::Unsafe => Cache::Unsafe,
