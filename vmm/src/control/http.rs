@@ -128,9 +128,11 @@ impl Connection {
             request_due: Cell::new(true),
         });
         let service = service_fn(move |request| answer(Rc::clone(&session), request, max_body));
-        // Without a timer there must be no time limit on headers: hyper would panic.
-        let connection =
-            http1::Builder::new().header_read_timeout(None).serve_connection(Io(Rc::clone(&stream)), service);
+        let mut http = http1::Builder::new();
+        // Without a timer there must be no time limit on headers: hyper would panic. Firecracker says no date, and with one a
+        // 204 would have 64 bytes: firecracker-rs-sdk reads so many at a time, and waits for more after as many.
+        http.header_read_timeout(None).auto_date_header(false);
+        let connection = http.serve_connection(Io(Rc::clone(&stream)), service);
         // A connection that breaks concerns only its client.
         let future = Box::pin(async move { drop(connection.await) });
         Self { stream, future, woken: Arc::new(Woken(AtomicBool::new(true))) }
