@@ -7,7 +7,7 @@
 //! | --- | --- |
 //! | `GET /` | → [`InstanceInfo`] |
 //! | `GET /version` | → [`Version`] |
-//! | `GET /vm/config` | → [`VmConfig`] |
+//! | `GET /vm/config` | → [`VmConfig`], with `null` for what Firecracker has and nobody set |
 //! | `PATCH /vm` | [`VmStateChange`] |
 //! | `PUT /actions` | [`Action`] |
 //! | `GET`, `PUT`, `PATCH /mmds` | any JSON: the guest's metadata; `PATCH` merges (RFC 7396) |

@@ -28,7 +28,7 @@ pub use self::boot::{BootSourceError, boot_source};
 pub use self::console::{ConsoleConfig, ConsoleConfigError, console};
 pub use self::hotplug::{HotplugConfig, HotplugError, memory_hotplug};
 use self::net::MIN_MTU;
-pub use self::net::{NetConfig, NetLink, mmds_address, net, nets};
+pub use self::net::{MMDS_ADDRESS, NetConfig, NetLink, apart, mmds_address, net, nets};
 pub use self::pmem::{PmemConfig, PmemError, pmem, root_device};
 pub use self::separate::separate;
 pub use self::vhost_user::{BackendDriveConfig, DiskConfig, FileSystemConfig, VhostUserConfigError, disk, file_system};
@@ -185,15 +185,19 @@ pub enum ConfigError {
     Twice { what: &'static str, name: String },
     #[error("{what} {name:?} is not a name: give 1 to 64 letters, digits, underscores and hyphens")]
     Name { what: &'static str, name: String },
-    #[error("drives {0:?} and {1:?} both are the root device: set is_root_device for one")]
+    /// It begins as Firecracker says it.
+    #[error("Drive config error: A root block device already exists: of {0:?} and {1:?}, set is_root_device for one")]
     TwoRoots(String, String),
     #[error(
         "{what} {first:?} and {second:?} are the same file, {path}, which one of them may write: give each its own, or \
          set is_read_only (of a pmem device: read_only) for both"
     )]
     SharedFile { what: &'static str, first: String, second: String, path: PathBuf },
-    #[error("drive {id:?}: partuuid {partuuid:?} needs is_root_device, and is hexadecimal digits and hyphens")]
+    #[error("drive {id:?}: partuuid {partuuid:?} is not hexadecimal digits and hyphens")]
     PartUuid { id: String, partuuid: String },
+    /// Firecracker's words.
+    #[error("Network config error: The MAC address is already in use: {0}")]
+    MacInUse(String),
     #[error("network interface {id:?}: guest_mac {mac:?} is not a unicast MAC address such as 06:00:ac:10:00:02")]
     Mac { id: String, mac: String },
     #[error(
@@ -222,6 +226,8 @@ pub enum ConfigError {
     /// Firecracker's words.
     #[error("Amount of pages requested is too large.")]
     Balloon,
+    #[error("mem_size_mib {memory} is less than amount_mib of the balloon, {balloon}: make the balloon smaller first")]
+    MemoryBelowBalloon { memory: u64, balloon: u32 },
     #[error(
         "a balloon would give back pages that huge_pages 2M has reserved, and might not get them again: leave one out"
     )]
@@ -329,6 +335,17 @@ pub fn balloon(balloon: &Balloon, memory_mib: u64) -> Result<BalloonConfig, Conf
 pub fn balloon_pages(mib: u32, memory_mib: u64) -> Result<u32, ConfigError> {
     // A MiB has 256 pages of 4 KiB.
     mib.checked_mul(256).filter(|_| u64::from(mib) <= memory_mib).ok_or(ConfigError::Balloon)
+}
+
+/// Checks that a balloon fits into so much memory.
+///
+/// # Errors
+/// It does not.
+pub fn room_for(balloon: &Balloon, memory_mib: u64) -> Result<(), ConfigError> {
+    if u64::from(balloon.amount_mib) <= memory_mib {
+        return Ok(());
+    }
+    Err(ConfigError::MemoryBelowBalloon { memory: memory_mib, balloon: balloon.amount_mib })
 }
 
 /// Checks vCPUs and memory.
@@ -478,7 +495,7 @@ mod tests {
         let drive = r#"{"drive_id": "a", "path_on_host": "d", "is_root_device": true}"#;
         assert!(error(&format!(r#", "drives": [{drive}, {drive}]"#)).contains("exists twice"));
         let other = drive.replace(r#""a""#, r#""b""#);
-        assert!(error(&format!(r#", "drives": [{drive}, {other}]"#)).contains("both are the root device"));
+        assert!(error(&format!(r#", "drives": [{drive}, {other}]"#)).contains("A root block device already exists"));
         assert!(error(&format!(r#", "drives": [{}]"#, drive.replace(r#""a""#, r#""a/b""#))).contains("not a name"));
         assert!(error(r#", "vsock": {"guest_cid": 2, "uds_path": "v"}"#).contains("guest_cid 2"));
         let mmds = |more: &str| {

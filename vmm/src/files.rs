@@ -39,6 +39,29 @@ fn regular(metadata: &fs::Metadata) -> io::Result<()> {
     Err(io::Error::other(format!("this is {}, not a regular file", kind(metadata.file_type()))))
 }
 
+/// Opens a disk's file as it is going to be used, and closes it again. Of what is no regular file it only looks whether it
+/// is there: opening does things to some devices.
+///
+/// # Errors
+/// It is not there, or the host refuses.
+pub fn try_disk(path: &Path, write: bool) -> io::Result<()> {
+    if fs::metadata(path)?.is_file() {
+        OpenOptions::new().read(true).write(write).custom_flags(libc::O_NONBLOCK).open(path)?;
+    }
+    Ok(())
+}
+
+/// Opens, without blocking, a file to append messages or counters to. A FIFO may have its reader later: it keeps what fits,
+/// and what does not is lost.
+///
+/// # Errors
+/// The host refuses.
+pub fn append_messages_to(path: &Path) -> io::Result<File> {
+    // Open for reading, too, it has a reader always.
+    let is_fifo = fs::metadata(path).is_ok_and(|there| there.file_type().is_fifo());
+    OpenOptions::new().read(is_fifo).append(true).create(true).custom_flags(libc::O_NONBLOCK).open(path)
+}
+
 /// Opens, without blocking, a file to append to, or a FIFO that somebody reads: one that nobody reads must not stop us.
 ///
 /// # Errors
@@ -67,6 +90,8 @@ pub fn remedy(error: &io::Error) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use bedplate_api::socket::listen;
 
     use super::*;
@@ -94,6 +119,37 @@ mod tests {
         assert!(remedy(&error).contains("reader"));
         let _reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&fifo).unwrap();
         append_to(&fifo).unwrap();
+    }
+
+    #[test]
+    fn messages_wait_in_a_fifo_for_a_reader_and_the_rest_is_lost() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RWXU).unwrap();
+        let mut fifo = append_messages_to(&path).unwrap();
+        let lines = (0..100_000).take_while(|_| fifo.write_all(b"a line\n").is_ok()).count();
+        assert!((100..100_000).contains(&lines), "{lines}");
+        let mut reader = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+        let mut text = [0; 14];
+        reader.read_exact(&mut text).unwrap();
+        assert_eq!(&text, b"a line\na line\n");
+        let file = dir.path().join("file");
+        append_messages_to(&file).unwrap().write_all(b"1").unwrap();
+        append_messages_to(&file).unwrap().write_all(b"2").unwrap();
+        assert_eq!(fs::read(&file).unwrap(), b"12");
+    }
+
+    #[test]
+    fn a_disk_is_tried_as_it_is_used() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(try_disk(&dir.path().join("none"), false).is_err());
+        assert!(try_disk(dir.path(), true).is_ok());
+        let fifo = dir.path().join("fifo");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, rustix::fs::Mode::RWXU).unwrap();
+        assert!(try_disk(&fifo, true).is_ok(), "the start says what is wrong with it");
+        fs::write(dir.path().join("disk"), "bytes").unwrap();
+        try_disk(&dir.path().join("disk"), true).unwrap();
+        assert_eq!(fs::read(dir.path().join("disk")).unwrap(), b"bytes");
     }
 
     #[test]

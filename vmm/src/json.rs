@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use serde::de::{DeserializeOwned, Error};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 /// What an object describes. An array in the place of an object is refused, at the top and within: serde would take it
 /// for a struct, field after field.
@@ -19,6 +19,20 @@ pub fn object<T: DeserializeOwned + Serialize>(text: &[u8]) -> serde_json::Resul
         same_form(&serde_json::from_slice(text)?, &serde_json::to_value(&value)?, "")?;
     }
     Ok(value)
+}
+
+/// As [`object`]; but a name that it does not know is left out where it is `null` at the top, because that asks for nothing.
+/// Clients of Firecracker write such names, which Firecracker does not look at.
+///
+/// # Errors
+/// As [`object`]: a name with something behind it is refused.
+pub fn sections<T: DeserializeOwned + Serialize>(text: &[u8]) -> serde_json::Result<T> {
+    object(text).or_else(|error| {
+        let Ok(mut sections) = serde_json::from_slice::<Map<String, Value>>(text) else { return Err(error) };
+        sections.retain(|_, section| !section.is_null());
+        // The first error knows its place in the text.
+        object(&serde_json::to_vec(&sections)?).map_err(|_| error)
+    })
 }
 
 /// Compares what was sent with how it would be written.
@@ -51,6 +65,15 @@ mod tests {
         }
         assert!(object::<VmConfig>(b"7").is_err());
         object::<VmConfig>(b" {}").unwrap();
+    }
+
+    #[test]
+    fn an_unknown_section_without_anything_in_it_is_nobodys_loss() {
+        let read = |text: &str| sections::<VmConfig>(text.as_bytes()).map_err(|error| error.to_string());
+        assert_eq!(read(r#"{"vsock_device": null, "vsock": null}"#), Ok(VmConfig::default()));
+        assert!(read(r#"{"vsock_device": null, "vsock_device2": {}}"#).unwrap_err().contains("at line 1"));
+        assert!(read(r#"{"machine-config": {"none": null}}"#).is_err());
+        assert!(read("[]").is_err());
     }
 
     #[test]

@@ -28,8 +28,8 @@ struct Args {
     /// Boot at once what this JSON file describes
     #[arg(long, value_name = "PATH")]
     config_file: Option<PathBuf>,
-    /// Serve no API
-    #[arg(long, requires = "config_file", conflicts_with = "api_sock")]
+    /// Serve no API, also where there is --api-sock
+    #[arg(long, requires = "config_file")]
     no_api: bool,
     /// Name of this VM: 1 to 64 letters, digits and hyphens
     #[arg(long, default_value = "anonymous-instance", value_parser = instance_id)]
@@ -211,7 +211,7 @@ fn run(args: &Args) -> Result<Exit> {
         session.set_debugger(DebugSocket::listen(path)?);
     }
     let default_sock = args.config_file.is_none().then_some(Path::new(DEFAULT_API_SOCK));
-    let api_sock = args.api_sock.as_deref().or(default_sock);
+    let api_sock = args.api_sock.as_deref().or(default_sock).filter(|_| !args.no_api);
     let server = api_sock.map(|path| Server::listen(path, args.http_api_max_payload_size)).transpose()?;
     if let Some(path) = &args.config_file {
         session.start_with(read_config(path)?)?;
@@ -270,6 +270,6 @@ fn sandbox(args: &Args) -> Option<Sandbox> {
 
 fn read_config(path: &Path) -> Result<VmConfig> {
     let text = std::fs::read(path).with_context(|| format!("config file {} cannot be read", path.display()))?;
-    json::object(&text)
+    json::sections(&text)
         .with_context(|| format!("config file {} is not a VM's configuration; correct it", path.display()))
 }

@@ -108,10 +108,11 @@ fn a_disk_gets_another_file_while_the_vm_runs() {
     assert!(api.ask("GET", "/vm/config", "").1.contains(&format!("{other:?}")));
     std::fs::File::options().write(true).open(&other).unwrap().set_len(1 << 20).unwrap();
     assert_eq!(api.ask("PATCH", "/drives/d", &patch(&other)).0, 204, "the same file again, after it has grown");
-    assert_eq!(api.ask("PATCH", "/drives/d", r#"{"drive_id": "d"}"#).0, 204);
+    assert!(api.refusal("PATCH", "/drives/d", r#"{"drive_id": "d"}"#).contains("name a path_on_host"));
     let limits = r#"{"drive_id": "d", "rate_limiter": {"ops": {"size": 7, "refill_time": 100}}}"#;
     assert_eq!(api.ask("PATCH", "/drives/d", limits).0, 204);
-    assert!(api.ask("GET", "/vm/config", "").1.contains(r#""rate_limiter":{"ops":{"size":7"#));
+    let config: serde_json::Value = serde_json::from_str(&api.ask("GET", "/vm/config", "").1).unwrap();
+    assert_eq!((&config["drives"][0]["rate_limiter"]["ops"]["size"], &config["balloon"]), (&7.into(), &().into()));
     // The test's own directory is visible, because the socket is in it; others are not.
     for unseen in ["/nowhere/x", "/dev/null"] {
         let said = api.refusal("PATCH", "/drives/d", &patch(Path::new(unseen)));
@@ -168,7 +169,8 @@ fn metadata_is_put_merged_and_limited() {
     let config = r#"{"network_interfaces": ["n"], "version": "V2", "ipv4_address": "169.254.3.3"}"#;
     api.put("/mmds/config", config);
     assert!(api.refusal("PUT", "/mmds/config", &config.replace("254.3", "255.3")).contains("not link local"));
-    assert!(api.ask("GET", "/vm/config", "").1.contains(r#""mmds-config":{"version":"V2""#));
+    let config: serde_json::Value = serde_json::from_str(&api.ask("GET", "/vm/config", "").1).unwrap();
+    assert_eq!(config["mmds-config"]["version"], "V2");
     assert!(api.refusal("PUT", "/mmds/nowhere", "{}").contains("Invalid request method and/or path"));
     api.stop();
 }
@@ -177,7 +179,10 @@ fn metadata_is_put_merged_and_limited() {
 fn one_device_is_the_root_in_firecracker_s_words() {
     let api = Api::new();
     let pmem = |id: &str, root: bool| format!(r#"{{"id": "{id}", "path_on_host": "p", "root_device": {root}}}"#);
-    let drive = r#"{"drive_id": "d", "path_on_host": "d", "is_root_device": true}"#;
+    let disk = api.rig.path("disk");
+    std::fs::write(&disk, [0; 4096]).unwrap();
+    let root = |id: &str| format!(r#"{{"drive_id": "{id}", "path_on_host": {disk:?}, "is_root_device": true}}"#);
+    let drive = &root("d");
     api.put("/pmem/a", &pmem("a", false));
     api.put("/pmem/b", &pmem("b", true));
     // The same one again, with other words.
@@ -188,13 +193,73 @@ fn one_device_is_the_root_in_firecracker_s_words() {
     api.put("/drives/d", drive);
     assert!(api.refusal("PUT", "/pmem/b", &pmem("b", true)).ends_with("root device defined as a block device"));
     let config: serde_json::Value = serde_json::from_str(&api.ask("GET", "/vm/config", "").1).unwrap();
-    let first = serde_json::json!({"id": "a", "path_on_host": "p", "root_device": false, "read_only": false});
+    let first = r#"{"id": "a", "path_on_host": "p", "root_device": false, "read_only": false, "rate_limiter": null}"#;
+    let first: serde_json::Value = serde_json::from_str(first).unwrap();
     assert_eq!((&config["pmem"][0], config["pmem"].as_array().unwrap().len()), (&first, 2));
+    assert!(api.refusal("PUT", "/drives/e", &root("e")).contains("A root block device already exists"));
     let other = "The id from the path does not match the id from the body!";
     assert_eq!(api.refusal("PUT", "/pmem/c", &pmem("b", false)), other);
     assert_eq!(api.refusal("PATCH", "/pmem/c", r#"{"id": "b"}"#), other);
     assert_eq!(api.refusal("PUT", "/pmem", &pmem("b", false)), "The ID cannot be empty.");
     assert!(api.refusal("PUT", "/pmem/b", r#"{"id": "b"}"#).contains("path_on_host"));
+    api.stop();
+}
+
+#[test]
+fn what_cannot_be_is_refused_when_it_is_said() {
+    let api = Api::new();
+    let disk = api.rig.path("disk");
+    std::fs::write(&disk, [0; 4096]).unwrap();
+    let missing = "cannot be opened: No such file or directory (os error 2)";
+    let kernel = |more: &str| format!(r#"{{"kernel_image_path": {:?} {more}}}"#, api.rig.path("kernel"));
+    let said = api.refusal("PUT", "/boot-source", r#"{"kernel_image_path": "/nowhere/k"}"#);
+    assert!(said.starts_with(&format!("Boot source error: The kernel file {missing}")), "{said}");
+    let said = api.refusal("PUT", "/boot-source", &kernel(r#", "initrd_path": "/nowhere/i""#));
+    assert!(said.starts_with(&format!("Boot source error: The initrd file {missing}")), "{said}");
+    assert!(api.refusal("PUT", "/drives/d", &drive(Path::new("/nowhere/d"))).contains(missing));
+    assert!(api.ask("GET", "/vm/config", "").1.contains(r#""drives":[]"#));
+    // Of a drive that is no root device nobody looks at the partition.
+    api.put("/drives/d", &drive(&disk).replace("true}", r#"true, "partuuid": "any"}"#));
+
+    let net = |id: &str, tap: &str, mac: &str| {
+        let body = format!(r#"{{"iface_id": "{id}", "host_dev_name": "{tap}", "guest_mac": "{mac}"}}"#);
+        (format!("/network-interfaces/{id}"), body)
+    };
+    let put = |(path, body): (String, String)| api.put(&path, &body);
+    let refusal = |(path, body): (String, String)| api.refusal("PUT", &path, &body);
+    put(net("a", "t0", "06:00:00:00:00:aa"));
+    put(net("b", "t1", "06:00:00:00:00:bb"));
+    let said = refusal(net("b", "t1", "06:00:00:00:00:AA"));
+    assert_eq!(said, "Network config error: The MAC address is already in use: 06:00:00:00:00:AA");
+    assert!(refusal(net("b", "t0", "06:00:00:00:00:bb")).contains(r#"host_dev_name "t0" exists twice"#));
+    put(net("b", "t2", "06:00:00:00:00:bb"));
+
+    api.put("/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 256}"#);
+    let balloon = |mib: u32| format!(r#"{{"amount_mib": {mib}, "deflate_on_oom": false}}"#);
+    assert_eq!(api.refusal("PUT", "/balloon", &balloon(257)), "Amount of pages requested is too large.");
+    api.put("/balloon", &balloon(200));
+    let small = r#"{"mem_size_mib": 128}"#;
+    assert!(api.refusal("PATCH", "/machine-config", small).contains("less than amount_mib of the balloon, 200"));
+    api.put("/balloon", &balloon(0));
+    assert_eq!(api.ask("PATCH", "/machine-config", small).0, 204);
+    api.stop();
+}
+
+#[test]
+fn log_and_metrics_may_go_to_fifos_that_are_read_later() {
+    let api = Api::new();
+    let [log, metrics] = ["log.fifo", "metrics.fifo"].map(|name| api.rig.fifo(name));
+    api.put("/logger", &format!(r#"{{"log_path": {log:?}, "show_level": true}}"#));
+    api.put("/metrics", &format!(r#"{{"metrics_path": {metrics:?}}}"#));
+    if !api.start() {
+        return api.stop();
+    }
+    api.put("/actions", r#"{"action_type": "FlushMetrics"}"#);
+    for (fifo, words) in [(log, "[one:main:INFO] the VM runs"), (metrics, r#"{"utc_timestamp_ms":"#)] {
+        let mut text = [0; 1024];
+        let len = std::fs::File::open(&fifo).unwrap().read(&mut text).unwrap();
+        assert!(String::from_utf8_lossy(&text[..len]).contains(words), "{fifo:?}");
+    }
     api.stop();
 }
 
@@ -270,6 +335,30 @@ fn what_is_deprecated_is_answered_with_a_header() {
     api.stop();
 }
 
+#[test]
+fn a_client_of_http_1_0_keeps_its_connection() {
+    let api = Api::new();
+    let mut stream = eventually("the API's socket appears", || UnixStream::connect(api.rig.path("api")).ok());
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let body = r#"{"a": 1}"#;
+    for (request, status) in [
+        ("GET /version HTTP/1.0\r\n\r\n".to_owned(), "200"),
+        (format!("PUT /mmds HTTP/1.0\r\nContent-Length: {}\r\n\r\n{body}", body.len()), "204"),
+        ("GET /mmds HTTP/1.0\r\n\r\n".to_owned(), "200"),
+    ] {
+        stream.write_all(request.as_bytes()).unwrap();
+        let mut answer = [0; 4096];
+        let len = stream.read(&mut answer).unwrap();
+        let answer = String::from_utf8_lossy(&answer[..len]);
+        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")) && !answer.contains("date:"), "{request}: {answer}");
+    }
+    write!(stream, "GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+    let mut rest = String::new();
+    stream.read_to_string(&mut rest).unwrap();
+    assert!(rest.contains("firecracker_version"), "{rest}");
+    api.stop();
+}
+
 fn first_line(stream: &mut UnixStream) -> String {
     let mut bytes = [0; 64];
     let len = stream.read(&mut bytes).unwrap();
@@ -338,7 +427,7 @@ fn the_command_line_sets_log_metrics_limits_and_times() {
     assert_eq!(request(&api, "PUT", "/bedplate/stop", "").0, 204);
     assert_eq!(process.wait(), 0);
     let log = std::fs::read_to_string(log).unwrap();
-    assert!(log.contains("[cli-1:main:Info:") && log.contains("session.rs:") && log.contains("startup time"), "{log}");
+    assert!(log.contains("[cli-1:main:INFO:") && log.contains("session.rs:") && log.contains("startup time"), "{log}");
 }
 
 #[test]

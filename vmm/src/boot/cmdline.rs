@@ -32,12 +32,12 @@ pub enum CmdlineError {
 /// # Errors
 /// Too long, or not printable ASCII.
 pub fn compose(args: Option<&str>, root: Option<&RootDevice>) -> Result<String, CmdlineError> {
-    let given = args.unwrap_or(DEFAULT).trim();
+    let given = with_pci(args.unwrap_or(DEFAULT).trim());
     if let Some(bad) = given.chars().find(|c| !c.is_ascii_graphic() && *c != ' ') {
         return Err(CmdlineError::Character(bad));
     }
     // The crate counts the terminator.
-    let mut line = Cmdline::try_from(given, MAX_LEN + 1)?;
+    let mut line = Cmdline::try_from(&given, MAX_LEN + 1)?;
     let names_root = args.is_some_and(|args| args.split_whitespace().any(|arg| arg.starts_with("root=")));
     if let Some(root) = root.filter(|_| !names_root) {
         line.insert("root", &root.name)?;
@@ -45,6 +45,15 @@ pub fn compose(args: Option<&str>, root: Option<&RootDevice>) -> Result<String, 
     }
     let line = line.as_cstring()?;
     Ok(String::from_utf8_lossy(line.as_bytes()).into_owned())
+}
+
+/// Without `pci=off`, which nearly every client of Firecracker passes, because devices are not on PCI there unless it is
+/// asked for. Here they always are, and a kernel that was told so would find none, not even its disk.
+fn with_pci(args: &str) -> String {
+    // What follows `--` is for init.
+    let (kernel, init) = args.split_at(args.find(" -- ").unwrap_or(args.len()));
+    let kept: Vec<_> = kernel.split(' ').filter(|arg| *arg != "pci=off").collect();
+    kept.join(" ") + init
 }
 
 #[cfg(test)]
@@ -59,6 +68,14 @@ mod tests {
         let root = RootDevice { name: "PARTUUID=ab-01".into(), read_only: false };
         assert_eq!(compose(None, Some(&root)).unwrap(), format!("{DEFAULT} root=PARTUUID=ab-01 rw"));
         assert_eq!(compose(Some("quiet -- single"), None).unwrap(), "quiet -- single");
+    }
+
+    #[test]
+    fn pci_is_not_turned_off() {
+        let line = |args: &str| compose(Some(args), None).unwrap();
+        assert_eq!(line("console=ttyS0 reboot=k panic=1 pci=off"), "console=ttyS0 reboot=k panic=1");
+        assert_eq!(line("pci=off  quiet -- pci=off"), "quiet -- pci=off");
+        assert_eq!(line("pci=nomsi xpci=off a  b"), "pci=nomsi xpci=off a  b");
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Network interfaces, and over which of them the guest reaches its metadata.
 
+use std::collections::HashSet;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
@@ -10,7 +11,7 @@ use bedplate_devices::virtio::net::MAX_PAIRS;
 use super::{ConfigError, distinct, limits, name, path};
 
 /// Where the guest's metadata is if nobody says where.
-const MMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
+pub const MMDS_ADDRESS: Ipv4Addr = Ipv4Addr::new(169, 254, 169, 254);
 /// The least that IPv4 can do with (RFC 791).
 pub(super) const MIN_MTU: u16 = 68;
 
@@ -47,9 +48,7 @@ pub enum NetLink {
 /// One cannot be, or two have the same name, tap or MAC address.
 pub fn nets(spec: &VmConfig) -> Result<Vec<NetConfig>, ConfigError> {
     let interfaces = &spec.network_interfaces;
-    distinct("iface_id", interfaces.iter().map(|n| n.iface_id.as_str()))?;
-    distinct("host_dev_name", interfaces.iter().filter_map(|n| n.host_dev_name.as_deref()))?;
-    distinct("guest_mac", interfaces.iter().filter_map(|n| n.guest_mac.as_deref()))?;
+    apart(interfaces)?;
     let mut nets: Vec<_> = interfaces.iter().map(net).collect::<Result<_, _>>()?;
     if let Some(mmds) = &spec.mmds_config {
         let address = mmds.ipv4_address.unwrap_or(MMDS_ADDRESS);
@@ -58,6 +57,19 @@ pub fn nets(spec: &VmConfig) -> Result<Vec<NetConfig>, ConfigError> {
         named.for_each(|net| net.metadata = Some(address));
     }
     Ok(nets)
+}
+
+/// Checks that no interface has what another one has.
+///
+/// # Errors
+/// Two have the same name, tap or MAC address.
+pub fn apart(interfaces: &[NetworkInterface]) -> Result<(), ConfigError> {
+    distinct("iface_id", interfaces.iter().map(|n| n.iface_id.as_str()))?;
+    distinct("host_dev_name", interfaces.iter().filter_map(|n| n.host_dev_name.as_deref()))?;
+    let mut macs = HashSet::new();
+    let taken =
+        interfaces.iter().filter_map(|n| n.guest_mac.as_ref()).find(|mac| !macs.insert(mac.to_ascii_lowercase()));
+    taken.map_or(Ok(()), |mac| Err(ConfigError::MacInUse(mac.clone())))
 }
 
 /// Checks one network interface.

@@ -73,11 +73,10 @@ pub enum VhostUserConfigError {
 /// Its name, place or partition cannot be.
 pub fn disk(spec: &Drive) -> Result<DiskConfig, ConfigError> {
     let id = name("drive_id", &spec.drive_id)?;
-    if let Some(partuuid) = &spec.partuuid {
-        let digits = !partuuid.is_empty() && partuuid.chars().all(|c| c.is_ascii_hexdigit() || c == '-');
-        if !digits || !spec.is_root_device {
-            return Err(ConfigError::PartUuid { id, partuuid: partuuid.clone() });
-        }
+    // Of other drives nobody looks at it.
+    let is_bad = |uuid: &&String| uuid.is_empty() || !uuid.chars().all(|c| c.is_ascii_hexdigit() || c == '-');
+    if let Some(partuuid) = spec.partuuid.as_ref().filter(|_| spec.is_root_device).filter(is_bad) {
+        return Err(ConfigError::PartUuid { id, partuuid: partuuid.clone() });
     }
     let cache = match spec.cache_type {
         CacheType::Unsafe => Cache::Unsafe,
@@ -143,7 +142,10 @@ mod tests {
             assert!(error.contains(&format!("{what} and socket exclude each other")), "{error}");
         }
         assert!(said(r#", "socket": """#).contains("socket: the path is empty"));
-        assert!(said(r#", "socket": "s", "partuuid": "0-1""#).contains("needs is_root_device"));
+        assert!(
+            said(r#", "partuuid": "0-1""#).contains("path_on_host"),
+            "of a drive that is no root nobody looks at it"
+        );
     }
 
     #[test]

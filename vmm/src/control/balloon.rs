@@ -35,7 +35,7 @@ impl Session {
         match command {
             BalloonCommand::Set(balloon) => {
                 let session = self.before_start()?;
-                config::balloon(&balloon, u64::MAX).map_err(Fault::bad_request)?;
+                config::balloon(&balloon, memory_mib).map_err(Fault::bad_request)?;
                 session.spec.balloon = Some(balloon);
             }
             BalloonCommand::Describe => {

@@ -1,6 +1,6 @@
 //! Commands that change the machine that runs, and the guest's metadata, which changes before and after the start.
 
-use bedplate_api::vmm::{DrivePatch, LogLevel, NetworkInterfacePatch, RateLimiter};
+use bedplate_api::vmm::{DrivePatch, LogLevel, NetworkInterfacePatch, RateLimiter, TokenBucket};
 use bedplate_devices::virtio::vhost_user::VhostUserBlockControl;
 use hyper::StatusCode;
 use serde_json::{Map, Value};
@@ -42,6 +42,12 @@ impl Session {
         }
         let disk = self.vm.as_ref().and_then(|vm| vm.machine.devices().disk(id));
         let (Some(at), Some(disk)) = (at, disk) else { return Err(unknown("drive", id)) };
+        if patch.path_on_host.is_none() && patch.rate_limiter.is_none() {
+            // Of a backend it would be a request to look again.
+            return Err(Fault::bad_request(format!(
+                "Drive config error: drive {id:?} is a file: name a path_on_host or a rate_limiter"
+            )));
+        }
         let mut drives = self.spec.drives.clone();
         if let Some(path) = &patch.path_on_host {
             drives[at].path_on_host = Some(path.clone());
@@ -113,7 +119,9 @@ fn read_again(disk: &VhostUserBlockControl, patch: &DrivePatch) -> Result<(), Fa
 /// What a limiter is after a change, which leaves the bucket as it is that it does not name.
 pub(super) fn changed(limiter: Option<RateLimiter>, change: RateLimiter) -> Option<RateLimiter> {
     let RateLimiter { bandwidth, ops } = limiter.unwrap_or_default();
-    Some(RateLimiter { bandwidth: change.bandwidth.or(bandwidth), ops: change.ops.or(ops) })
+    // A bucket of no size is no limit.
+    let now = |change: Option<TokenBucket>, was: Option<TokenBucket>| change.or(was).filter(|bucket| bucket.size != 0);
+    Some(RateLimiter { bandwidth: now(change.bandwidth, bandwidth), ops: now(change.ops, ops) })
 }
 
 fn refused(error: StoreError) -> Fault {

@@ -4,7 +4,7 @@ use bedplate_api::vmm::{
     ActionType, Balloon, BalloonStats, BootSource, CoreDump, CpuConfig, Drive, DrivePatch, Entropy, FileSystem,
     HintingStatus, Inspection, InstanceInfo, Logger, MachineConfig, MachineConfigPatch, MemoryHotplugStatus, Metrics,
     MmdsConfig, MmdsVersion, NetworkInterface, NetworkInterfacePatch, SerialDevice, SnapshotCreate, SnapshotLoad,
-    Status, TargetState, Vcpus, VcpusUpdate, Version, VmConfig, Vsock,
+    Status, TargetState, Vcpus, VcpusUpdate, Version, Vsock,
 };
 use serde_json::Value;
 
@@ -86,7 +86,7 @@ pub(super) enum Answer {
     Done,
     Instance(InstanceInfo),
     Version(Version),
-    Config(Box<VmConfig>),
+    Config(Value),
     Machine(MachineConfig),
     Status(Status),
     Inspection(Box<Inspection>),

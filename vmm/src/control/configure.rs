@@ -11,6 +11,7 @@ use bedplate_devices::virtio::block::SECTOR;
 use super::commands::Command;
 use super::fault::Fault;
 use super::session::{Session, StartError};
+use crate::boot::Boot;
 use crate::config::{self, DriveConfig};
 use crate::console::{Console, Target};
 use crate::files;
@@ -23,7 +24,8 @@ impl Session {
         let spec = &mut self.spec;
         match command {
             Command::SetBootSource(source) => {
-                config::boot_source(&source, None).map_err(Fault::bad_request)?;
+                let boot = config::boot_source(&source, None).map_err(Fault::bad_request)?;
+                try_boot(&boot)?;
                 spec.boot_source = Some(source);
             }
             Command::SetMachine(machine) => return self.set_machine(machine),
@@ -33,11 +35,15 @@ impl Session {
             }
             Command::SetCpu(cpu) => spec.cpu_config = Some(CpuConfigSource::Template(cpu)),
             Command::PutDrive(drive) => {
-                config::disk(&drive).map_err(Fault::bad_request)?;
+                let disk = config::disk(&drive).map_err(Fault::bad_request)?;
                 if drive.is_root_device && spec.pmem.iter().any(|pmem| pmem.root_device) {
                     return Err(Fault::bad_request(config::PmemError::DriveBesideRoot));
                 }
-                replace(&mut spec.drives, drive, |drive| &drive.drive_id);
+                let mut drives = spec.drives.clone();
+                replace(&mut drives, drive, |drive| &drive.drive_id);
+                config::root_device(&drives, &spec.pmem).map_err(Fault::bad_request)?;
+                disk.file().map_or(Ok(()), try_drive)?;
+                spec.drives = drives;
             }
             Command::PutNetworkInterface(interface) => {
                 let net = config::net(&interface).map_err(Fault::bad_request)?;
@@ -45,7 +51,10 @@ impl Session {
                 if is_elsewhere && spec.mmds_config.iter().any(|mmds| mmds.network_interfaces.contains(&net.id)) {
                     return Err(Fault::bad_request(config::ConfigError::VhostMmds(net.id)));
                 }
-                replace(&mut spec.network_interfaces, interface, |interface| &interface.iface_id);
+                let mut interfaces = spec.network_interfaces.clone();
+                replace(&mut interfaces, interface, |interface| &interface.iface_id);
+                config::apart(&interfaces).map_err(Fault::bad_request)?;
+                spec.network_interfaces = interfaces;
             }
             Command::SetMmds(mmds) => {
                 config::mmds_address(&mmds, &spec.network_interfaces).map_err(Fault::bad_request)?;
@@ -76,6 +85,9 @@ impl Session {
 
     fn set_machine(&mut self, machine: MachineConfig) -> Result<(), Fault> {
         config::machine(&machine).map_err(Fault::bad_request)?;
+        if let Some(balloon) = &self.spec.balloon {
+            config::room_for(balloon, machine.mem_size_mib).map_err(Fault::bad_request)?;
+        }
         self.spec.machine_config = machine;
         Ok(())
     }
@@ -95,7 +107,7 @@ impl Session {
     /// There they cannot be written.
     pub fn set_metrics(&mut self, metrics: &Metrics) -> Result<(), StartError> {
         let path = metrics.metrics_path.clone();
-        let file = files::append_to(path.as_ref()).map_err(|source| StartError::File {
+        let file = files::append_messages_to(path.as_ref()).map_err(|source| StartError::File {
             what: "metrics_path",
             path,
             source,
@@ -136,6 +148,31 @@ impl Session {
         }
         Ok(())
     }
+}
+
+/// What cannot be opened is refused when it is named, as Firecracker does, and not only at the start. The kernel's words are
+/// Firecracker's.
+fn try_boot(boot: &Boot) -> Result<(), Fault> {
+    let parts = match boot {
+        Boot::Kernel(kernel) => {
+            vec![("The kernel file", Some(&kernel.kernel)), ("The initrd file", kernel.initrd.as_ref())]
+        }
+        Boot::Firmware(firmware) => vec![("The firmware", Some(firmware))],
+    };
+    for (what, path) in parts.into_iter().filter_map(|(what, path)| Some((what, path?))) {
+        files::read_regular(path).map_err(|error| {
+            Fault::bad_request(format!("Boot source error: {what} cannot be opened: {error}: {}", path.display()))
+        })?;
+    }
+    Ok(())
+}
+
+/// Likewise.
+fn try_drive(drive: &DriveConfig) -> Result<(), Fault> {
+    files::try_disk(&drive.path, !drive.read_only).map_err(|error| {
+        let (id, path) = (&drive.id, drive.path.display());
+        Fault::bad_request(format!("Drive config error: drive {id:?} cannot be opened: {error}: {path}"))
+    })
 }
 
 /// A disk has whole sectors; Firecracker accepts another file, too, and says so.

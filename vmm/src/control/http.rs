@@ -66,6 +66,8 @@ struct Stream {
     socket: UnixStream,
     wants_read: Cell<bool>,
     wants_write: Cell<bool>,
+    /// What is read next begins a request, if the client waits for answers.
+    request_due: Cell<bool>,
 }
 
 struct Woken(AtomicBool);
@@ -119,11 +121,18 @@ impl Drop for Server {
 
 impl Connection {
     fn new(socket: UnixStream, session: Rc<RefCell<Session>>, max_body: usize) -> Self {
-        let stream = Rc::new(Stream { socket, wants_read: Cell::new(false), wants_write: Cell::new(false) });
+        let stream = Rc::new(Stream {
+            socket,
+            wants_read: Cell::new(false),
+            wants_write: Cell::new(false),
+            request_due: Cell::new(true),
+        });
         let service = service_fn(move |request| answer(Rc::clone(&session), request, max_body));
-        // Without a timer there must be no time limit on headers: hyper would panic.
-        let connection =
-            http1::Builder::new().header_read_timeout(None).serve_connection(Io(Rc::clone(&stream)), service);
+        let mut http = http1::Builder::new();
+        // Without a timer there must be no time limit on headers: hyper would panic. Firecracker says no date, and with one a
+        // 204 would have 64 bytes: firecracker-rs-sdk reads so many at a time, and waits for more after as many.
+        http.header_read_timeout(None).auto_date_header(false);
+        let connection = http.serve_connection(Io(Rc::clone(&stream)), service);
         // A connection that breaks concerns only its client.
         let future = Box::pin(async move { drop(connection.await) });
         Self { stream, future, woken: Arc::new(Woken(AtomicBool::new(true))) }
@@ -216,6 +225,9 @@ impl hyper::rt::Read for Io {
         let room = bytes.len().min(buf.remaining());
         match (&self.0.socket).read(&mut bytes[..room]) {
             Ok(len) => {
+                if self.0.request_due.replace(false) {
+                    as_http_1_1(&mut bytes[..len]);
+                }
                 buf.put_slice(&bytes[..len]);
                 Poll::Ready(Ok(()))
             }
@@ -227,7 +239,10 @@ impl hyper::rt::Read for Io {
 impl hyper::rt::Write for Io {
     fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         match (&self.0.socket).write(bytes) {
-            Ok(len) => Poll::Ready(Ok(len)),
+            Ok(len) => {
+                self.0.request_due.set(true);
+                Poll::Ready(Ok(len))
+            }
             Err(error) => not_yet(error, &self.0.wants_write),
         }
     }
@@ -241,10 +256,39 @@ impl hyper::rt::Write for Io {
     }
 }
 
+/// Clients of Firecracker say that they speak HTTP/1.0 and send the next request over the same connection, without having
+/// asked for that: Firecracker keeps every connection. hyper does so from 1.1 on.
+fn as_http_1_1(bytes: &mut [u8]) {
+    let line = bytes.windows(2).position(|pair| pair == b"\r\n").unwrap_or(0);
+    if bytes[..line].ends_with(b" HTTP/1.0") {
+        bytes[line - 1] = b'1';
+    }
+}
+
 fn not_yet<T>(error: io::Error, wants: &Cell<bool>) -> Poll<io::Result<T>> {
     if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) {
         wants.set(true);
         return Poll::Pending;
     }
     Poll::Ready(Err(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::as_http_1_1;
+
+    #[test]
+    fn only_the_version_of_a_request_changes() {
+        for (sent, read) in [
+            ("GET / HTTP/1.0\r\n\r\n", "GET / HTTP/1.1\r\n\r\n"),
+            ("GET / HTTP/1.1\r\nX: HTTP/1.0\r\n\r\n", "GET / HTTP/1.1\r\nX: HTTP/1.0\r\n\r\n"),
+            ("{} HTTP/1.0", "{} HTTP/1.0"),
+            ("\r\n", "\r\n"),
+            ("", ""),
+        ] {
+            let mut bytes = sent.as_bytes().to_vec();
+            as_http_1_1(&mut bytes);
+            assert_eq!(bytes, read.as_bytes());
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Messages of the VMM: few, for people, never caused by what a guest does without limit.
 //!
 //! ```text
-//! 2026-11-21T19:30:00.123456789Z [id:thread:Level:file:line] message
+//! 2026-11-21T19:30:00.123456789Z [id:thread:LEVEL:file:line] message
 //! ```
 
 use std::fs::File;
@@ -45,7 +45,7 @@ impl Log {
 
     /// Changes what `spec` names. The level is what it says, or the usual one.
     pub fn configure(&self, spec: &Logger) -> io::Result<()> {
-        let file = spec.log_path.as_ref().map(|path| files::append_to(path.as_ref())).transpose()?;
+        let file = spec.log_path.as_ref().map(|path| files::append_messages_to(path.as_ref())).transpose()?;
         let mut state = self.state.lock().unwrap_or_else(|e| e.into_inner());
         state.file = file.or(state.file.take());
         state.level = spec.level;
@@ -87,12 +87,24 @@ impl State {
         let thread = thread::current();
         let mut line = format!("{} [{}:{}", time(), self.id, thread.name().unwrap_or("-"));
         if self.show_level {
-            line += &format!(":{level:?}");
+            line += &format!(":{}", name_of(level));
         }
         if self.show_origin {
             line += &format!(":{}:{}", origin.file(), origin.line());
         }
         line + &format!("] {message}\n")
+    }
+}
+
+/// As Firecracker writes it, for those who read logs by programs.
+const fn name_of(level: LogLevel) -> &'static str {
+    match level {
+        LogLevel::Off => "OFF",
+        LogLevel::Error => "ERROR",
+        LogLevel::Warning => "WARN",
+        LogLevel::Info => "INFO",
+        LogLevel::Debug => "DEBUG",
+        LogLevel::Trace => "TRACE",
     }
 }
 
@@ -131,7 +143,7 @@ mod tests {
         log.write(LogLevel::Debug, "last");
         let text = std::fs::read_to_string(path).unwrap();
         let [first, last] = text.lines().collect::<Vec<_>>()[..] else { panic!("{text}") };
-        assert!(first.contains("Z [one:") && first.contains(":Info:") && first.ends_with("] first"), "{first}");
+        assert!(first.contains("Z [one:") && first.contains(":INFO:") && first.ends_with("] first"), "{first}");
         assert!(first.contains("src/control/log.rs:"), "{first}");
         assert!(last.ends_with("] last"), "{last}");
         assert_eq!(module_of("vmm/src/control/mod.rs"), "bedplate_vmm::control");

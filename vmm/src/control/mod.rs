@@ -6,6 +6,7 @@ mod change;
 mod commands;
 mod configure;
 mod console;
+mod describe;
 mod fault;
 mod filesystem;
 mod hotplug;

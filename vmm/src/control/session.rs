@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::change::ONLY_VISIBLE;
 use super::commands::{Answer, Command};
 use super::configure::warning_of_length;
+use super::describe;
 use super::fault::Fault;
 use super::log::Log;
 use super::metrics;
@@ -301,8 +302,8 @@ impl Session {
                 vmm_version: VERSION.into(),
             })),
             Command::DescribeVersion => Ok(Answer::Version(Version { firecracker_version: VERSION.into() })),
-            Command::DescribeConfig => Ok(Answer::Config(Box::new(self.spec.clone()))),
-            Command::DescribeMachine => Ok(Answer::Machine(self.spec.machine_config.clone())),
+            Command::DescribeConfig => Ok(Answer::Config(describe::vm(&self.spec))),
+            Command::DescribeMachine => Ok(Answer::Machine(describe::machine(&self.spec.machine_config))),
             Command::DescribeStatus => Ok(Answer::Status(self.status())),
             Command::Inspect => {
                 let state = self.state();
