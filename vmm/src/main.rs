@@ -18,7 +18,8 @@ use clap::Parser;
 
 /// Run one virtual machine.
 ///
-/// SIGTERM presses its power button; SIGINT ends it at once. On a terminal, Ctrl-A X does, too.
+/// SIGTERM presses its power button, and ends it after a minute; a second one, or SIGINT, ends it at once. On a terminal,
+/// Ctrl-A X does, too.
 #[derive(Parser)]
 #[command(version, name = "bedplate-vmm")]
 struct Args {

@@ -202,6 +202,28 @@ fn sigterm_is_the_power_button() {
 }
 
 #[test]
+fn a_guest_that_does_not_listen_is_ended_by_a_second_sigterm() {
+    if !has_kvm() {
+        return;
+    }
+    let rig = Rig::new(&[&SAY_X, &SPIN]);
+    let (config, words) = (rig.config(""), rig.path("words"));
+    let mut command = rig.command();
+    command.arg("--config-file").arg(config).arg("--log-path").arg(&words).args(["--level", "Info"]);
+    let mut process = Running(command.spawn().unwrap());
+    eventually("the guest runs", || std::fs::read(rig.path("log")).ok().filter(|log| log == b"x"));
+    // SAFETY: plain system call; the process is our child and has not been waited for.
+    let terminate = || unsafe { libc::kill(process.0.id() as i32, libc::SIGTERM) };
+    terminate();
+    eventually("the first one is heard", || {
+        std::fs::read_to_string(&words).ok().filter(|words| words.contains("pressed the power button"))
+    });
+    terminate();
+    process.wait();
+    assert_eq!((rig.exit().reason, rig.exit().detail.as_str()), (ExitReason::Stopped, "a second SIGTERM"));
+}
+
+#[test]
 fn the_api_configures_starts_pauses_and_stops() {
     let rig = Rig::new(&[&SAY_X, &SPIN]);
     let mut process = rig.serve();

@@ -42,6 +42,9 @@ const BEFORE_START: &str = "The requested operation is not supported before star
 /// From a start until the guest's own is under way, and what our part of it has used of the program is not used any more.
 const SETTLED: Duration = Duration::from_secs(1);
 
+/// From the power button, when it was SIGTERM, to the end of a guest that does not listen. Whoever sends that wants an end.
+const GRACE: Duration = Duration::from_secs(60);
+
 /// Between two lines of metrics: Firecracker's.
 const FLUSH_PERIOD: Duration = Duration::from_secs(60);
 
@@ -93,6 +96,8 @@ pub struct Session {
     pub(super) metrics: Option<File>,
     /// When what only the start needed of the program is let go of.
     shed: Option<Instant>,
+    /// When the guest is ended that SIGTERM has asked to.
+    last_call: Option<Instant>,
     /// When counters were written last, or the VM was started.
     flushed: Instant,
     pub(super) metadata: Metadata,
@@ -137,6 +142,7 @@ impl Session {
             sandbox,
             debugger: None,
             shed: None,
+            last_call: None,
             leave: event()?,
             ended: event()?,
             departed: event()?,
@@ -271,8 +277,10 @@ impl Session {
 
     pub(super) fn signal(&mut self, signal: Signal) {
         match (signal, &self.vm) {
+            (Signal::PowerButton, Some(_)) if self.last_call.is_some() => self.stop("a second SIGTERM"),
             (Signal::PowerButton, Some(vm)) => {
                 vm.machine.press_power_button();
+                self.last_call = Some(Instant::now() + GRACE);
                 self.log.write(LogLevel::Info, "SIGTERM: pressed the power button");
             }
             (Signal::PowerButton, None) => self.stop("SIGTERM before the start"),
@@ -376,8 +384,9 @@ impl Session {
 
     /// How long there is nothing to do unless something happens.
     pub(super) fn until_due(&self) -> Option<Duration> {
-        let shed = self.shed.map(|at| at.saturating_duration_since(Instant::now()));
-        shed.into_iter().chain(self.until_flush()).min()
+        let times = self.shed.into_iter().chain(self.last_call);
+        let times = times.map(|at| at.saturating_duration_since(Instant::now()));
+        times.chain(self.until_flush()).min()
     }
 
     /// Does what it is time for.
@@ -385,6 +394,9 @@ impl Session {
         self.flush_in_time();
         if self.shed.take_if(|at| *at <= Instant::now()).is_some() {
             residence::shed_program();
+        }
+        if self.last_call.take_if(|at| *at <= Instant::now()).is_some() {
+            self.stop(&format!("the guest did not power off within {} s of SIGTERM", GRACE.as_secs()));
         }
     }
 
