@@ -13,8 +13,10 @@ use crate::memory::layout::FIRST_MIB;
 
 /// The 64-bit entry point is this far into the protected-mode code.
 const ENTRY_64: u64 = 0x200;
+/// Protocol that says where the kernel wants to lie, and how much room it needs there.
+const MIN_VERSION: u16 = 0x20a;
 /// Protocol that has `xloadflags`.
-const MIN_VERSION: u16 = 0x20c;
+const FLAGS_VERSION: u16 = 0x20c;
 const XLF_KERNEL_64: u16 = 1;
 const SECTOR: u64 = 512;
 
@@ -23,16 +25,18 @@ pub(super) fn load(ram: &Ram, path: &Path, mut file: File, len: u64) -> Result<L
     let header =
         read_header(&file, len).ok_or_else(|| damaged(format!("it ends after {len} bytes, inside its header")))?;
     let (version, flags) = (header.version, header.xloadflags);
-    if version < MIN_VERSION || flags & XLF_KERNEL_64 == 0 {
+    if version < MIN_VERSION {
         return Err(BootError::Format {
             path: path.into(),
-            found: "a bzImage without a 64-bit entry point",
-            remedy: "give a kernel for x86-64, version 3.8 or newer",
+            found: "a bzImage that does not say where it wants to lie",
+            remedy: "give Linux 2.6.31 or newer; what needs a BIOS starts from a disk, with firmware_path",
         });
     }
+    let is_64 = version >= FLAGS_VERSION && flags & XLF_KERNEL_64 != 0;
     let setup = (u64::from(if header.setup_sects == 0 { 4 } else { header.setup_sects }) + 1) * SECTOR;
     let expected = setup + u64::from(header.syssize) * 16;
-    if len < expected {
+    // The header counts in units of 16 bytes, and not every linker fills the last one.
+    if len.div_ceil(16) < expected / 16 {
         return Err(damaged(format!("it has {len} bytes and its header promises {expected}")));
     }
     let (address, init_size, initrd_max) =
@@ -47,12 +51,12 @@ pub(super) fn load(ram: &Ram, path: &Path, mut file: File, len: u64) -> Result<L
     let loaded = BzImage::load(&*ram.memory, Some(GuestAddress(address)), &mut file, None)
         .map_err(|e| damaged(e.to_string()))?;
     let header = loaded.setup_header.ok_or_else(|| damaged("it has no header".into()))?;
-    Ok(LoadedKernel {
-        protocol: Protocol::Linux64 { rip: address + ENTRY_64, header },
-        end,
-        initrd_max,
-        cmdline_limit: header.cmdline_size as usize,
-    })
+    let protocol = match u32::try_from(address) {
+        _ if is_64 => Protocol::Linux64 { rip: address + ENTRY_64, header },
+        Ok(rip) => Protocol::Linux32 { rip, header },
+        Err(_) => return Err(damaged(format!("its header wants it at {address:#x}"))),
+    };
+    Ok(LoadedKernel { protocol, end, initrd_max, cmdline_limit: header.cmdline_size as usize })
 }
 
 fn read_header(file: &File, len: u64) -> Option<bootparam::setup_header> {

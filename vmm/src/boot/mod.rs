@@ -1,7 +1,8 @@
 //! From files to a first instruction: kernel, initial RAM disk and command line into guest RAM.
 //!
-//! A bzImage is entered by Linux's 64-bit boot protocol and decompresses itself; an ELF kernel by its PVH entry, or where
-//! it has none, by the 64-bit protocol as well (Documentation/arch/x86/boot.rst, and Xen's pvh.html).
+//! A bzImage is entered by Linux's boot protocol of 64 bits, or of 32 where the kernel has no more, and decompresses
+//! itself; an ELF kernel by its PVH entry, or where it has none, by the 64-bit protocol as well
+//! (Documentation/arch/x86/boot.rst, and Xen's pvh.html).
 
 mod bzimage;
 mod cmdline;
@@ -31,6 +32,13 @@ pub enum Entry {
         rip: u64,
         /// `boot_params`.
         zero_page: u64,
+    },
+    /// Linux's 32-bit protocol: protected mode without paging.
+    Linux32 {
+        /// First instruction.
+        rip: u32,
+        /// `boot_params`.
+        zero_page: u32,
     },
     /// PVH: 32-bit protected mode without paging.
     Pvh {
@@ -136,6 +144,7 @@ struct LoadedKernel {
 
 enum Protocol {
     Linux64 { rip: u64, header: params::SetupHeader },
+    Linux32 { rip: u32, header: params::SetupHeader },
     Pvh { rip: u32 },
 }
 
@@ -158,11 +167,17 @@ pub fn load(ram: &Ram, config: &BootConfig, rsdp: u64) -> Result<Entry, BootErro
     }
     let initrd = config.initrd.as_deref().map(|path| load_initrd(ram, path, &kernel)).transpose()?;
     write_cmdline(&ram.memory, &config.cmdline)?;
-    start::write(&ram.memory)?;
+    let is_32 = matches!(kernel.protocol, Protocol::Linux32 { .. });
+    start::write(&ram.memory, if is_32 { &start::GDT_32 } else { &start::GDT })?;
     match kernel.protocol {
         Protocol::Linux64 { rip, header } => {
             params::write_zero_page(ram, header, config.cmdline.len(), initrd, rsdp)?;
             Ok(Entry::Linux64 { rip, zero_page: start::ZERO_PAGE })
+        }
+        Protocol::Linux32 { rip, header } => {
+            params::write_zero_page(ram, header, config.cmdline.len(), initrd, rsdp)?;
+            // The address is a constant below 1 MiB.
+            Ok(Entry::Linux32 { rip, zero_page: start::ZERO_PAGE as u32 })
         }
         Protocol::Pvh { rip } => {
             params::write_start_info(ram, initrd, rsdp)?;

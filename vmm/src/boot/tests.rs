@@ -85,6 +85,21 @@ fn a_bzimage_lies_where_it_wants_and_the_initrd_at_the_top() {
 }
 
 #[test]
+fn a_bzimage_of_32_bits_is_entered_in_protected_mode() {
+    let xloadflags = params::HEADER_OFFSET as usize + 0x45;
+    let mut image = bzimage(&[0xab; 4096]);
+    image[xloadflags] = 0;
+    let (entry, ram) = try_load(&image, None).unwrap();
+    assert_eq!(entry, Entry::Linux32 { rip: 0x100_0000, zero_page: start::ZERO_PAGE as u32 });
+    let code: u64 =
+        ram.memory.read_obj(GuestAddress(start::GDT_ADDRESS + u64::from(start::LINUX_CODE_SELECTOR))).unwrap();
+    assert_eq!(code >> 53 & 3, 2, "descriptor {code:#x} is not of 32 bits");
+    // A boot sector's protocol of before: nothing says how much room the kernel needs.
+    image[params::HEADER_OFFSET as usize + 0x15] = 7;
+    assert!(error(&image).contains("firmware_path"));
+}
+
+#[test]
 fn an_elf_kernel_without_pvh_note_is_entered_in_64_bit_mode() {
     let (entry, ram) = try_load(&elf(&[0xcd; 100], 0x2000), None).unwrap();
     assert_eq!(entry, Entry::Linux64 { rip: 0x10_0000, zero_page: start::ZERO_PAGE });
@@ -94,7 +109,8 @@ fn an_elf_kernel_without_pvh_note_is_entered_in_64_bit_mode() {
 #[test]
 fn damage_is_named() {
     let whole = bzimage(&[0; 4096]);
-    assert!(error(&whole[..whole.len() - 1]).contains("header promises 5120"));
+    assert!(error(&whole[..whole.len() - 16]).contains("header promises 5120"));
+    assert!(try_load(&whole[..whole.len() - 15], None).is_ok(), "the last unit of 16 bytes need not be whole");
     assert!(error(&whole[..0x220]).contains("inside its header"));
     let whole = elf(&[0; 4096], 4096);
     assert!(error(&whole[..whole.len() - 1]).contains("segment 0 ends beyond"));

@@ -85,6 +85,11 @@ pub(super) fn apply(fd: &VcpuFd, entry: Entry) -> Result<(), KvmError> {
             long_mode(&mut sregs);
             (regs.rip, regs.rsi, regs.rsp) = (rip, zero_page, start::STACK);
         }
+        Entry::Linux32 { rip, zero_page } => {
+            protected_mode(&mut sregs);
+            sregs.cs.selector = start::LINUX_CODE_SELECTOR;
+            (regs.rip, regs.rsi) = (rip.into(), zero_page.into());
+        }
         Entry::Pvh { rip, start_info } => {
             protected_mode(&mut sregs);
             (regs.rip, regs.rbx) = (rip.into(), start_info.into());

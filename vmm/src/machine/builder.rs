@@ -71,8 +71,13 @@ impl Windows {
         })
     }
 
-    fn all(&self) -> Vec<Range<u64>> {
-        std::iter::once(&self.mmio64).chain(&self.mmio32).cloned().collect()
+    /// In the order in which BARs get their first places: below 4 GiB for a kernel of 32 bits, which need not reach further.
+    fn in_order(self, entry: Entry) -> Vec<Range<u64>> {
+        let high = std::iter::once(self.mmio64);
+        match entry {
+            Entry::Linux32 { .. } => self.mmio32.into_iter().chain(high).collect(),
+            _ => high.chain(self.mmio32).collect(),
+        }
     }
 }
 
@@ -101,13 +106,11 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     }
     let files = config.pmems.iter().map(|pmem| PmemFile::open(pmem, &mut ram)).collect::<Result<Vec<_>, _>>()?;
     let windows = Windows::of(&config.boot, &ram, creation.address_bits())?;
-    let bars = windows.all();
-    let Windows { mmio32, mmio64 } = windows;
     let description = acpi::Description {
         vcpus: config.topology.vcpus,
         present: config.vcpus,
-        mmio32,
-        mmio64,
+        mmio32: windows.mmio32.clone(),
+        mmio64: windows.mmio64.clone(),
         timer: matches!(config.boot, Boot::Firmware(_)),
     };
     let entry = match &config.boot {
@@ -118,6 +121,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         // It goes around RAM and reads its tables from a device: below.
         Boot::Firmware(_) => Entry::Reset,
     };
+    let bars = windows.in_order(entry);
 
     // The VM around that, with interrupt controllers and timer.
     let mut vm = creation.finish(Arc::clone(&ram.memory), &config.kvm)?;
