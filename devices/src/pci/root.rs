@@ -60,13 +60,14 @@ pub struct PciRoot {
 }
 
 impl PciRoot {
-    /// A root with nothing but its host bridge. BARs are decoded on the buses of `memory` and `ports`, and only inside the
-    /// windows beside them: those that the machine's description names (ACPI `_CRS`), free of RAM and of other devices.
-    pub fn new(memory: (&Arc<Bus>, Vec<Range<u64>>), ports: (&Arc<Bus>, Range<u64>)) -> Self {
+    /// A root with nothing but its host bridge. BARs are decoded on the buses of `memory` and `ports`, and only inside one of
+    /// the windows beside them, which are free of RAM and mostly of other devices. They get their first places in the first
+    /// that has room: so those come first that the machine's description names (ACPI `_CRS`).
+    pub fn new(memory: (&Arc<Bus>, Vec<Range<u64>>), ports: (&Arc<Bus>, Vec<Range<u64>>)) -> Self {
         let bridge = Entry { function: Arc::new(Mutex::new(HostBridge::new())), bars: Vec::new() };
         let slots = BTreeMap::from([(BRIDGE, bridge)]);
         let memory = Forwarding::new(memory.0, memory.1);
-        let spaces = Spaces { memory, ports: Forwarding::new(ports.0, vec![ports.1]) };
+        let spaces = Spaces { memory, ports: Forwarding::new(ports.0, ports.1) };
         Self { functions: Arc::new(Mutex::new(Functions { slots, spaces })) }
     }
 

@@ -148,7 +148,7 @@ impl Machine {
         let memory = Arc::new(ram(&[(GuestAddress(0), Self::RAM)]));
         let bus = Arc::new(Bus::new());
         let ports = Arc::new(Bus::new());
-        let root = PciRoot::new((&bus, vec![Self::WINDOW]), (&ports, Self::PORTS));
+        let root = PciRoot::new((&bus, vec![Self::WINDOW]), (&ports, vec![Self::PORTS]));
         bus.insert(Self::ECAM, pci::ECAM_LEN, root.ecam()).unwrap();
         Self { memory, bus, ports, root, host: Arc::default() }
     }

@@ -68,6 +68,19 @@ pub fn raw(engine: &str) -> Result<()> {
     Ok(())
 }
 
+/// Linux that was told not to believe ACPI about the host bridge puts BARs elsewhere, and finds its devices there. It has no
+/// interrupts for them then.
+pub fn elsewhere() -> Result<()> {
+    let file = dir("elsewhere")?.join("file");
+    numbered_file(&file, MIB)?;
+    let guest = GuestSpec::new("elsewhere").cmdline("pci=noacpi").drive(&file, true).boot()?;
+    let place = guest.run("grep -m 1 0000:00:01.0 /proc/iomem")?;
+    ensure!(place.trim_start().starts_with("100000000-"), "the disk is at {place}, where it was");
+    let kind = guest.run("cat /sys/bus/pci/devices/0000:00:01.0/virtio0/device")?;
+    ensure!(kind == "0x0002", "in the disk's registers there is a {kind}");
+    Ok(())
+}
+
 /// What a guest discards or zeroes is a hole in the file, and reads as zeroes.
 pub fn discard() -> Result<()> {
     let dir = dir("discard")?;

@@ -61,6 +61,7 @@ fn main() -> ExitCode {
         Scenario { name: "what_is_discarded_is_a_hole", run: block::discard },
         Scenario { name: "a_file_that_shrinks_fails_its_own_reads_only", run: block::shrinks },
         Scenario { name: "a_limited_disk_is_slow", run: block::limited },
+        Scenario { name: "a_disk_is_found_where_the_guest_has_put_it", run: block::elsewhere },
         Scenario { name: "a_read_only_disk_refuses_writes", run: block::read_only },
         Scenario { name: "a_copy_on_write_disk_leaves_its_image_alone", run: block::copy_on_write },
         Scenario { name: "synced_data_survives_kill_9", run: block::survives_kill },

@@ -36,6 +36,7 @@ fn check(file: &File, path: &Path, len: u64, ram: &Ram) -> Result<(), BootError>
     use std::os::unix::fs::FileExt;
     const HEADER_LEN: usize = 64;
     const ENTRY_LEN: usize = 56;
+    const CLASS_32: u8 = 1;
     const CLASS_64: u8 = 2;
     const LITTLE_ENDIAN: u8 = 1;
     const X86_64: u16 = 62;
@@ -50,8 +51,9 @@ fn check(file: &File, path: &Path, len: u64, ram: &Ram) -> Result<(), BootError>
     if (header[4], header[5], u16_at(&header, 18)) != (CLASS_64, LITTLE_ENDIAN, X86_64) {
         return Err(BootError::Format {
             path: path.into(),
-            found: "an ELF file for another machine",
-            remedy: "give a vmlinux built for x86-64",
+            found: if header[4] == CLASS_32 { "an ELF file of 32 bits" } else { "an ELF file for another machine" },
+            remedy: "give a vmlinux built for x86-64, or a bzImage; what is started by a boot loader starts from a disk, with \
+                     firmware_path",
         });
     }
     let (table, count) = (u64_at(&header, 32), u16_at(&header, 56));

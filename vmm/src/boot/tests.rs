@@ -118,6 +118,9 @@ fn damage_is_named() {
     let mut other_machine = whole.clone();
     other_machine[18] = 183;
     assert!(error(&other_machine).contains("another machine"));
+    let mut short = whole.clone();
+    (short[4], short[18]) = (1, 3);
+    assert!(error(&short).contains("of 32 bits"));
     let mut nowhere = whole;
     nowhere[88..96].copy_from_slice(&u64::MAX.to_le_bytes());
     assert!(error(&nowhere).contains("wants to lie at"));

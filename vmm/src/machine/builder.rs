@@ -56,27 +56,33 @@ pub struct Outlets<'a> {
 
 /// Where BARs may be.
 struct Windows {
+    /// The guest is told of these.
     mmio32: Vec<Range<u64>>,
     mmio64: Range<u64>,
+    /// Where Linux puts BARs if it shall not believe that (`pci=nocrs`, `pci=noacpi`): from RAM's end to the last address.
+    elsewhere: Range<u64>,
 }
 
 impl Windows {
     /// Of a VM that begins with `boot`: firmware moves BARs to where it wants them.
     fn of(boot: &Boot, ram: &Ram, address_bits: u8) -> Result<Self, MemoryError> {
+        let elsewhere = ram.mmio64_firmware(address_bits)?;
         Ok(match boot {
-            Boot::Kernel(_) => Self { mmio32: vec![layout::MMIO32], mmio64: ram.mmio64(address_bits)? },
+            Boot::Kernel(_) => Self { mmio32: vec![layout::MMIO32], mmio64: ram.mmio64(address_bits)?, elsewhere },
             Boot::Firmware(_) => {
-                Self { mmio32: layout::MMIO32_FIRMWARE.to_vec(), mmio64: ram.mmio64_firmware(address_bits)? }
+                Self { mmio32: layout::MMIO32_FIRMWARE.to_vec(), mmio64: elsewhere.clone(), elsewhere }
             }
         })
     }
 
     /// In the order in which BARs get their first places: below 4 GiB for a kernel of 32 bits, which need not reach further.
     fn in_order(self, entry: Entry) -> Vec<Range<u64>> {
+        // No BAR is so long or so placed that it would be in two of them.
+        let elsewhere = [self.elsewhere.start..self.mmio64.start, self.mmio64.end..self.elsewhere.end];
         let high = std::iter::once(self.mmio64);
         match entry {
-            Entry::Linux32 { .. } => self.mmio32.into_iter().chain(high).collect(),
-            _ => high.chain(self.mmio32).collect(),
+            Entry::Linux32 { .. } => self.mmio32.into_iter().chain(high).chain(elsewhere).collect(),
+            _ => high.chain(self.mmio32).chain(elsewhere).collect(),
         }
     }
 }
@@ -145,7 +151,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     }
 
     // PCI, and on it the devices, in the order in which the guest shall see them.
-    let pci = PciRoot::new((&buses.mmio, bars), (&buses.ports, ports::PCI));
+    let pci = PciRoot::new((&buses.mmio, bars), (&buses.ports, vec![ports::PCI, ports::PCI_ELSEWHERE]));
     buses.mmio.insert(layout::ECAM, pci::ECAM_LEN, pci.ecam())?;
     let config_ports = pci.config_ports();
     buses.ports.insert(pci::CONFIG_PORT, pci::CONFIG_PORTS, Arc::clone(&config_ports) as _)?;

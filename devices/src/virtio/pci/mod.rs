@@ -17,7 +17,7 @@
 //! fn attach(memory: &Memory, host: &Arc<dyn PciHost>) -> Result<(), Box<dyn std::error::Error>> {
 //!     let (mmio, ports) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
 //!     // Once: a root that decodes BARs in a window of each space, with its two ways to configuration space.
-//!     let root = PciRoot::new((&mmio, vec![0x80_0000_0000..0x90_0000_0000]), (&ports, 0xc000..0x1_0000));
+//!     let root = PciRoot::new((&mmio, vec![0x80_0000_0000..0x90_0000_0000]), (&ports, vec![0xc000..0x1_0000]));
 //!     mmio.insert(0xe000_0000, pci::ECAM_LEN, root.ecam())?;
 //!     ports.insert(pci::CONFIG_PORT, pci::CONFIG_PORTS, root.config_ports())?;
 //!     // For each device: the device over its backend, the transport over the device, a slot for the transport.
