@@ -1,7 +1,7 @@
 //! One `bedplate-vmm` process of ours: found, started, stopped, and asked how it ended.
 
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -21,6 +21,8 @@ const CONNECT_INTERVAL: Duration = Duration::from_millis(3);
 pub const PROGRAM: &str = "bedplate-vmm";
 /// A VMM that was told to stop at once, or has closed its console, needs milliseconds. More means that it hangs.
 const GRACE: Duration = Duration::from_secs(10);
+/// It answers its API at once, if at all.
+const ANSWER: Duration = Duration::from_secs(2);
 /// The last words of a VMM that are quoted, in bytes.
 const MAX_WORDS: u64 = 4096;
 
@@ -178,9 +180,10 @@ impl Vmm {
         self.process.is_running()
     }
 
-    /// Presses the guest's power button.
+    /// Presses the guest's power button. A VMM that does not answer cannot, and there is still [`Vmm::stop`].
     pub fn press_power_button(&self) {
-        self.process.signal(Signal::TERM);
+        // Not SIGTERM, with which comes a limit.
+        let _ = connect_in(&self.dir, API).and_then(press);
     }
 
     /// Ends the VM at once; disks keep what was acknowledged. A VMM that does not react is killed: whoever asks wants it
@@ -220,6 +223,13 @@ impl Vmm {
 fn connect_in(dir: &Path, name: &str) -> io::Result<UnixStream> {
     let dir = File::open(dir)?;
     UnixStream::connect(format!("/proc/self/fd/{}/{name}", dir.as_raw_fd()))
+}
+
+fn press(mut api: UnixStream) -> io::Result<()> {
+    api.set_read_timeout(Some(ANSWER))?;
+    api.write_all(b"PUT /bedplate/power-button HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")?;
+    // When there is an answer it has been pressed; what it is makes no difference.
+    api.read(&mut [0]).map(drop)
 }
 
 fn last_words(log: &Path) -> String {

@@ -52,7 +52,7 @@ pub fn try_disk(path: &Path, write: bool) -> io::Result<()> {
 }
 
 /// Opens, without blocking, a file to append messages or counters to. A FIFO may have its reader later: it keeps what fits,
-/// and what does not is lost.
+/// and what does not is lost, the end of a long line among it.
 ///
 /// # Errors
 /// The host refuses.

@@ -1,8 +1,11 @@
 //! Reading what clients send.
 
-use serde::Serialize;
-use serde::de::{DeserializeOwned, Error};
-use serde_json::{Map, Value};
+use std::fmt;
+
+use serde::de::{DeserializeOwned, Error, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::value::RawValue;
+use serde_json::{Value, json};
 
 /// What an object describes. An array in the place of an object is refused, at the top and within: serde would take it
 /// for a struct, field after field.
@@ -21,18 +24,44 @@ pub fn object<T: DeserializeOwned + Serialize>(text: &[u8]) -> serde_json::Resul
     Ok(value)
 }
 
-/// As [`object`]; but a name that it does not know is left out where it is `null` at the top, because that asks for nothing.
-/// Clients of Firecracker write such names, which Firecracker does not look at.
+/// As [`object`]; but what is `null` at the top is left out, whatever its name, because that asks for nothing. Clients of
+/// Firecracker write names that Firecracker does not look at.
 ///
 /// # Errors
 /// As [`object`]: a name with something behind it is refused.
 pub fn sections<T: DeserializeOwned + Serialize>(text: &[u8]) -> serde_json::Result<T> {
     object(text).or_else(|error| {
-        let Ok(mut sections) = serde_json::from_slice::<Map<String, Value>>(text) else { return Err(error) };
-        sections.retain(|_, section| !section.is_null());
+        let Ok(Sections(sections)) = serde_json::from_slice(text) else { return Err(error) };
+        let sections = sections.iter().filter(|(_, section)| section.get() != "null");
+        let sections: Vec<_> = sections.map(|(name, section)| format!("{}:{section}", json!(name))).collect();
         // The first error knows its place in the text.
-        object(&serde_json::to_vec(&sections)?).map_err(|_| error)
+        object(format!("{{{}}}", sections.join(",")).as_bytes()).map_err(|_| error)
     })
+}
+
+/// An object's fields, in their own words: those that are there twice are there twice.
+struct Sections<'a>(Vec<(String, &'a RawValue)>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Sections<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields;
+        impl<'de> Visitor<'de> for Fields {
+            type Value = Sections<'de>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Sections<'de>, A::Error> {
+                let mut fields = Vec::new();
+                while let Some(field) = map.next_entry()? {
+                    fields.push(field);
+                }
+                Ok(Sections(fields))
+            }
+        }
+        deserializer.deserialize_map(Fields)
+    }
 }
 
 /// Compares what was sent with how it would be written.
@@ -73,6 +102,10 @@ mod tests {
         assert_eq!(read(r#"{"vsock_device": null, "vsock": null}"#), Ok(VmConfig::default()));
         assert!(read(r#"{"vsock_device": null, "vsock_device2": {}}"#).unwrap_err().contains("at line 1"));
         assert!(read(r#"{"machine-config": {"none": null}}"#).is_err());
+        let twice = r#"{"none": null, "drives": [], "drives": []}"#;
+        let within = r#"{"none": null, "machine-config": {"vcpu_count": 1, "mem_size_mib": 64, "vcpu_count": 2}}"#;
+        assert!(read(twice).is_err() && read(within).is_err());
+        assert!(read(&within.replace(r#", "vcpu_count": 2"#, "")).is_ok());
         assert!(read("[]").is_err());
     }
 

@@ -260,8 +260,9 @@ fn sandbox(args: &Args) -> Option<Sandbox> {
     args.visible.iter().for_each(|dir| sandbox.keep(dir, Access::Write));
     // Not that of the API's default socket: it is everybody's. What is left of that socket, the next process replaces.
     let socket = if let Target::Socket(path) = &args.serial { Some(path) } else { None };
-    let places = [&args.api_sock, &args.exit_file, &args.serial_log, &args.gdb].map(Option::as_ref);
-    let places = places.into_iter().chain([socket]);
+    let api = args.api_sock.as_ref().filter(|_| !args.no_api);
+    let places = [&args.exit_file, &args.serial_log, &args.gdb].map(Option::as_ref);
+    let places = places.into_iter().chain([api, socket]);
     if args.gdb.is_some() {
         sandbox.permit_debugger();
     }

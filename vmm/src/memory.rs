@@ -282,6 +282,12 @@ impl Ram {
         Ok(start..end)
     }
 
+    /// All addresses of `bits` above memory, also above what may be added.
+    pub fn beyond(&self, bits: u8) -> std::ops::Range<u64> {
+        let end = 1 << bits.min(MAX_BITS);
+        self.last_end().next_multiple_of(4096).min(end)..end
+    }
+
     /// Where all memory ends, also what may be added.
     fn last_end(&self) -> u64 {
         self.hotplug.as_ref().map_or_else(|| self.end(), |region| region.end).max(self.reserved_end)
@@ -364,6 +370,7 @@ mod tests {
         assert!(matches!(ram.mmio64(34), Err(MemoryError::Unaddressable { .. })));
         assert_eq!(ram.mmio64(40).unwrap().start, 1 << 34);
         assert_eq!(ram.mmio64_firmware(40).unwrap(), 1 << 32..1 << 40);
+        assert_eq!((ram.beyond(40), ram.beyond(20)), (1 << 32..1 << 40, 1 << 20..1 << 20));
         assert!(ram.mmio64_firmware(34).is_err());
 
         let more = ram.with_hotplug(128).unwrap();

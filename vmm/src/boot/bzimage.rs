@@ -36,7 +36,7 @@ pub(super) fn load(ram: &Ram, path: &Path, mut file: File, len: u64) -> Result<L
     let setup = (u64::from(if header.setup_sects == 0 { 4 } else { header.setup_sects }) + 1) * SECTOR;
     let expected = setup + u64::from(header.syssize) * 16;
     // The header counts in units of 16 bytes, and not every linker fills the last one.
-    if len.div_ceil(16) < expected / 16 {
+    if len < setup || len.div_ceil(16) < expected / 16 {
         return Err(damaged(format!("it has {len} bytes and its header promises {expected}")));
     }
     let (address, init_size, initrd_max) =

@@ -112,6 +112,9 @@ fn damage_is_named() {
     assert!(error(&whole[..whole.len() - 16]).contains("header promises 5120"));
     assert!(try_load(&whole[..whole.len() - 15], None).is_ok(), "the last unit of 16 bytes need not be whole");
     assert!(error(&whole[..0x220]).contains("inside its header"));
+    let mut empty = whole[..1020].to_vec();
+    empty[params::HEADER_OFFSET as usize + 3..][..4].fill(0);
+    assert!(error(&empty).contains("header promises 1024"));
     let whole = elf(&[0; 4096], 4096);
     assert!(error(&whole[..whole.len() - 1]).contains("segment 0 ends beyond"));
     assert!(error(&whole[..80]).contains("inside its headers"));

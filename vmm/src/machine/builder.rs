@@ -59,20 +59,18 @@ struct Windows {
     /// The guest is told of these.
     mmio32: Vec<Range<u64>>,
     mmio64: Range<u64>,
-    /// Where Linux puts BARs if it shall not believe that (`pci=nocrs`, `pci=noacpi`): from RAM's end to the last address.
+    /// Where Linux puts BARs if it shall not believe that (`pci=nocrs`, `pci=noacpi`): above 4 GiB and all memory.
     elsewhere: Range<u64>,
 }
 
 impl Windows {
     /// Of a VM that begins with `boot`: firmware moves BARs to where it wants them.
     fn of(boot: &Boot, ram: &Ram, address_bits: u8) -> Result<Self, MemoryError> {
-        let elsewhere = ram.mmio64_firmware(address_bits)?;
-        Ok(match boot {
-            Boot::Kernel(_) => Self { mmio32: vec![layout::MMIO32], mmio64: ram.mmio64(address_bits)?, elsewhere },
-            Boot::Firmware(_) => {
-                Self { mmio32: layout::MMIO32_FIRMWARE.to_vec(), mmio64: elsewhere.clone(), elsewhere }
-            }
-        })
+        let (mmio32, mmio64) = match boot {
+            Boot::Kernel(_) => (vec![layout::MMIO32], ram.mmio64(address_bits)?),
+            Boot::Firmware(_) => (layout::MMIO32_FIRMWARE.to_vec(), ram.mmio64_firmware(address_bits)?),
+        };
+        Ok(Self { mmio32, mmio64, elsewhere: ram.beyond(address_bits) })
     }
 
     /// In the order in which BARs get their first places: below 4 GiB for a kernel of 32 bits, which need not reach further.

@@ -1,7 +1,8 @@
 //! Seccomp: the system calls that the process needs once it is inside, and which of them each kind of thread needs.
 //!
 //! Filters add up, and threads inherit those of their maker. The process's list is the vCPUs': the vCPU that sets a device
-//! going starts its worker, so that it needs what a worker needs. The other kinds of thread have shorter ones besides.
+//! going starts its worker, so that it needs what a worker needs; a list of its own would lack the removal of names, and
+//! cost each exit. The other kinds of thread have shorter ones besides.
 //!
 //! The lists were written by hand and are held against what runs by the lab's tests, in which a call that is not listed
 //! ends the VMM. `--log-system-calls` lets everything pass instead, and leaves it to the kernel to log what is not listed.
