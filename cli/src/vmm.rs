@@ -249,6 +249,21 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn the_power_button_is_pressed_through_the_api() {
+        let dir = tempfile::tempdir().unwrap();
+        let api = std::os::unix::net::UnixListener::bind(dir.path().join(API)).unwrap();
+        let vmm = std::thread::spawn(move || {
+            let (mut client, _) = api.accept().unwrap();
+            let mut request = [0; 256];
+            let len = client.read(&mut request).unwrap();
+            client.write_all(b"HTTP/1.1 204 \r\n\r\n").unwrap();
+            String::from_utf8_lossy(&request[..len]).into_owned()
+        });
+        connect_in(dir.path(), API).and_then(press).unwrap();
+        assert!(vmm.join().unwrap().starts_with("PUT /bedplate/power-button HTTP/1.1\r\n"));
+    }
+
     /// A program that behaves as a VMM would that ends at once.
     fn fake(dir: &Path, script: &str) -> PathBuf {
         let path = dir.join("fake-vmm");

@@ -380,6 +380,7 @@ mod tests {
         assert!(!more.memory.address_in_range(GuestAddress(region.end)));
         assert_eq!(more.ranges().collect::<Vec<_>>(), [(0, 16 << 20)], "it is no RAM");
         assert!(more.mmio64(40).unwrap().start >= region.end);
+        assert_eq!(more.beyond(40).start, region.end, "no GiB is lost");
         let mut more = more;
         let (one, two) = (more.reserve(2 << 20).unwrap(), more.reserve(300 << 20).unwrap());
         assert!(one.start >= region.end && two.start >= one.end && two.start.is_multiple_of(layout::SECTION));
