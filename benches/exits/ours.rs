@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::ExitReason;
 use bedplate_devices::bus::BusDevice;
-use bedplate_devices::host::PciHost;
+use bedplate_devices::host::{Doorbell, TransportHost};
 use bedplate_vmm::machine::bare::{BareMachine, CODE_ADDRESS};
 use bedplate_vmm::machine::lifecycle::Lifecycle;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -63,7 +63,7 @@ pub fn run(access: Access, count: u64) -> Duration {
     surround(&machine);
     let event = EventFd::new(EFD_NONBLOCK).unwrap();
     if access == Access::Notify {
-        machine.interrupts().add_notify(PORT, &event).unwrap();
+        machine.interrupts().add_doorbell(Doorbell::Port(PORT), &event).unwrap();
     }
     let (exit, _) = machine.run();
     assert_eq!(exit.reason, ExitReason::GuestPowerOff, "{}", exit.detail);

@@ -26,23 +26,43 @@ pub trait MsiVector: Send + Sync {
     fn unroute(&self) -> io::Result<()>;
 }
 
-/// What a PCI function needs from the machine.
-pub trait PciHost: Send + Sync {
-    /// A new interrupt vector.
+/// Where a guest notifies a device of a queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Doorbell {
+    /// A write of any width and value to this port.
+    Port(u16),
+    /// A write of these 32 bits to this address.
+    Register {
+        /// Guest-physical.
+        address: u64,
+        /// What is written.
+        value: u32,
+    },
+}
+
+/// What a virtio transport needs from the machine.
+pub trait TransportHost: Send + Sync {
+    /// A new message-signalled interrupt.
     ///
     /// # Errors
     /// The host has none left.
     fn msi_vector(&self) -> io::Result<Box<dyn MsiVector>>;
 
-    /// From now on a guest write of any width to `port` signals `event` instead of going to a device.
+    /// A descriptor whose signal is an edge on this pin of the interrupt controllers, until it is closed.
     ///
     /// # Errors
-    /// The port is taken, or the host refused.
-    fn add_notify(&self, port: u16, event: &EventFd) -> io::Result<()>;
+    /// The host has no descriptors left, or refused.
+    fn pin(&self, pin: u32) -> io::Result<EventFd>;
 
-    /// Undoes [`PciHost::add_notify`] with the same arguments.
+    /// From now on a guest's write to `doorbell` signals `event` instead of going to a device.
+    ///
+    /// # Errors
+    /// It is taken, or the host refused.
+    fn add_doorbell(&self, doorbell: Doorbell, event: &EventFd) -> io::Result<()>;
+
+    /// Undoes [`TransportHost::add_doorbell`] with the same arguments.
     ///
     /// # Errors
     /// There was no such registration.
-    fn remove_notify(&self, port: u16, event: &EventFd) -> io::Result<()>;
+    fn remove_doorbell(&self, doorbell: Doorbell, event: &EventFd) -> io::Result<()>;
 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::ExitReason;
 use bedplate_devices::bus::BusDevice;
-use bedplate_devices::host::PciHost;
+use bedplate_devices::host::{Doorbell, TransportHost};
 use bedplate_vmm::machine::bare::BareMachine;
 use bedplate_vmm::machine::lifecycle::Lifecycle;
 use vmm_sys_util::eventfd::EventFd;
@@ -140,8 +140,8 @@ fn memory_mapped_accesses_and_notifies() {
     let recorder = Arc::new(Mutex::new(Recorder::default()));
     machine.buses.mmio.insert(MMIO, 0x10, Arc::clone(&recorder) as _).unwrap();
     let notify = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-    machine.interrupts().add_notify(0xe4, &notify).unwrap();
-    assert!(machine.interrupts().add_notify(0xe4, &notify).is_err(), "the same twice");
+    machine.interrupts().add_doorbell(Doorbell::Port(0xe4), &notify).unwrap();
+    assert!(machine.interrupts().add_doorbell(Doorbell::Port(0xe4), &notify).is_err(), "the same twice");
     let (exit, counts) = machine.run();
     assert_eq!(exit.detail, "[1]");
     assert_eq!(recorder.lock().unwrap().writes, [(0, vec![0xef, 0xbe, 0xad, 0xde])]);

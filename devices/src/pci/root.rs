@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use super::bridge::HostBridge;
@@ -68,7 +69,7 @@ impl PciRoot {
         let slots = BTreeMap::from([(BRIDGE, bridge)]);
         let memory = Forwarding::new(memory.0, memory.1);
         let spaces = Spaces { memory, ports: Forwarding::new(ports.0, ports.1) };
-        Self { functions: Arc::new(Mutex::new(Functions { slots, spaces })) }
+        Self { functions: Arc::new(Mutex::new(Functions { slots, spaces, seen: Arc::default() })) }
     }
 
     /// Puts `function` into the next free slot and gives each of its BARs an address, as firmware would. The guest still
@@ -118,6 +119,12 @@ impl PciRoot {
         if let Some(entry) = entry {
             entry.retire(&buses);
         }
+    }
+
+    /// Set as soon as the guest has read a register of a device here, the host bridge not counted: it has PCI, and takes
+    /// devices from there.
+    pub fn seen(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.lock().seen)
     }
 
     /// What answers at the memory-mapped configuration window, [`super::ECAM_LEN`] bytes long.
@@ -247,6 +254,7 @@ enum Placement {
 pub(super) struct Functions {
     slots: BTreeMap<Slot, Entry>,
     spaces: Spaces,
+    seen: Arc<AtomicBool>,
 }
 
 impl Functions {
@@ -268,7 +276,12 @@ impl Functions {
 
     pub(super) fn read_config(&mut self, slot: Slot, register: u16, data: &mut [u8]) {
         match self.slots.get(&slot) {
-            Some(entry) => lock(&entry.function).read_config(register, data),
+            Some(entry) => {
+                if slot != BRIDGE {
+                    self.seen.store(true, Ordering::SeqCst);
+                }
+                lock(&entry.function).read_config(register, data);
+            }
             // Nobody answers: a master abort, which reads as ones.
             None => data.fill(0xff),
         }

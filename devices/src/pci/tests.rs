@@ -291,7 +291,7 @@ proptest! {
 
 fn msix(count: usize) -> (FakeHost, Msix) {
     let host = FakeHost::default();
-    let lines = (0..count).map(|_| crate::host::PciHost::msi_vector(&host).unwrap()).collect();
+    let lines = (0..count).map(|_| crate::host::TransportHost::msi_vector(&host).unwrap()).collect();
     (host, Msix::new(lines))
 }
 

@@ -58,7 +58,7 @@ impl Driver {
 
     /// As [`Self::attach`], for a device that knows the machine's memory already.
     pub fn attach_to(machine: Machine, device: impl VirtioDevice + 'static) -> Self {
-        let function = VirtioPciDevice::new(device, &machine.memory, &machine.pci_host()).unwrap();
+        let function = VirtioPciDevice::new(device, &machine.memory, &machine.transport_host()).unwrap();
         let slot = machine.add(function);
         let bar = u64::from(machine.read_config(slot, 0x14)) << 32 | u64::from(machine.read_config(slot, 0x10) & !0xf);
         machine.write_config(slot, 4, 0x7);
@@ -188,30 +188,15 @@ impl Driver {
         let write = |register, bytes: &[u8]| self.machine.write(self.common(register), bytes);
         write(22, &index.to_le_bytes());
         let size = u16::from_le_bytes(self.machine.read(self.common(24)));
-        let base = RING_SPACING * u64::from(index) + 0x1000;
-        let (table, avail, used) = (base, base + 0x6000, base + 0x8000);
-        assert!(index < 15 && size <= 1024, "the rings' part of memory is too small");
-        self.machine.memory.write_slice(&vec![0; 0xc000], GuestAddress(base)).unwrap();
+        let vector = Arc::clone(&self.machine.host.vectors.lock().unwrap()[usize::from(index) + 1]);
+        vector.take();
+        let queue = DriverQueue::new(index, size, self.features, &self.machine.memory, vector);
         write(26, &(index + 1).to_le_bytes());
-        for (register, address) in [(32, table), (40, avail), (48, used)] {
+        for (register, address) in [(32, queue.table), (40, queue.avail), (48, queue.used)] {
             write(register, &address.to_le_bytes());
         }
         write(28, &1u16.to_le_bytes());
-        let vector = Arc::clone(&self.machine.host.vectors.lock().unwrap()[usize::from(index) + 1]);
-        vector.take();
-        DriverQueue {
-            index,
-            size,
-            table,
-            avail,
-            used,
-            event_idx: self.features & EVENT_IDX != 0,
-            memory: Arc::clone(&self.machine.memory),
-            vector,
-            next_descriptor: 0,
-            next_avail: 0,
-            next_used: 0,
-        }
+        queue
     }
 
     /// Notifies the device of queue `queue`.
@@ -263,6 +248,26 @@ pub struct DriverQueue {
 }
 
 impl DriverQueue {
+    /// An empty queue in its place in `memory`, of which the device has to be told.
+    pub(crate) fn new(index: u16, size: u16, features: u64, memory: &Memory, vector: Arc<FakeVector>) -> Self {
+        assert!(index < 15 && size <= 1024, "the rings' part of memory is too small");
+        let base = RING_SPACING * u64::from(index) + 0x1000;
+        memory.write_slice(&vec![0; 0xc000], GuestAddress(base)).unwrap();
+        Self {
+            index,
+            size,
+            table: base,
+            avail: base + 0x6000,
+            used: base + 0x8000,
+            event_idx: features & EVENT_IDX != 0,
+            memory: Arc::clone(memory),
+            vector,
+            next_descriptor: 0,
+            next_avail: 0,
+            next_used: 0,
+        }
+    }
+
     /// Writes one descriptor.
     pub fn set_descriptor(&self, index: u16, address: u64, len: u32, flags: u16, next: u16) {
         let at = self.table + 16 * u64::from(index);

@@ -1,5 +1,6 @@
 //! A host without KVM.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex};
@@ -10,7 +11,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::Memory;
 use crate::bus::Bus;
-use crate::host::{MsiVector, PciHost};
+use crate::host::{Doorbell, MsiVector, TransportHost};
 use crate::pci::{self, PciFunction, PciRoot, Slot};
 
 /// How long anything may take before a test gives up.
@@ -71,41 +72,53 @@ impl MsiVector for Line {
 pub struct FakeHost {
     /// In the order of allocation.
     pub vectors: Mutex<Vec<Arc<FakeVector>>>,
-    notifies: Mutex<Vec<(u16, EventFd)>>,
+    pins: Mutex<BTreeMap<u32, Arc<FakeVector>>>,
+    doorbells: Mutex<Vec<(Doorbell, EventFd)>>,
 }
 
 impl FakeHost {
-    /// Ports at which a write signals an event.
-    pub fn notify_ports(&self) -> Vec<u16> {
-        self.notifies.lock().unwrap().iter().map(|(port, _)| *port).collect()
+    /// Where a write signals an event.
+    pub fn doorbells(&self) -> Vec<Doorbell> {
+        self.doorbells.lock().unwrap().iter().map(|(doorbell, _)| *doorbell).collect()
+    }
+
+    /// What comes to this pin of the interrupt controllers.
+    pub fn line(&self, pin: u32) -> Arc<FakeVector> {
+        let mut pins = self.pins.lock().unwrap();
+        let vector = || FakeVector { event: EventFd::new(EFD_NONBLOCK).unwrap(), route: Mutex::new(None) };
+        Arc::clone(pins.entry(pin).or_insert_with(|| Arc::new(vector())))
     }
 
     /// Does what KVM does with a guest's write before it leaves the guest; false if it has to leave.
-    pub fn intercept(&self, port: u16) -> bool {
-        let notifies = self.notifies.lock().unwrap();
-        let hit = notifies.iter().find(|(at, _)| *at == port);
+    pub fn intercept(&self, doorbell: Doorbell) -> bool {
+        let doorbells = self.doorbells.lock().unwrap();
+        let hit = doorbells.iter().find(|(at, _)| *at == doorbell);
         hit.map(|(_, event)| event.write(1).unwrap()).is_some()
     }
 }
 
-impl PciHost for FakeHost {
+impl TransportHost for FakeHost {
     fn msi_vector(&self) -> io::Result<Box<dyn MsiVector>> {
         let vector = Arc::new(FakeVector { event: EventFd::new(EFD_NONBLOCK)?, route: Mutex::new(None) });
         self.vectors.lock().unwrap().push(Arc::clone(&vector));
         Ok(Box::new(Line(vector)))
     }
 
-    fn add_notify(&self, port: u16, event: &EventFd) -> io::Result<()> {
-        assert!(!self.notify_ports().contains(&port), "{port:#x} is taken");
-        self.notifies.lock().unwrap().push((port, event.try_clone()?));
+    fn pin(&self, pin: u32) -> io::Result<EventFd> {
+        self.line(pin).event.try_clone()
+    }
+
+    fn add_doorbell(&self, doorbell: Doorbell, event: &EventFd) -> io::Result<()> {
+        assert!(!self.doorbells().contains(&doorbell), "{doorbell:x?} is taken");
+        self.doorbells.lock().unwrap().push((doorbell, event.try_clone()?));
         Ok(())
     }
 
-    fn remove_notify(&self, port: u16, _event: &EventFd) -> io::Result<()> {
-        let mut notifies = self.notifies.lock().unwrap();
-        let before = notifies.len();
-        notifies.retain(|(at, _)| *at != port);
-        if notifies.len() < before { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
+    fn remove_doorbell(&self, doorbell: Doorbell, _event: &EventFd) -> io::Result<()> {
+        let mut doorbells = self.doorbells.lock().unwrap();
+        let before = doorbells.len();
+        doorbells.retain(|(at, _)| *at != doorbell);
+        if doorbells.len() < before { Ok(()) } else { Err(io::ErrorKind::NotFound.into()) }
     }
 }
 
@@ -159,18 +172,26 @@ impl Machine {
     }
 
     /// The host, as devices take it.
-    pub fn pci_host(&self) -> Arc<dyn PciHost> {
-        Arc::clone(&self.host) as Arc<dyn PciHost>
+    pub fn transport_host(&self) -> Arc<dyn TransportHost> {
+        Arc::clone(&self.host) as Arc<dyn TransportHost>
     }
 
     /// A guest's write to memory space.
     pub fn write(&self, address: u64, data: &[u8]) {
-        self.bus.write(address, data);
+        let rung = match *data {
+            [a, b, c, d] => {
+                self.host.intercept(Doorbell::Register { address, value: u32::from_le_bytes([a, b, c, d]) })
+            }
+            _ => false,
+        };
+        if !rung {
+            self.bus.write(address, data);
+        }
     }
 
     /// A guest's write to a port.
     pub fn write_port(&self, port: u16, data: &[u8]) {
-        if !self.host.intercept(port) {
+        if !self.host.intercept(Doorbell::Port(port)) {
             self.ports.write(port.into(), data);
         }
     }

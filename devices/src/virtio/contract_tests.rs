@@ -151,7 +151,7 @@ fn leaves_the_bus_while_it_works<D: VirtioDevice + 'static>(subject: Subject<D>)
     }
     driver.machine.root.remove(driver.slot);
     assert_eq!(driver.machine.read_config(driver.slot, 0), !0);
-    assert!(driver.machine.host.notify_ports().is_empty(), "ioeventfds are left");
+    assert!(driver.machine.host.doorbells().is_empty(), "ioeventfds are left");
     assert!(driver.machine.host.vectors.lock().unwrap().iter().all(|vector| vector.route().is_none()));
     let before: Vec<u16> = queues.iter().map(DriverQueue::used_index).collect();
     for queue in &mut queues {

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use bedplate_devices::host::{MsiVector, PciHost};
+use bedplate_devices::host::{Doorbell, MsiVector, TransportHost};
 use bedplate_devices::platform::IrqLine;
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
@@ -89,8 +89,8 @@ impl IrqLine for Level {
     }
 }
 
-/// The machine hands this to its PCI functions.
-impl PciHost for Interrupts {
+/// The machine hands this to its virtio devices.
+impl TransportHost for Interrupts {
     fn msi_vector(&self) -> io::Result<Box<dyn MsiVector>> {
         let trigger = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
         let mut table = self.routes.lock();
@@ -101,12 +101,28 @@ impl PciHost for Interrupts {
         Ok(Box::new(Vector { routes: Arc::clone(&self.routes), gsi, trigger }))
     }
 
-    fn add_notify(&self, port: u16, event: &EventFd) -> io::Result<()> {
-        self.routes.fd.register_ioevent(event, &IoEventAddress::Pio(port.into()), NoDatamatch).map_err(errno)
+    fn pin(&self, pin: u32) -> io::Result<EventFd> {
+        self.edge(pin).map_err(io::Error::other)
     }
 
-    fn remove_notify(&self, port: u16, event: &EventFd) -> io::Result<()> {
-        self.routes.fd.unregister_ioevent(event, &IoEventAddress::Pio(port.into()), NoDatamatch).map_err(errno)
+    fn add_doorbell(&self, doorbell: Doorbell, event: &EventFd) -> io::Result<()> {
+        let vm = &self.routes.fd;
+        let result = match doorbell {
+            Doorbell::Port(port) => vm.register_ioevent(event, &IoEventAddress::Pio(port.into()), NoDatamatch),
+            Doorbell::Register { address, value } => vm.register_ioevent(event, &IoEventAddress::Mmio(address), value),
+        };
+        result.map_err(errno)
+    }
+
+    fn remove_doorbell(&self, doorbell: Doorbell, event: &EventFd) -> io::Result<()> {
+        let vm = &self.routes.fd;
+        let result = match doorbell {
+            Doorbell::Port(port) => vm.unregister_ioevent(event, &IoEventAddress::Pio(port.into()), NoDatamatch),
+            Doorbell::Register { address, value } => {
+                vm.unregister_ioevent(event, &IoEventAddress::Mmio(address), value)
+            }
+        };
+        result.map_err(errno)
     }
 }
 

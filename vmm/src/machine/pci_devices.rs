@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use bedplate_api::socket;
 use bedplate_devices::Memory;
 use bedplate_devices::bus::Bus;
-use bedplate_devices::host::PciHost;
+use bedplate_devices::host::TransportHost;
 use bedplate_devices::metadata::Responder;
 use bedplate_devices::pci::{PciFunction, PciRoot, Slot};
 use bedplate_devices::virtio::VirtioDevice;
@@ -182,7 +182,7 @@ pub(super) enum When {
 pub(super) struct Attach<'a> {
     pub when: When,
     pub pci: &'a PciRoot,
-    pub host: Arc<dyn PciHost>,
+    pub host: Arc<dyn TransportHost>,
     pub memory: &'a Memory,
     pub vcpus: u8,
     pub metadata: &'a Metadata,

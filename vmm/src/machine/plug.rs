@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bedplate_devices::Memory;
-use bedplate_devices::host::PciHost;
+use bedplate_devices::host::TransportHost;
 use bedplate_devices::pci::{PciRoot, Slot};
 use bedplate_devices::platform::{EjectSink, HotplugSignals};
 use vmm_sys_util::eventfd::EventFd;
@@ -30,7 +30,7 @@ const VCPU_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What devices are built with, at the start and later, and which of them are to go.
 pub(super) struct Plug {
-    pub host: Arc<dyn PciHost>,
+    pub host: Arc<dyn TransportHost>,
     /// Those that may come included: a disk cannot get more queues later.
     pub vcpus: u8,
     pub metadata: Metadata,
@@ -207,7 +207,7 @@ mod tests {
         let lets_go = departures.sink(&machine.root, &signals);
         let device = || {
             let rng = Rng::new(LimiterConfig::NONE).unwrap();
-            machine.add(VirtioPciDevice::new(rng, &machine.memory, &machine.pci_host()).unwrap())
+            machine.add(VirtioPciDevice::new(rng, &machine.memory, &machine.transport_host()).unwrap())
         };
 
         let slot = device();

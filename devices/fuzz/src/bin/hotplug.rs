@@ -25,7 +25,7 @@ impl IrqLine for Line {
 
 fn device(machine: &Machine) -> Arc<Mutex<VirtioPciDevice>> {
     let rng = Rng::new(LimiterConfig::NONE).expect("descriptors are left");
-    let function = VirtioPciDevice::new(rng, &machine.memory, &machine.pci_host()).expect("descriptors are left");
+    let function = VirtioPciDevice::new(rng, &machine.memory, &machine.transport_host()).expect("descriptors are left");
     Arc::new(Mutex::new(function))
 }
 
@@ -87,7 +87,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     assert_eq!(u32::from_le_bytes(present), u32::MAX >> (MAX_VCPUS - vcpus), "vCPUs are not those that came");
     assert!(!line.load(Ordering::Relaxed), "there is nothing to be told");
     assert!(slots().all(|slot| !machine.root.is_occupied(slot)), "a device has stayed");
-    assert!(machine.host.notify_ports().is_empty(), "ioeventfds are left");
+    assert!(machine.host.doorbells().is_empty(), "ioeventfds are left");
     let again = machine.root.plug(device(&machine)).expect("the bus is empty");
     assert_eq!(again.number(), 1);
 });

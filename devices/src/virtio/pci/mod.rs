@@ -12,9 +12,9 @@
 //! use std::sync::Arc;
 //!
 //! use bedplate_devices::virtio::{block::{Block, BlockConfig, RawFile}, pci::VirtioPciDevice};
-//! use bedplate_devices::{Memory, bus::Bus, host::PciHost, pci::{self, PciRoot}};
+//! use bedplate_devices::{Memory, bus::Bus, host::TransportHost, pci::{self, PciRoot}};
 //!
-//! fn attach(memory: &Memory, host: &Arc<dyn PciHost>) -> Result<(), Box<dyn std::error::Error>> {
+//! fn attach(memory: &Memory, host: &Arc<dyn TransportHost>) -> Result<(), Box<dyn std::error::Error>> {
 //!     let (mmio, ports) = (Arc::new(Bus::new()), Arc::new(Bus::new()));
 //!     // Once: a root that decodes BARs in a window of each space, with its two ways to configuration space.
 //!     let root = PciRoot::new((&mmio, vec![0x80_0000_0000..0x90_0000_0000]), (&ports, vec![0xc000..0x1_0000]));
@@ -29,8 +29,6 @@
 //! }
 //! ```
 
-mod common;
-mod interrupt;
 #[cfg(test)]
 mod tests;
 
@@ -38,14 +36,11 @@ use std::io;
 use std::sync::Arc;
 
 use virtio_bindings::virtio_ids::{VIRTIO_ID_BLOCK, VIRTIO_ID_FS, VIRTIO_ID_NET};
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use self::common::{COMMON_LEN, Common, Effect};
-use self::interrupt::Lines;
-use super::{Active, Interrupt, QueueConfig, QueuePosition, VirtioDevice, Virtqueue};
+use super::transport::{COMMON_LEN, Transport};
+use super::{QueuePosition, VirtioDevice};
 use crate::Memory;
-use crate::host::PciHost;
+use crate::host::{Doorbell, TransportHost};
 use crate::pci::{ConfigSpace, Identity, Msix, PciFunction};
 
 /// The BAR that everything but one is in. Each structure has a page, so that a guest may map them one by one.
@@ -86,19 +81,13 @@ pub enum VirtioPciError {
 
 /// A virtio device as a PCI function.
 pub struct VirtioPciDevice {
-    device: Box<dyn VirtioDevice>,
-    memory: Memory,
-    host: Arc<dyn PciHost>,
-    /// One for each queue.
-    notify: Vec<Arc<EventFd>>,
+    pub(super) transport: Transport,
     /// Where the capabilities are that need a look after a write.
     msix_at: usize,
     window_at: usize,
 
     config: ConfigSpace,
     msix: Msix,
-    common: Common,
-    lines: Arc<Lines>,
     /// The first port of the ioeventfds.
     ports: Option<u16>,
 }
@@ -111,106 +100,30 @@ impl VirtioPciDevice {
     pub fn new(
         device: impl VirtioDevice + 'static,
         memory: &Memory,
-        host: &Arc<dyn PciHost>,
+        host: &Arc<dyn TransportHost>,
     ) -> Result<Self, VirtioPciError> {
-        let sizes = device.queue_sizes();
-        let event = |_| EventFd::new(EFD_NONBLOCK).map(Arc::new).map_err(VirtioPciError::Event);
-        let notify = sizes.iter().map(event).collect::<Result<Vec<_>, _>>()?;
-        let vector_count = sizes.len() + 1;
-        let vectors = (0..vector_count).map(|_| host.msi_vector()).collect::<Result<Vec<_>, _>>();
+        let queues = device.queue_sizes().len();
+        let vectors = (0..=queues).map(|_| host.msi_vector()).collect::<Result<Vec<_>, _>>();
         let msix = Msix::new(vectors.map_err(VirtioPciError::Vector)?);
-        let lines = Arc::new(Lines::new(sizes.len(), msix.vectors(), Arc::clone(device.metrics())));
-        let offered = device.features() | device.ring_features();
-        let common = Common::new(offered, sizes, vector_count as u16, Arc::clone(&lines));
         let mut config = ConfigSpace::new(&identity(device.device_type()));
         config.add_memory_bar(BAR, BAR_LEN);
-        config.add_port_bar(NOTIFY_BAR, (sizes.len() as u16 * NOTIFY_STRIDE as u16).next_power_of_two());
-        let window_at = usize::from(add_capabilities(&mut config, sizes.len() as u64, device.may_be_notified_here()));
+        config.add_port_bar(NOTIFY_BAR, (queues as u16 * NOTIFY_STRIDE as u16).next_power_of_two());
+        let window_at = usize::from(add_capabilities(&mut config, queues as u64, device.may_be_notified_here()));
         let (body, writable) = msix.capability(BAR as u32, TABLE as u32, PENDING as u32);
         let msix_at = usize::from(config.add_capability(MSIX_CAPABILITY, &body, &writable));
-        Ok(Self {
-            device: Box::new(device),
-            memory: Arc::clone(memory),
-            host: Arc::clone(host),
-            notify,
-            msix_at,
-            window_at,
-            config,
-            msix,
-            common,
-            lines,
-            ports: None,
-        })
+        let transport =
+            Transport::new(Box::new(device), memory, host, msix.vectors()).map_err(VirtioPciError::Event)?;
+        Ok(Self { transport, msix_at, window_at, config, msix, ports: None })
     }
 
     /// The device behind the transport.
     pub fn device(&mut self) -> &mut dyn VirtioDevice {
-        &mut *self.device
+        &mut *self.transport.device
     }
 
     /// How far the queues are that the driver has enabled.
     pub fn queue_positions(&self) -> Vec<QueuePosition> {
-        let position = |(index, queue): (usize, &QueueConfig)| queue.position(index as u16, &self.memory);
-        self.common.queues.iter().enumerate().filter_map(position).collect()
-    }
-
-    fn write_common(&mut self, offset: u64, data: &[u8]) {
-        match self.common.write(offset, data) {
-            Effect::None => {}
-            Effect::Fault => self.guest_fault(),
-            Effect::Reset => self.reset(),
-            Effect::Vector(queue) => self.device.vector_changed(queue),
-            Effect::Activate => self.activate(),
-        }
-    }
-
-    fn guest_fault(&self) {
-        self.device.metrics().guest_faults.increment();
-    }
-
-    fn host_fault(&self, what: &str, result: io::Result<()>) {
-        if let Err(error) = result {
-            self.device.metrics().host_fault(|| format!("cannot {what}: {error}"));
-        }
-    }
-
-    fn reset(&mut self) {
-        self.device.stop();
-        self.common.reset();
-    }
-
-    fn activate(&mut self) {
-        let features = self.common.features();
-        let mut queues = Vec::new();
-        for (index, config) in self.common.queues.iter().enumerate() {
-            if !config.enabled {
-                queues.push(None);
-                continue;
-            }
-            let Ok(queue) = config.activate(&self.memory, features & 1 << VIRTIO_RING_F_EVENT_IDX != 0) else {
-                self.guest_fault();
-                return self.lines.needs_reset();
-            };
-            let interrupt = Arc::clone(&self.lines) as Arc<dyn Interrupt>;
-            let metrics = Arc::clone(self.device.metrics());
-            let notify = Arc::clone(&self.notify[index]);
-            queues.push(Some(Virtqueue::new(index as u16, queue, notify, interrupt, metrics)));
-        }
-        let interrupt = Arc::clone(&self.lines) as Arc<dyn Interrupt>;
-        let result = self.device.activate(Active { queues, features, interrupt });
-        if result.is_err() {
-            self.lines.needs_reset();
-        }
-        self.host_fault("start a virtio device", result);
-    }
-
-    fn notify(&self, index: u64) {
-        match self.notify.get(index as usize) {
-            Some(event) if self.device.may_be_notified_here() => {
-                self.host_fault("signal a virtqueue's event descriptor", event.write(1))
-            }
-            _ => self.guest_fault(),
-        }
+        self.transport.queue_positions()
     }
 
     /// Where the window of the PCI configuration access capability looks, 4.1.4.9.
@@ -308,7 +221,7 @@ impl PciFunction for VirtioPciDevice {
         }
         let control = self.config.word(self.msix_at + 2);
         let result = self.msix.set_control(control);
-        self.host_fault("route an interrupt", result);
+        self.transport.host_fault("route an interrupt", result);
     }
 
     fn read_bar(&mut self, bar: usize, offset: u64, data: &mut [u8]) {
@@ -318,14 +231,14 @@ impl PciFunction for VirtioPciDevice {
         }
         let at = offset % PAGE;
         match offset - at {
-            COMMON => self.common.read(at, data),
+            COMMON => self.transport.registers.read(at, data),
             ISR => {
                 data.fill(0);
                 if let (0, Some(first)) = (at, data.first_mut()) {
-                    *first = self.lines.take_isr();
+                    *first = self.transport.lines.take_isr();
                 }
             }
-            DEVICE => self.device.read_config(at, data),
+            DEVICE => self.transport.device.read_config(at, data),
             TABLE => self.msix.read_table(at, data),
             PENDING => self.msix.read_pending(at, data),
             _ => data.fill(0),
@@ -334,18 +247,18 @@ impl PciFunction for VirtioPciDevice {
 
     fn write_bar(&mut self, bar: usize, offset: u64, data: &[u8]) {
         if bar == NOTIFY_BAR {
-            return self.notify(offset / NOTIFY_STRIDE);
+            return self.transport.notify(offset / NOTIFY_STRIDE);
         }
         let at = offset % PAGE;
         match offset - at {
-            COMMON => self.write_common(at, data),
-            DEVICE => self.device.write_config(at, data),
-            NOTIFY => self.notify(at / NOTIFY_STRIDE),
+            COMMON => self.transport.write(at, data),
+            DEVICE => self.transport.device.write_config(at, data),
+            NOTIFY => self.transport.notify(at / NOTIFY_STRIDE),
             TABLE => {
                 let result = self.msix.write_table(at, data);
-                self.host_fault("route an interrupt", result);
+                self.transport.host_fault("route an interrupt", result);
             }
-            _ => self.guest_fault(),
+            _ => self.transport.guest_fault(),
         }
     }
 
@@ -354,24 +267,21 @@ impl PciFunction for VirtioPciDevice {
             return;
         }
         // Ports have 16 bits: the root decodes nothing outside of its windows.
-        let first = address.map(|address| address as u16);
-        for (index, event) in self.notify.iter().enumerate() {
-            let at = |first: u16| first + index as u16 * NOTIFY_STRIDE as u16;
-            if let Some(old) = self.ports {
-                self.host_fault("remove an ioeventfd", self.host.remove_notify(at(old), event));
-            }
-            if let Some(new) = first {
-                self.host_fault("set an ioeventfd", self.host.add_notify(at(new), event));
-            }
+        let bells = |first: u16| move |queue: u16| Doorbell::Port(first + queue * NOTIFY_STRIDE as u16);
+        let new = address.map(|address| address as u16);
+        if let Some(old) = std::mem::replace(&mut self.ports, new) {
+            self.transport.remove_doorbells(bells(old));
         }
-        self.ports = first;
+        if let Some(new) = new {
+            self.transport.add_doorbells(bells(new));
+        }
     }
 
     fn shutdown(&mut self) {
-        self.reset();
+        self.transport.reset();
         self.bar_moved(NOTIFY_BAR, None);
         let result = self.msix.shutdown();
-        self.host_fault("release an interrupt", result);
+        self.transport.host_fault("release an interrupt", result);
     }
 }
 

@@ -3,7 +3,10 @@ use std::sync::Mutex;
 use crate::testing::{Driver, DriverQueue, Machine, Piece, RamDisk};
 use crate::virtio::block::{Block, BlockConfig};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use super::*;
+use crate::virtio::{Active, Interrupt, Virtqueue};
 
 const VERSION_1: u64 = 1 << 32;
 const EVENT_IDX: u64 = 1 << 29;
@@ -108,16 +111,16 @@ fn queue_registers_follow_the_rules() {
 fn notifications_follow_the_bar() {
     let (mut driver, metrics) = driver();
     let port = driver.notify_port(0);
-    assert_eq!(driver.machine.host.notify_ports(), [port]);
+    assert_eq!(driver.machine.host.doorbells(), [Doorbell::Port(port)]);
     let mut queue = driver.up().remove(0);
     let (machine, slot) = (&driver.machine, driver.slot);
     // Memory only: no ports.
     machine.write_config(slot, 4, 6);
-    assert_eq!(machine.host.notify_ports(), [0; 0]);
+    assert_eq!(machine.host.doorbells(), []);
     machine.write_config(slot, 4, 7);
     let moved = port + 0x2000;
     machine.write_config(slot, 0x18, moved.into());
-    assert_eq!(machine.host.notify_ports(), [moved]);
+    assert_eq!(machine.host.doorbells(), [Doorbell::Port(moved)]);
     assert!(!machine.ports.read(port.into(), &mut [0]));
     let head = queue.add(&chain());
     machine.write_port(moved, &[0, 0]);
@@ -135,7 +138,7 @@ fn notifications_follow_the_bar() {
     assert_eq!(machine.read_config(slot, 0x18), u32::from(moved) | 1);
     machine.write_config(slot, 0x18, u32::MAX);
     assert_eq!(machine.read_config(slot, 0x18), !3 | 1, "four ports");
-    assert_eq!(machine.host.notify_ports(), [0; 0], "that is in no window");
+    assert_eq!(machine.host.doorbells(), [], "that is in no window");
     machine.root.shutdown();
     assert_eq!(machine.host.vectors.lock().unwrap()[1].route(), None);
 }

@@ -1,4 +1,5 @@
-//! The common configuration structure, Virtio 1.2, 4.1.4.3: registers and the rules by which they change, without effects.
+//! The registers of a device and the rules by which they change, without effects. Their layout is PCI's common
+//! configuration structure, Virtio 1.2, 4.1.4.3; virtio-mmio has the same registers at other places.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -7,11 +8,11 @@ use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET, VIRTIO_F_VERSION_1,
 };
 
-use super::interrupt::{Lines, NO_VECTOR};
-use crate::virtio::QueueConfig;
+use super::lines::{Lines, NO_VECTOR};
+use crate::virtio::{QueueConfig, read_image};
 
 /// Bytes of the structure, as of Virtio 1.2 with its queue notification data and reset registers.
-pub(super) const COMMON_LEN: usize = 60;
+pub(in crate::virtio) const COMMON_LEN: usize = 60;
 
 const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
 const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
@@ -32,7 +33,7 @@ pub(super) enum Effect {
 }
 
 /// The registers.
-pub(super) struct Common {
+pub(in crate::virtio) struct Registers {
     /// Features that the device offers.
     offered: u64,
     /// Features that the driver has accepted.
@@ -45,7 +46,7 @@ pub(super) struct Common {
     pub(super) lines: Arc<Lines>,
 }
 
-impl Common {
+impl Registers {
     pub(super) fn new(offered: u64, queue_sizes: &[u16], vector_count: u16, lines: Arc<Lines>) -> Self {
         let queues = queue_sizes.iter().map(|size| QueueConfig::new(*size)).collect();
         Self {
@@ -77,8 +78,26 @@ impl Common {
     }
 
     /// The driver reads; any width works.
-    pub(super) fn read(&self, offset: u64, data: &mut [u8]) {
-        super::super::read_image(&self.image(), offset, data);
+    pub(in crate::virtio) fn read(&self, offset: u64, data: &mut [u8]) {
+        read_image(&self.image(), offset, data);
+    }
+
+    /// The most entries that the selected queue can have; 0 if there is no such queue.
+    pub(in crate::virtio) fn queue_max_size(&self) -> u16 {
+        self.queues.get(usize::from(self.queue_select)).map_or(0, |queue| queue.max_size)
+    }
+
+    /// The driver has no more use for the selected queue, which PCI's registers cannot say. While the device works it
+    /// takes a reset; the answer is whether it was possible.
+    pub(in crate::virtio) fn disable_queue(&mut self) -> bool {
+        let works = self.status() & DRIVER_OK != 0;
+        match self.queues.get_mut(usize::from(self.queue_select)) {
+            Some(queue) if !works || !queue.enabled => {
+                queue.enabled = false;
+                true
+            }
+            _ => false,
+        }
     }
 
     /// All registers, as the selectors stand.

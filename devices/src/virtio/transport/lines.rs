@@ -1,8 +1,8 @@
-//! What the transport's registers share with the device's worker.
+//! What a transport's registers share with the device's worker.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET};
 
@@ -18,14 +18,20 @@ pub(super) const NO_VECTOR: u16 = 0xffff;
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
 
-/// Status, ISR and the vectors. Orderings are sequentially consistent: these are far from the hot path's memory accesses.
-pub(super) struct Lines {
+/// Status, ISR, and the vectors or the pin. Orderings are sequentially consistent: these are far from the hot path's memory accesses.
+pub(in crate::virtio) struct Lines {
     pub(super) status: AtomicU8,
     pub(super) generation: AtomicU8,
     pub(super) config_vector: AtomicU16,
     pub(super) queue_vectors: Vec<AtomicU16>,
     isr: AtomicU8,
     vectors: Arc<Vectors>,
+    /// Set while the driver is one that has a pin in the place of vectors.
+    by_pin: AtomicBool,
+    /// Its descriptor, once there was such a driver.
+    pin: OnceLock<EventFd>,
+    /// Somebody else signals the pin, and does not set the bit for used buffers.
+    direct: AtomicBool,
     metrics: Arc<DeviceMetrics>,
 }
 
@@ -38,6 +44,9 @@ impl Lines {
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             isr: AtomicU8::new(0),
             vectors,
+            by_pin: AtomicBool::new(false),
+            pin: OnceLock::new(),
+            direct: AtomicBool::new(false),
             metrics,
         }
     }
@@ -48,16 +57,52 @@ impl Lines {
         self.config_vector.store(NO_VECTOR, Ordering::SeqCst);
         self.queue_vectors.iter().for_each(|vector| vector.store(NO_VECTOR, Ordering::SeqCst));
         self.isr.store(0, Ordering::SeqCst);
+        self.by_pin.store(false, Ordering::SeqCst);
+        self.direct.store(false, Ordering::SeqCst);
     }
 
-    /// The driver reads the ISR status, which clears it.
-    pub(super) fn take_isr(&self) -> u8 {
+    /// The driver reads PCI's ISR status, which clears it.
+    pub(in crate::virtio) fn take_isr(&self) -> u8 {
         self.isr.swap(0, Ordering::SeqCst)
+    }
+
+    /// The driver reads virtio-mmio's interrupt status,
+    pub(in crate::virtio) fn isr(&self) -> u8 {
+        let direct = if self.direct.load(Ordering::SeqCst) { ISR_QUEUE } else { 0 };
+        self.isr.load(Ordering::SeqCst) | direct
+    }
+
+    /// and acknowledges what it has seen there.
+    pub(in crate::virtio) fn acknowledge(&self, bits: u8) {
+        self.isr.fetch_and(!bits, Ordering::SeqCst);
+    }
+
+    /// Until the next reset interrupts are signals of a descriptor, which `open` opens if this is the first time. Nobody
+    /// may be at work.
+    ///
+    /// # Errors
+    /// Those of `open`.
+    pub(in crate::virtio) fn use_pin(&self, open: impl FnOnce() -> io::Result<EventFd>) -> io::Result<()> {
+        if self.pin.get().is_none() {
+            // Only the transport sets it, which is one.
+            let _ = self.pin.set(open()?);
+        }
+        self.by_pin.store(true, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// Whether the driver is one that has a pin.
+    pub(in crate::virtio) fn by_pin(&self) -> bool {
+        self.by_pin.load(Ordering::SeqCst)
     }
 
     fn raise(&self, isr: u8, vector: &AtomicU16) {
         self.isr.fetch_or(isr, Ordering::SeqCst);
-        if let Err(error) = self.vectors.signal(vector.load(Ordering::SeqCst)) {
+        let result = match self.pin.get().filter(|_| self.by_pin()) {
+            Some(pin) => pin.write(1),
+            None => self.vectors.signal(vector.load(Ordering::SeqCst)),
+        };
+        if let Err(error) = result {
             self.count(&error);
         }
     }
@@ -75,6 +120,10 @@ impl Interrupt for Lines {
     }
 
     fn direct(&self, queue: u16) -> io::Result<Option<EventFd>> {
+        if let Some(pin) = self.pin.get().filter(|_| self.by_pin()) {
+            self.direct.store(true, Ordering::SeqCst);
+            return pin.try_clone().map(Some);
+        }
         let vector = self.queue_vectors.get(usize::from(queue)).map_or(NO_VECTOR, |v| v.load(Ordering::SeqCst));
         self.vectors.direct(vector)
     }

@@ -1,0 +1,234 @@
+use std::time::{Duration, Instant};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::host::Doorbell;
+use crate::metrics::DeviceMetrics;
+use crate::pci::{PciFunction, Slot};
+use crate::testing::{Driver, DriverQueue, FakeVector, Machine, Piece, RamDisk};
+use crate::virtio::{Interrupt, VirtioDevice};
+use crate::virtio::block::{Block, BlockConfig, BlockControl};
+
+const PLACE: Place = Place { address: 0xc000_1000, pin: 5 };
+const DEADLINE: Duration = Duration::from_secs(20);
+const AT: u64 = Driver::BUFFERS;
+
+/// A disk in a window, in a machine that has it on PCI as well.
+struct Rig {
+    machine: Machine,
+    slot: Slot,
+    device: Weak<Mutex<VirtioPciDevice>>,
+    disk: BlockControl<RamDisk>,
+    metrics: Arc<DeviceMetrics>,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let machine = Machine::new();
+        let block = Block::new(RamDisk::new(4096), BlockConfig::default()).unwrap();
+        let (metrics, disk) = (Arc::clone(block.metrics()), block.control());
+        let device = VirtioPciDevice::new(block, &machine.memory, &machine.transport_host()).unwrap();
+        let device = Arc::new(Mutex::new(device));
+        let window = Window::new(&device, PLACE, machine.root.seen());
+        let known = Arc::downgrade(&device);
+        let slot = machine.root.add_shared(device as Arc<Mutex<dyn PciFunction>>).unwrap();
+        machine.bus.insert(PLACE.address, WINDOW_LEN, Arc::new(Mutex::new(window))).unwrap();
+        Self { machine, slot, device: known, disk, metrics }
+    }
+
+    fn read(&self, register: u64) -> u32 {
+        u32::from_le_bytes(self.machine.read(PLACE.address + register))
+    }
+
+    fn write(&self, register: u64, value: u32) {
+        self.machine.write(PLACE.address + register, &value.to_le_bytes());
+    }
+
+    fn offered(&self) -> u64 {
+        (0..2).fold(0, |bits, half: u32| {
+            self.write(0x014, half);
+            bits | u64::from(self.read(0x010)) << (32 * half)
+        })
+    }
+
+    /// In the order of 4.2.3: features, the queue, and the driver is ready.
+    fn up(&self) -> (DriverQueue, Arc<FakeVector>) {
+        let features = self.offered();
+        self.write(STATUS, 0);
+        self.write(STATUS, 3);
+        for half in 0..2u32 {
+            self.write(0x024, half);
+            self.write(0x020, (features >> (32 * half)) as u32);
+        }
+        self.write(STATUS, 11);
+        assert_eq!(self.read(STATUS), 11);
+        self.write(QUEUE_SELECT, 0);
+        assert_eq!((self.read(QUEUE_READY), self.read(0x034)), (0, 1024));
+        self.write(QUEUE_NUM, 64);
+        let pin = self.machine.host.line(PLACE.pin);
+        let queue = DriverQueue::new(0, 64, features, &self.machine.memory, Arc::clone(&pin));
+        for (register, address) in [(0x080, queue.table), (0x090, queue.avail), (0x0a0, queue.used)] {
+            self.write(register, address as u32);
+            self.write(register + 4, (address >> 32) as u32);
+        }
+        self.write(QUEUE_READY, 1);
+        assert_eq!(self.read(QUEUE_READY), 1);
+        self.write(STATUS, 15);
+        assert_eq!(self.read(STATUS), 15);
+        (queue, pin)
+    }
+
+    fn run(&self, queue: &mut DriverQueue) {
+        // A read of the first sector.
+        let head = queue.add(&[Piece::Read(AT, 16), Piece::Write(AT + 0x1000, 513)]);
+        self.write(QUEUE_NOTIFY, 0);
+        assert_eq!(queue.wait(), (u32::from(head), 513));
+    }
+}
+
+fn doorbell(value: u32) -> Doorbell {
+    Doorbell::Register { address: PLACE.address + QUEUE_NOTIFY, value }
+}
+
+#[test]
+fn a_driver_without_pci_brings_the_device_up() {
+    let rig = Rig::new();
+    assert_eq!([0x000, 0x004, DEVICE_ID].map(|register| rig.read(register)), [MAGIC, 2, 2]);
+    assert_eq!((rig.read(0x0b0), rig.read(0x0bc)), (u32::MAX, u32::MAX), "no shared memory");
+    // The capacity of a disk, in sectors, in two halves.
+    assert_eq!((rig.read(CONFIG), rig.read(CONFIG + 4)), (8, 0));
+    assert_eq!(rig.machine.host.doorbells(), []);
+    let (mut queue, pin) = rig.up();
+    assert_eq!(rig.machine.host.doorbells(), [doorbell(0)]);
+    rig.run(&mut queue);
+    // What was used is the reason of an interrupt, until it is acknowledged.
+    assert_eq!(rig.read(INTERRUPT_STATUS), 1);
+    rig.write(INTERRUPT_ACKNOWLEDGE, 1);
+    assert_eq!(rig.read(INTERRUPT_STATUS), 0);
+    rig.run(&mut queue);
+    rig.write(INTERRUPT_ACKNOWLEDGE, 1);
+    // So is another size, of which the generation tells, too.
+    let generation = rig.read(0x0fc);
+    pin.take();
+    rig.disk.replace(RamDisk::new(8192).into());
+    assert!(pin.wait(Instant::now() + DEADLINE));
+    assert_eq!((rig.read(INTERRUPT_STATUS), rig.read(0x0fc), rig.read(CONFIG)), (2, generation + 1, 16));
+    // A reset ends it all, and the next driver finds what the first one found.
+    rig.write(STATUS, 0);
+    assert_eq!([STATUS, INTERRUPT_STATUS, QUEUE_READY].map(|register| rig.read(register)), [0; 3]);
+    assert_eq!(rig.machine.host.doorbells(), []);
+    rig.run(&mut rig.up().0);
+    assert_eq!((rig.metrics.guest_faults.value(), rig.metrics.host_faults.value()), (0, 0));
+}
+
+#[test]
+fn without_an_ioeventfd_a_notification_does_the_same() {
+    let rig = Rig::new();
+    let (mut queue, _) = rig.up();
+    let head = queue.add(&[Piece::Read(AT, 16), Piece::Write(AT + 0x1000, 513)]);
+    assert!(rig.machine.bus.write(PLACE.address + QUEUE_NOTIFY, &0u32.to_le_bytes()));
+    assert_eq!(queue.wait(), (u32::from(head), 513));
+    for value in [1, 0x1_0000, u32::MAX] {
+        rig.write(QUEUE_NOTIFY, value);
+    }
+    assert_eq!(rig.metrics.guest_faults.value(), 3, "there is one queue");
+}
+
+#[test]
+fn a_guest_that_looks_at_pci_finds_the_window_empty() {
+    let rig = Rig::new();
+    // Nothing but the host bridge, and an empty slot: that is no look at a device.
+    rig.machine.read_config(Slot::new(0).unwrap(), 0);
+    rig.machine.read_config(Slot::new(9).unwrap(), 0);
+    assert_eq!(rig.read(DEVICE_ID), 2);
+    let (mut queue, _) = rig.up();
+    rig.machine.read_config(rig.slot, 0);
+    assert_eq!(rig.read(DEVICE_ID), 2, "it is at work already");
+    rig.run(&mut queue);
+    rig.write(STATUS, 0);
+    assert_eq!([0x000, 0x004, DEVICE_ID, 0x010, 0x034].map(|register| rig.read(register)), [MAGIC, 2, 0, 0, 0]);
+}
+
+#[test]
+fn a_device_that_is_off_the_bus_has_no_window() {
+    let rig = Rig::new();
+    rig.up();
+    rig.machine.root.remove(rig.slot);
+    assert_eq!(rig.machine.host.doorbells(), []);
+    for register in [DEVICE_ID, STATUS, CONFIG] {
+        assert_eq!(rig.read(register), 0);
+        rig.write(register, 15);
+    }
+}
+
+#[test]
+fn registers_follow_the_rules() {
+    let rig = Rig::new();
+    let faults = || rig.metrics.guest_faults.value();
+    // Other widths, and places that nothing is at.
+    for (register, len) in [(STATUS, 1), (STATUS, 8), (QUEUE_SELECT, 2), (0x031, 4), (0x0f8, 4), (DEVICE_ID, 4)] {
+        let before = faults();
+        rig.machine.write(PLACE.address + register, &[1; 8][..len]);
+        assert_eq!(faults(), before + 1, "{register:#x} {len}");
+    }
+    let before = faults();
+    assert_eq!(rig.machine.read::<2>(PLACE.address + STATUS), [0; 2]);
+    assert_eq!(faults(), before + 1);
+    // Queues that there are not.
+    for queue in [1, 0x1_0000, u32::MAX] {
+        rig.write(QUEUE_SELECT, queue);
+        assert_eq!((rig.read(0x034), rig.read(QUEUE_READY)), (0, 0), "{queue:#x}");
+    }
+    let (mut queue, _) = rig.up();
+    let before = faults();
+    rig.write(QUEUE_NUM, 0x1_0040);
+    rig.write(QUEUE_READY, 0);
+    assert_eq!((faults(), rig.read(QUEUE_READY)), (before + 2, 1), "the device works");
+    rig.run(&mut queue);
+    rig.write(STATUS, 0);
+    rig.write(QUEUE_READY, 0);
+    assert_eq!((faults(), rig.read(QUEUE_READY)), (before + 2, 0));
+}
+
+#[test]
+fn who_signals_the_pin_himself_is_always_a_reason() {
+    let rig = Rig::new();
+    let direct = || {
+        let device = rig.device.upgrade().unwrap();
+        let device = device.lock().unwrap();
+        device.transport.lines.direct(0).unwrap()
+    };
+    assert!(direct().is_none(), "there is no vector, and no pin yet");
+    let (_, pin) = rig.up();
+    assert_eq!(rig.read(INTERRUPT_STATUS), 0);
+    direct().unwrap().write(1).unwrap();
+    assert!(pin.take() > 0);
+    rig.write(INTERRUPT_ACKNOWLEDGE, 3);
+    assert_eq!(rig.read(INTERRUPT_STATUS), 1);
+    rig.write(STATUS, 0);
+    assert_eq!(rig.read(INTERRUPT_STATUS), 0);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
+    /// Any accesses whatsoever, by both ways to the device: it can be brought up afterwards.
+    #[test]
+    fn no_guest_breaks_the_device(accesses in proptest::collection::vec((0u64..0x140, 0usize..4, any::<u64>(), 0u8..4), 0..200)) {
+        let rig = Rig::new();
+        for (register, width, value, way) in accesses {
+            let (len, address) = (1 << width, PLACE.address + register);
+            match way {
+                0 => drop(rig.machine.read::<4>(address)),
+                1 => rig.machine.write(address, &value.to_le_bytes()[..len]),
+                // Small values where they mean something.
+                2 => rig.write(register & !3, value as u32 & 0xf),
+                _ => rig.machine.write_config(rig.slot, register & 0x3c, value as u32),
+            }
+        }
+        rig.write(STATUS, 0);
+        let (mut queue, _) = rig.up();
+        rig.run(&mut queue);
+    }
+}
