@@ -18,8 +18,9 @@ const BUSYBOX: &str = "busybox";
 const UDHCPC: &str = include_str!("../files/tiny/udhcpc");
 
 /// Loaded by init in this order.
-const MODULES: [&str; 13] = [
+const MODULES: [&str; 14] = [
     "virtio_pci",
+    "virtio_mmio",
     "virtio_net",
     "virtio_blk",
     "virtio-rng",

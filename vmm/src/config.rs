@@ -92,6 +92,19 @@ impl Config {
         self.drives.iter().filter_map(DiskConfig::file)
     }
 
+    /// How many virtio devices the VM starts with.
+    pub fn devices(&self) -> usize {
+        let single = [
+            self.vsock.is_some(),
+            self.entropy.is_some(),
+            self.balloon.is_some(),
+            self.hotplug.is_some(),
+            self.console.is_some(),
+        ];
+        let lists = [self.drives.len(), self.nets.len(), self.filesystems.len(), self.pmems.len()];
+        lists.into_iter().sum::<usize>() + single.into_iter().filter(|is_there| *is_there).count()
+    }
+
     /// Whether other processes work in guest memory.
     pub fn has_backends(&self) -> bool {
         let disks = self.drives.iter().any(|disk| disk.file().is_none());

@@ -25,6 +25,7 @@ pub mod kvm;
 pub mod machine;
 pub mod memory;
 pub mod metadata;
+pub mod mp_table;
 pub mod pmem;
 pub mod residence;
 pub mod sandbox;

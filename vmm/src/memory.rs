@@ -33,6 +33,8 @@ pub mod layout {
     pub const LOW_RAM_END: u64 = 0xc000_0000;
     /// The boot timer: where Firecracker has it.
     pub const BOOT_TIMER: u64 = LOW_RAM_END;
+    /// Windows of virtio devices for a guest without PCI: where Firecracker has them.
+    pub const VIRTIO: u64 = LOW_RAM_END + (1 << 12);
     /// Window for 32-bit BARs.
     pub const MMIO32: std::ops::Range<u64> = LOW_RAM_END + (1 << 20)..ECAM;
     /// PCI configuration space.

@@ -69,7 +69,7 @@ impl PciRoot {
         let slots = BTreeMap::from([(BRIDGE, bridge)]);
         let memory = Forwarding::new(memory.0, memory.1);
         let spaces = Spaces { memory, ports: Forwarding::new(ports.0, ports.1) };
-        Self { functions: Arc::new(Mutex::new(Functions { slots, spaces, seen: Arc::default() })) }
+        Self { functions: Arc::new(Mutex::new(Functions { slots, spaces, written: Arc::default() })) }
     }
 
     /// Puts `function` into the next free slot and gives each of its BARs an address, as firmware would. The guest still
@@ -121,10 +121,11 @@ impl PciRoot {
         }
     }
 
-    /// Set as soon as the guest has read a register of a device here, the host bridge not counted: it has PCI, and takes
-    /// devices from there.
-    pub fn seen(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.lock().seen)
+    /// Set as soon as the guest has written a register of a device here, the host bridge not counted: it has PCI and takes
+    /// devices from there, which begins with a look at how large their BARs are. To read is not enough: Linux looks for
+    /// graphics of Intel's whatever it was told.
+    pub fn written(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.lock().written)
     }
 
     /// What answers at the memory-mapped configuration window, [`super::ECAM_LEN`] bytes long.
@@ -254,7 +255,7 @@ enum Placement {
 pub(super) struct Functions {
     slots: BTreeMap<Slot, Entry>,
     spaces: Spaces,
-    seen: Arc<AtomicBool>,
+    written: Arc<AtomicBool>,
 }
 
 impl Functions {
@@ -276,12 +277,7 @@ impl Functions {
 
     pub(super) fn read_config(&mut self, slot: Slot, register: u16, data: &mut [u8]) {
         match self.slots.get(&slot) {
-            Some(entry) => {
-                if slot != BRIDGE {
-                    self.seen.store(true, Ordering::SeqCst);
-                }
-                lock(&entry.function).read_config(register, data);
-            }
+            Some(entry) => lock(&entry.function).read_config(register, data),
             // Nobody answers: a master abort, which reads as ones.
             None => data.fill(0xff),
         }
@@ -289,6 +285,9 @@ impl Functions {
 
     pub(super) fn write_config(&mut self, slot: Slot, register: u16, data: &[u8]) {
         if let Some(entry) = self.slots.get_mut(&slot) {
+            if slot != BRIDGE {
+                self.written.store(true, Ordering::SeqCst);
+            }
             lock(&entry.function).write_config(register, data);
             entry.remap(&self.spaces);
         }

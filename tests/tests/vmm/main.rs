@@ -13,6 +13,7 @@ mod firmware;
 mod hotplug;
 mod machine;
 mod metadata;
+mod mmio;
 mod net_backend;
 mod network;
 mod plug;
@@ -62,6 +63,10 @@ fn main() -> ExitCode {
         Scenario { name: "a_file_that_shrinks_fails_its_own_reads_only", run: block::shrinks },
         Scenario { name: "a_limited_disk_is_slow", run: block::limited },
         Scenario { name: "a_disk_is_found_where_the_guest_has_put_it", run: block::elsewhere },
+        Scenario { name: "a_guest_without_pci_has_all_devices", run: mmio::without_pci },
+        Scenario { name: "the_kernel_carries_frames_of_a_guest_without_pci", run: mmio::with_vhost },
+        Scenario { name: "a_guest_without_apics_has_disks", run: mmio::without_apics },
+        Scenario { name: "a_guest_with_pci_has_no_device_twice", run: mmio::beside_pci },
         Scenario { name: "a_read_only_disk_refuses_writes", run: block::read_only },
         Scenario { name: "a_copy_on_write_disk_leaves_its_image_alone", run: block::copy_on_write },
         Scenario { name: "synced_data_survives_kill_9", run: block::survives_kill },

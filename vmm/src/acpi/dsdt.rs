@@ -7,6 +7,7 @@
 //! \_SB.PCI0.Snnn  slots, whose devices come and go ([`super::hotplug`]); no _OSC, so that this is how they do
 //! \_SB.MBRD       what the chipset itself takes: ECAM, ACPI registers, those for hot-plug
 //! \_SB.COM1 RTC_  serial port and clock
+//! \_SB.Vnnn       virtio devices by their memory-mapped registers, for a guest without PCI
 //! ```
 //! The power button is fixed hardware and needs no device here.
 
@@ -18,6 +19,7 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, aml};
 use bedplate_devices::pci::{CONFIG_PORT, CONFIG_PORTS};
 use bedplate_devices::platform::{HOTPLUG_LEN, PM_BLOCK_LEN, RTC_LEN, SERIAL_LEN, SLEEP_TYPE_S5};
+use bedplate_devices::virtio::mmio::{Place, WINDOW_LEN};
 
 use super::tables::{OEM, OEM_REVISION, OEM_TABLE};
 use super::{Description, ECAM_LEN, HOTPLUG_PORT, PM_PORT, hotplug};
@@ -41,6 +43,7 @@ pub(super) fn dsdt(description: &Description) -> Sdt {
             &Board,
             &Serial,
             &Clock,
+            &VirtioDevices(&description.virtio),
         ],
     )
     .to_aml_bytes(&mut aml);
@@ -184,5 +187,32 @@ impl Aml for Clock {
             ],
         )
         .to_aml_bytes(sink);
+    }
+}
+
+struct VirtioDevices<'a>(&'a [Place]);
+
+impl Aml for VirtioDevices<'_> {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        for (index, place) in (0u8..).zip(self.0) {
+            Device::new(
+                Path::new(&format!("V{index:03}")),
+                vec![
+                    &Name::new(Path::new("_HID"), &"LNRO0005"),
+                    &Name::new(Path::new("_UID"), &index),
+                    // Coherent for DMA.
+                    &Name::new(Path::new("_CCA"), &1u8),
+                    &Name::new(
+                        Path::new("_CRS"),
+                        &ResourceTemplate::new(vec![
+                            // Below 4 GiB.
+                            &Memory32Fixed::new(true, place.address as u32, WINDOW_LEN as u32),
+                            &Interrupt::new(true, true, false, false, place.pin),
+                        ]),
+                    ),
+                ],
+            )
+            .to_aml_bytes(sink);
+        }
     }
 }

@@ -9,6 +9,7 @@ use std::ops::Range;
 use acpi_tables::Aml;
 use bedplate_devices::Memory;
 use bedplate_devices::pci;
+use bedplate_devices::virtio::mmio::Place;
 use vm_memory::{Bytes, GuestAddress};
 
 /// Length of the memory-mapped PCI configuration space.
@@ -21,7 +22,7 @@ pub const HOTPLUG_PORT: u16 = 0x610;
 pub const SCI: u32 = 9;
 
 /// Where they lie for a kernel that is booted directly: 16 bytes aligned, as the root must be.
-const AREA: Range<u64> = 0xe_0000..0x10_0000;
+const AREA: Range<u64> = 0xe_0000..crate::mp_table::AREA.start;
 
 /// What the tables tell.
 pub struct Description {
@@ -35,6 +36,8 @@ pub struct Description {
     pub mmio64: Range<u64>,
     /// The PM timer is told of.
     pub timer: bool,
+    /// Virtio devices for a guest without PCI.
+    pub virtio: Vec<Place>,
 }
 
 /// The tables do not fit where they must lie: our bug.
@@ -151,6 +154,7 @@ mod tests {
             mmio32: vec![0xc000_0000..0xd000_0000, 0xd000_0000..0xe000_0000],
             mmio64: 1 << 34..1 << 35,
             timer: false,
+            virtio: crate::machine::ports::virtio_places().take(3).collect(),
         };
         let rsdp = write(&ram.memory, &description).unwrap();
         let mut root = [0; 36];
@@ -171,6 +175,7 @@ mod tests {
                 assert_eq!((&dsdt[..4], sum(&dsdt)), (&b"DSDT"[..], 0));
                 let count = |name: &[u8]| dsdt.windows(name.len()).filter(|bytes| *bytes == name).count();
                 assert_eq!((count(b"ACPI0007"), count(b"_MAT"), count(b"_STA")), (8, 2, 2), "two come later");
+                assert_eq!(count(b"LNRO0005"), 3);
             }
             if names.last().unwrap() == "APIC" {
                 // Enabled; or, of those that come later, online capable.
@@ -189,6 +194,7 @@ mod tests {
                 mmio32: vec![0xc000_0000..0xd000_0000, 0xd000_0000..0xe000_0000],
                 mmio64: 1 << 34..1 << 35,
                 timer,
+                virtio: Vec::new(),
             };
             let Tables { bytes, summed, .. } = Tables::new(&description, 0);
             let mut tables = summed.iter().map(|range| &bytes[range.clone()]);

@@ -1,5 +1,6 @@
 //! The kernel's command line.
 
+use bedplate_devices::virtio::mmio::{Place, WINDOW_LEN};
 use linux_loader::cmdline::Cmdline;
 
 /// Where boot arguments are not given.
@@ -32,12 +33,12 @@ pub enum CmdlineError {
 /// # Errors
 /// Too long, or not printable ASCII.
 pub fn compose(args: Option<&str>, root: Option<&RootDevice>) -> Result<String, CmdlineError> {
-    let given = with_pci(args.unwrap_or(DEFAULT).trim());
+    let given = args.unwrap_or(DEFAULT).trim();
     if let Some(bad) = given.chars().find(|c| !c.is_ascii_graphic() && *c != ' ') {
         return Err(CmdlineError::Character(bad));
     }
     // The crate counts the terminator.
-    let mut line = Cmdline::try_from(&given, MAX_LEN + 1)?;
+    let mut line = Cmdline::try_from(given, MAX_LEN + 1)?;
     let names_root = args.is_some_and(|args| args.split_whitespace().any(|arg| arg.starts_with("root=")));
     if let Some(root) = root.filter(|_| !names_root) {
         line.insert("root", &root.name)?;
@@ -47,13 +48,21 @@ pub fn compose(args: Option<&str>, root: Option<&RootDevice>) -> Result<String, 
     Ok(String::from_utf8_lossy(line.as_bytes()).into_owned())
 }
 
-/// Without `pci=off`, which nearly every client of Firecracker passes, because devices are not on PCI there unless it is
-/// asked for. Here they always are, and a kernel that was told so would find none, not even its disk.
-fn with_pci(args: &str) -> String {
+/// The line for a kernel that shall do without PCI (`pci=off`): it finds `virtio` by it where it has no ACPI. Nearly every
+/// client of Firecracker says `pci=off`.
+pub(super) fn with_virtio(line: &str, virtio: &[Place]) -> String {
     // What follows `--` is for init.
-    let (kernel, init) = args.split_at(args.find(" -- ").unwrap_or(args.len()));
-    let kept: Vec<_> = kernel.split(' ').filter(|arg| *arg != "pci=off").collect();
-    kept.join(" ") + init
+    let (kernel, init) = line.split_at(line.find(" -- ").unwrap_or(line.len()));
+    let options = kernel.split(' ').filter_map(|arg| arg.strip_prefix("pci="));
+    if !options.flat_map(|options| options.split(',')).any(|option| option == "off") {
+        return line.into();
+    }
+    let device = |place: &Place| {
+        let Place { address, pin } = place;
+        format!(" virtio_mmio.device={}K@{address:#x}:{pin}", WINDOW_LEN >> 10)
+    };
+    let devices: String = virtio.iter().map(device).collect();
+    format!("{kernel}{devices}{init}")
 }
 
 #[cfg(test)]
@@ -71,11 +80,15 @@ mod tests {
     }
 
     #[test]
-    fn pci_is_not_turned_off() {
-        let line = |args: &str| compose(Some(args), None).unwrap();
-        assert_eq!(line("console=ttyS0 reboot=k panic=1 pci=off"), "console=ttyS0 reboot=k panic=1");
-        assert_eq!(line("pci=off  quiet -- pci=off"), "quiet -- pci=off");
-        assert_eq!(line("pci=nomsi xpci=off a  b"), "pci=nomsi xpci=off a  b");
+    fn a_kernel_without_pci_is_told_of_devices() {
+        let places = [(0xc000_1000, 5), (0xc000_2000, 6)].map(|(address, pin)| Place { address, pin });
+        let line = |args: &str| with_virtio(args, &places);
+        const DEVICES: &str = "virtio_mmio.device=4K@0xc0001000:5 virtio_mmio.device=4K@0xc0002000:6";
+        assert_eq!(line("panic=1 pci=off"), format!("panic=1 pci=off {DEVICES}"));
+        assert_eq!(line("pci=nomsi,off quiet -- single"), format!("pci=nomsi,off quiet {DEVICES} -- single"));
+        for with_pci in ["", "quiet", "pci=nomsi", "xpci=off", "pci=offer", "quiet -- pci=off"] {
+            assert_eq!(line(with_pci), with_pci);
+        }
     }
 
     #[test]

@@ -16,6 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use bedplate_devices::Memory;
+use bedplate_devices::virtio::mmio::Place;
 use vm_memory::{Bytes, GuestAddress};
 
 pub use cmdline::{CmdlineError, DEFAULT as DEFAULT_CMDLINE, RootDevice, compose as compose_cmdline};
@@ -155,27 +156,30 @@ struct Initrd {
     len: u64,
 }
 
-/// Loads all of `config` into `ram`, beside the ACPI tables that lie there already, with their root at `rsdp`.
+/// Loads all of `config` into `ram`, beside the ACPI tables that lie there already, with their root at `rsdp`. A kernel
+/// that shall do without PCI is told of `virtio`.
 ///
 /// # Errors
 /// A file is missing, of a wrong format or damaged, or there is no room for it.
-pub fn load(ram: &Ram, config: &BootConfig, rsdp: u64) -> Result<Entry, BootError> {
+pub fn load(ram: &Ram, config: &BootConfig, rsdp: u64, virtio: &[Place]) -> Result<Entry, BootError> {
     let kernel = load_kernel(ram, &config.kernel)?;
-    if config.cmdline.len() > kernel.cmdline_limit {
-        let (len, limit) = (config.cmdline.len(), kernel.cmdline_limit);
+    let line = cmdline::with_virtio(&config.cmdline, virtio);
+    let limit = kernel.cmdline_limit.min(cmdline::MAX_LEN);
+    if line.len() > limit {
+        let len = line.len();
         return Err(BootError::Cmdline { len, limit, path: config.kernel.clone() });
     }
     let initrd = config.initrd.as_deref().map(|path| load_initrd(ram, path, &kernel)).transpose()?;
-    write_cmdline(&ram.memory, &config.cmdline)?;
+    write_cmdline(&ram.memory, &line)?;
     let is_32 = matches!(kernel.protocol, Protocol::Linux32 { .. });
     start::write(&ram.memory, if is_32 { &start::GDT_32 } else { &start::GDT })?;
     match kernel.protocol {
         Protocol::Linux64 { rip, header } => {
-            params::write_zero_page(ram, header, config.cmdline.len(), initrd, rsdp)?;
+            params::write_zero_page(ram, header, line.len(), initrd, rsdp)?;
             Ok(Entry::Linux64 { rip, zero_page: start::ZERO_PAGE })
         }
         Protocol::Linux32 { rip, header } => {
-            params::write_zero_page(ram, header, config.cmdline.len(), initrd, rsdp)?;
+            params::write_zero_page(ram, header, line.len(), initrd, rsdp)?;
             // The address is a constant below 1 MiB.
             Ok(Entry::Linux32 { rip, zero_page: start::ZERO_PAGE as u32 })
         }

@@ -22,7 +22,7 @@ fn try_load(bytes: &[u8], initrd: Option<&[u8]>) -> Result<(Entry, Ram), BootErr
         cmdline: "quiet".into(),
     };
     let ram = Ram::new(32, Pages::Normal).unwrap();
-    load(&ram, &config, 0xe_0000).map(|entry| (entry, ram))
+    load(&ram, &config, 0xe_0000, &[]).map(|entry| (entry, ram))
 }
 
 fn error(bytes: &[u8]) -> String {
@@ -141,6 +141,6 @@ fn other_files_are_recognised_and_too_large_kernels_refused() {
     let too_large = try_load(&bzimage(&[0; 4096]), Some(&vec![0; 20 << 20])).map(|_| ()).unwrap_err();
     assert!(too_large.to_string().starts_with("initrd "), "{too_large}");
     let missing = BootConfig { kernel: "/nowhere/vmlinuz".into(), initrd: None, cmdline: String::new() };
-    let message = load(&Ram::new(32, Pages::Normal).unwrap(), &missing, 0).unwrap_err().to_string();
+    let message = load(&Ram::new(32, Pages::Normal).unwrap(), &missing, 0, &[]).unwrap_err().to_string();
     assert!(message.starts_with("kernel /nowhere/vmlinuz: No such file"), "{message}");
 }

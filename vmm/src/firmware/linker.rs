@@ -111,6 +111,7 @@ mod tests {
             mmio32: vec![0xc000_0000..0xd000_0000, 0xd000_0000..0xe000_0000],
             mmio64: 1 << 34..1 << 35,
             timer: true,
+            virtio: Vec::new(),
         };
         let tables = Tables::new(&description, 0);
         let script = script(&tables);

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use bedplate_devices::pci::{self, PciRoot};
 use bedplate_devices::platform::{Booted, DebugLine, FwCfg, Rtc};
+use bedplate_devices::virtio::mmio::Place;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::lifecycle::Lifecycle;
@@ -24,6 +25,7 @@ use crate::firmware::{self, FirmwareError};
 use crate::kvm::{Creation, Vcpu, install_kick_signal};
 use crate::memory::{MemoryError, Ram, Sharing, layout};
 use crate::metadata::Metadata;
+use crate::mp_table;
 use crate::pmem::{PmemFile, Watch};
 use crate::sandbox::Sandbox;
 
@@ -85,6 +87,14 @@ impl Windows {
     }
 }
 
+/// Where virtio devices are for a guest without PCI, which firmware never is. As many as have a place.
+fn places(config: &Config) -> Vec<Place> {
+    match config.boot {
+        Boot::Kernel(_) => ports::virtio_places().take(config.devices()).collect(),
+        Boot::Firmware(_) => Vec::new(),
+    }
+}
+
 /// The clock; in its RAM is what firmware looks for there.
 fn clock(boot: &Boot, ram: &Ram) -> Rtc {
     match boot {
@@ -116,11 +126,13 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         mmio32: windows.mmio32.clone(),
         mmio64: windows.mmio64.clone(),
         timer: matches!(config.boot, Boot::Firmware(_)),
+        virtio: places(config),
     };
     let entry = match &config.boot {
         Boot::Kernel(kernel) => {
             let rsdp = acpi::write(&ram.memory, &description)?;
-            boot::load(&ram, kernel, rsdp)?
+            mp_table::write(&ram.memory, config.vcpus)?;
+            boot::load(&ram, kernel, rsdp, &description.virtio)?
         }
         // It goes around RAM and reads its tables from a device: below.
         Boot::Firmware(_) => Entry::Reset,
@@ -164,6 +176,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     };
     let mut attach = plug.attach(When::Start, &pci, &ram.memory, &mut devices);
     attach.files = &files;
+    attach.windows = Some((&buses.mmio, description.virtio.iter()));
     let disks = config.drives.iter().map(|disk| attach.disk(disk)).collect::<Result<Vec<_>, _>>()?;
     for net in &config.nets {
         attach.net(net)?;

@@ -36,6 +36,7 @@ use crate::debugger::Debugging;
 use crate::firmware::FirmwareError;
 use crate::kvm::{KvmError, Vcpu, VcpuState, Vm};
 use crate::memory::{MemoryError, Ram};
+use crate::mp_table::MpTableError;
 use crate::pmem::{PmemFileError, Watching};
 use crate::sandbox::SandboxError;
 use counters::ExitCounters;
@@ -71,6 +72,8 @@ pub enum BuildError {
     Pci(#[from] PciError),
     #[error(transparent)]
     Acpi(#[from] AcpiError),
+    #[error(transparent)]
+    MpTable(#[from] MpTableError),
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
     /// Two devices in one place: our bug.

@@ -16,6 +16,7 @@ use bedplate_devices::virtio::balloon::{Balloon, BalloonConfig};
 use bedplate_devices::virtio::block::{Block, BlockConfig, OpenError};
 use bedplate_devices::virtio::console::{Console, WindowSize};
 use bedplate_devices::virtio::mem::{Mem, MemConfig};
+use bedplate_devices::virtio::mmio::{Place, WINDOW_LEN, Window};
 use bedplate_devices::virtio::net::{Net, NetConfig, Seen, TapError, VhostError, VhostNet, VhostUserNet};
 use bedplate_devices::virtio::pci::{VirtioPciDevice, VirtioPciError};
 use bedplate_devices::virtio::pmem::{Pmem, PmemConfig};
@@ -189,6 +190,8 @@ pub(super) struct Attach<'a> {
     pub taps: &'a Taps,
     /// In the guest's address space beside its memory.
     pub files: &'a [PmemFile],
+    /// For a guest without PCI: the bus of the windows, and the places that are left.
+    pub windows: Option<(&'a Bus, std::slice::Iter<'a, Place>)>,
     pub devices: &'a mut Devices,
 }
 
@@ -357,6 +360,12 @@ impl Attach<'_> {
         let metrics = Arc::clone(device.metrics());
         let function = VirtioPciDevice::new(device, self.memory, &self.host).map_err(DeviceError::Transport)?;
         let function = Arc::new(Mutex::new(function));
+        if let Some((bus, places)) = &mut self.windows
+            && let Some(place) = places.next()
+        {
+            let window = Window::new(&function, *place, self.pci.written());
+            bus.insert(place.address, WINDOW_LEN, Arc::new(Mutex::new(window)))?;
+        }
         let shared = Arc::clone(&function) as Arc<Mutex<dyn PciFunction>>;
         let slot = match self.when {
             When::Start => self.pci.add_shared(shared)?,

@@ -1,4 +1,8 @@
-//! Where the platform devices sit: as on every PC.
+//! Where the platform devices sit: as on every PC. And where virtio devices are for a guest without PCI.
+
+use bedplate_devices::virtio::mmio::{Place, WINDOW_LEN};
+
+use crate::memory::layout;
 
 /// First serial port.
 pub const SERIAL: u16 = 0x3f8;
@@ -12,3 +16,12 @@ pub const PCI: std::ops::Range<u64> = 0xc000..0x1_0000;
 pub const PCI_ELSEWHERE: std::ops::Range<u64> = 0x1000..PCI.start;
 /// Keyboard controller.
 pub const I8042: u16 = 0x60;
+
+/// Pins that nothing else has, in the order in which devices get them: those first that a guest without I/O APIC reaches
+/// (`noapic`), which are on both.
+const VIRTIO_PINS: [u32; 16] = [5, 6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
+
+/// Places of virtio devices in the order in which they are attached, as many as there are.
+pub fn virtio_places() -> impl Iterator<Item = Place> {
+    (layout::VIRTIO..).step_by(WINDOW_LEN as usize).zip(VIRTIO_PINS).map(|(address, pin)| Place { address, pin })
+}

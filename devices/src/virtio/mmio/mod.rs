@@ -2,8 +2,8 @@
 //!
 //! A device that sits on PCI has a window of such registers beside it, for a guest without PCI: `pci=off`, or a kernel that
 //! was built so, as nearly all are that were made for Firecracker. It is the same device with the same registers at
-//! other places. Once a guest has looked at what is on PCI, the window is empty as the specification has it, with a device
-//! number of 0, so that no driver takes the device a second time.
+//! other places. Once a guest has begun to configure what is on PCI, the window is empty as the specification has it, with
+//! a device number of 0, so that no driver takes the device a second time.
 //!
 //! What it costs beside PCI: one interrupt for all queues, which the guest has to ask for its reason and to
 //! acknowledge, two exits; and notifications that are writes to memory.
@@ -55,12 +55,12 @@ pub struct Window {
     /// Not an owner: a device that is taken off PCI is gone here, too.
     device: Weak<Mutex<VirtioPciDevice>>,
     place: Place,
-    /// The guest has looked at PCI.
+    /// The guest takes devices from PCI.
     on_pci: Arc<AtomicBool>,
 }
 
 impl Window {
-    /// Of `device`, at `place` of a bus. `on_pci` is [`crate::pci::PciRoot::seen`] of its root.
+    /// Of `device`, at `place` of a bus. `on_pci` is [`crate::pci::PciRoot::written`] of its root.
     pub fn new(device: &Arc<Mutex<VirtioPciDevice>>, place: Place, on_pci: Arc<AtomicBool>) -> Self {
         Self { device: Arc::downgrade(device), place, on_pci }
     }

@@ -7,8 +7,8 @@ use crate::host::Doorbell;
 use crate::metrics::DeviceMetrics;
 use crate::pci::{PciFunction, Slot};
 use crate::testing::{Driver, DriverQueue, FakeVector, Machine, Piece, RamDisk};
-use crate::virtio::{Interrupt, VirtioDevice};
 use crate::virtio::block::{Block, BlockConfig, BlockControl};
+use crate::virtio::{Interrupt, VirtioDevice};
 
 const PLACE: Place = Place { address: 0xc000_1000, pin: 5 };
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -30,7 +30,7 @@ impl Rig {
         let (metrics, disk) = (Arc::clone(block.metrics()), block.control());
         let device = VirtioPciDevice::new(block, &machine.memory, &machine.transport_host()).unwrap();
         let device = Arc::new(Mutex::new(device));
-        let window = Window::new(&device, PLACE, machine.root.seen());
+        let window = Window::new(&device, PLACE, machine.root.written());
         let known = Arc::downgrade(&device);
         let slot = machine.root.add_shared(device as Arc<Mutex<dyn PciFunction>>).unwrap();
         machine.bus.insert(PLACE.address, WINDOW_LEN, Arc::new(Mutex::new(window))).unwrap();
@@ -136,14 +136,15 @@ fn without_an_ioeventfd_a_notification_does_the_same() {
 }
 
 #[test]
-fn a_guest_that_looks_at_pci_finds_the_window_empty() {
+fn a_guest_that_has_pci_finds_the_window_empty() {
     let rig = Rig::new();
-    // Nothing but the host bridge, and an empty slot: that is no look at a device.
-    rig.machine.read_config(Slot::new(0).unwrap(), 0);
-    rig.machine.read_config(Slot::new(9).unwrap(), 0);
+    // To look is nothing, nor to write where there is no device.
+    rig.machine.read_config(rig.slot, 0);
+    rig.machine.write_config(Slot::new(0).unwrap(), 4, 0);
+    rig.machine.write_config(Slot::new(9).unwrap(), 4, 0);
     assert_eq!(rig.read(DEVICE_ID), 2);
     let (mut queue, _) = rig.up();
-    rig.machine.read_config(rig.slot, 0);
+    rig.machine.write_config(rig.slot, 0x10, u32::MAX);
     assert_eq!(rig.read(DEVICE_ID), 2, "it is at work already");
     rig.run(&mut queue);
     rig.write(STATUS, 0);

@@ -49,7 +49,15 @@ impl Transport {
         let lines = Arc::new(Lines::new(sizes.len(), vectors, Arc::clone(device.metrics())));
         let offered = device.features() | device.ring_features();
         let registers = Registers::new(offered, sizes, sizes.len() as u16 + 1, Arc::clone(&lines));
-        Ok(Self { device, registers, lines, host: Arc::clone(host), memory: Arc::clone(memory), notify, register: None })
+        Ok(Self {
+            device,
+            registers,
+            lines,
+            host: Arc::clone(host),
+            memory: Arc::clone(memory),
+            notify,
+            register: None,
+        })
     }
 
     /// The driver writes the register at `offset` of [`Registers`], and what it asks for is done.
