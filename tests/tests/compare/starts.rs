@@ -5,7 +5,7 @@ use bedplate_tests::inside::{figure, rounds};
 
 use crate::figures::Figure;
 use crate::guests::{self, DEBIAN, Guest, SMALL};
-use crate::sides::{self, Extras, Side};
+use crate::sides::{self, Extras, Side, Way};
 use crate::trace::{self, Trace};
 
 /// VMs that are started in a row.
@@ -29,7 +29,8 @@ struct Start {
 
 pub fn figures() -> Result<()> {
     guests::write_small()?;
-    let sides = sides::all()?;
+    let mut sides = sides::all()?;
+    sides.push(sides::ours("bedplate with pci=off", Way::NoPci));
     let trace = Trace::open()?;
     let new = |what, unit| Figure::new(what, unit, &sides);
     let mut small = new("exec to the first instruction of a guest of 2 KiB", "ms");
