@@ -92,9 +92,9 @@ pub struct Fault {
     pub fault_message: String,
 }
 
-/// Everything that makes a VM: the body of a `--config-file`.
+/// Everything that makes a VM: the body of a `--config-file`. Unknown sections are for who reads it to refuse, or to name.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case")]
 pub struct VmConfig {
     /// Kernel, initial RAM disk and command line; or firmware.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -26,6 +26,12 @@ pub trait MsiVector: Send + Sync {
     fn unroute(&self) -> io::Result<()>;
 }
 
+/// A way to a pin of the host's interrupt controllers. It ends when this is dropped, whoever else has the descriptor.
+pub trait Pin: Send + Sync {
+    /// The descriptor whose signal is an edge on the pin.
+    fn trigger(&self) -> &EventFd;
+}
+
 /// Where a guest notifies a device of a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Doorbell {
@@ -48,11 +54,11 @@ pub trait TransportHost: Send + Sync {
     /// The host has none left.
     fn msi_vector(&self) -> io::Result<Box<dyn MsiVector>>;
 
-    /// A descriptor whose signal is an edge on this pin of the interrupt controllers, until it is closed.
+    /// Another way to this pin of the interrupt controllers (GSI).
     ///
     /// # Errors
     /// The host has no descriptors left, or refused.
-    fn pin(&self, pin: u32) -> io::Result<EventFd>;
+    fn pin(&self, gsi: u32) -> io::Result<Box<dyn Pin>>;
 
     /// From now on a guest's write to `doorbell` signals `event` instead of going to a device.
     ///

@@ -305,15 +305,7 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
         hotplug: spec.memory_hotplug.as_ref().map(memory_hotplug).transpose()?,
         console: spec.console.as_ref().map(console).transpose()?,
     };
-    let others = [
-        config.vsock.is_some(),
-        config.entropy.is_some(),
-        config.balloon.is_some(),
-        config.hotplug.is_some(),
-        config.console.is_some(),
-    ];
-    let named = config.drives.len() + config.nets.len() + config.pmems.len() + config.filesystems.len();
-    let devices = named + others.iter().filter(|there| **there).count();
+    let devices = config.devices();
     match (&config.balloon, config.pages) {
         // What it gives back, another VM could reserve.
         (Some(_), Pages::Huge) => return Err(ConfigError::BalloonOfHugePages),

@@ -1,11 +1,8 @@
 //! Reading what clients send.
 
-use std::fmt;
-
-use serde::de::{DeserializeOwned, Error, MapAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::value::RawValue;
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde::de::{DeserializeOwned, Error};
+use serde_json::Value;
 
 /// What an object describes. An array in the place of an object is refused, at the top and within: serde would take it
 /// for a struct, field after field.
@@ -24,44 +21,23 @@ pub fn object<T: DeserializeOwned + Serialize>(text: &[u8]) -> serde_json::Resul
     Ok(value)
 }
 
-/// As [`object`]; but what is `null` at the top is left out, whatever its name, because that asks for nothing. Clients of
-/// Firecracker write names that Firecracker does not look at.
+/// As [`object`], for one whose unknown fields are nobody's: beside it their names. At the top only, and without those that
+/// are `null`, which ask for nothing.
 ///
 /// # Errors
-/// As [`object`]: a name with something behind it is refused.
-pub fn sections<T: DeserializeOwned + Serialize>(text: &[u8]) -> serde_json::Result<T> {
-    object(text).or_else(|error| {
-        let Ok(Sections(sections)) = serde_json::from_slice(text) else { return Err(error) };
-        let sections = sections.iter().filter(|(_, section)| section.get() != "null");
-        let sections: Vec<_> = sections.map(|(name, section)| format!("{}:{section}", json!(name))).collect();
-        // The first error knows its place in the text.
-        object(format!("{{{}}}", sections.join(",")).as_bytes()).map_err(|_| error)
-    })
-}
-
-/// An object's fields, in their own words: those that are there twice are there twice.
-struct Sections<'a>(Vec<(String, &'a RawValue)>);
-
-impl<'de: 'a, 'a> Deserialize<'de> for Sections<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Fields;
-        impl<'de> Visitor<'de> for Fields {
-            type Value = Sections<'de>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Sections<'de>, A::Error> {
-                let mut fields = Vec::new();
-                while let Some(field) = map.next_entry()? {
-                    fields.push(field);
-                }
-                Ok(Sections(fields))
-            }
-        }
-        deserializer.deserialize_map(Fields)
+/// As [`object`].
+pub fn sections<T: DeserializeOwned + Serialize>(text: &[u8]) -> serde_json::Result<(T, Vec<String>)> {
+    let value = object(text)?;
+    let mut unknown = Vec::new();
+    // Nothing else is ignored: what a section describes has no unknown fields.
+    let _: T = serde_ignored::deserialize(&mut serde_json::Deserializer::from_slice(text), |name| {
+        unknown.push(name.to_string());
+    })?;
+    if !unknown.is_empty() {
+        let sent: Value = serde_json::from_slice(text)?;
+        unknown.retain(|name| !sent[name].is_null());
     }
+    Ok((value, unknown))
 }
 
 /// Compares what was sent with how it would be written.
@@ -97,16 +73,21 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_section_without_anything_in_it_is_nobodys_loss() {
-        let read = |text: &str| sections::<VmConfig>(text.as_bytes()).map_err(|error| error.to_string());
-        assert_eq!(read(r#"{"vsock_device": null, "vsock": null}"#), Ok(VmConfig::default()));
-        assert!(read(r#"{"vsock_device": null, "vsock_device2": {}}"#).unwrap_err().contains("at line 1"));
-        assert!(read(r#"{"machine-config": {"none": null}}"#).is_err());
-        let twice = r#"{"none": null, "drives": [], "drives": []}"#;
-        let within = r#"{"none": null, "machine-config": {"vcpu_count": 1, "mem_size_mib": 64, "vcpu_count": 2}}"#;
-        assert!(read(twice).is_err() && read(within).is_err());
-        assert!(read(&within.replace(r#", "vcpu_count": 2"#, "")).is_ok());
-        assert!(read("[]").is_err());
+    fn an_unknown_section_is_named_and_nothing_within_one_is_unknown() {
+        let unknown = |text: &str| sections::<VmConfig>(text.as_bytes()).map(|(_, unknown)| unknown);
+        assert_eq!(unknown(r#"{"vsock_device": null, "vsock": null}"#).unwrap(), [""; 0]);
+        assert_eq!(
+            unknown(r#"{"drive": [{}], "drives": [], "vsock_device": {"a": 1}}"#).unwrap(),
+            ["drive", "vsock_device"]
+        );
+        for refused in [
+            "[]",
+            r#"{"machine-config": {"none": null}}"#,
+            r#"{"none": 1, "drives": [], "drives": []}"#,
+            r#"{"none": 1, "machine-config": {"vcpu_count": 1, "mem_size_mib": 64, "vcpu_count": 2}}"#,
+        ] {
+            assert!(unknown(refused).is_err(), "{refused}");
+        }
     }
 
     #[test]

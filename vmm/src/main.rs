@@ -215,7 +215,14 @@ fn run(args: &Args) -> Result<Exit> {
     let api_sock = args.api_sock.as_deref().or(default_sock).filter(|_| !args.no_api);
     let server = api_sock.map(|path| Server::listen(path, args.http_api_max_payload_size)).transpose()?;
     if let Some(path) = &args.config_file {
-        session.start_with(read_config(path)?)?;
+        let (config, unknown) = read_config(path)?;
+        for section in unknown {
+            session.warn(&format!(
+                "config file {}: there is no section {section}, and what is in it has no effect",
+                path.display()
+            ));
+        }
+        session.start_with(config)?;
         if matches!(args.serial, Target::Stdio) && std::io::stdin().is_terminal() {
             eprint!("Ctrl-A X ends the VM\r\n");
         }
@@ -270,7 +277,8 @@ fn sandbox(args: &Args) -> Option<Sandbox> {
     Some(sandbox)
 }
 
-fn read_config(path: &Path) -> Result<VmConfig> {
+/// And the names of sections that there are not.
+fn read_config(path: &Path) -> Result<(VmConfig, Vec<String>)> {
     let text = std::fs::read(path).with_context(|| format!("config file {} cannot be read", path.display()))?;
     json::sections(&text)
         .with_context(|| format!("config file {} is not a VM's configuration; correct it", path.display()))

@@ -1,8 +1,9 @@
 //! Guest RAM, always a file in memory, and the map of the guest's physical addresses.
 //!
 //! ```text
-//! 0            low RAM, up to 3 GiB (the page tables and tables of `boot::start` and `acpi` lie in its first MiB)
+//! 0            low RAM, up to 3 GiB (what `boot::start`, `acpi` and `mp_table` write lies in its first MiB)
 //! 3 GiB        boot timer, where there is one
+//! 3 GiB + 4K   windows of virtio-mmio, 64 KiB, for a kernel that is booted directly
 //! 3 GiB + 1M   window for 32-bit BARs, 511 MiB
 //! 3.5 GiB      ECAM, 1 MiB per bus
 //! 4 GiB - 20M  I/O APIC, local APICs, Intel's identity map and task segment

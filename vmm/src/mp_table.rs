@@ -17,6 +17,7 @@ const HEADER_LEN: usize = 44;
 /// Revision 1.4.
 const REVISION: u8 = 4;
 const APIC_VERSION: u8 = 0x14;
+const IO_APIC_VERSION: u8 = 0x11;
 const PINS: u8 = 24;
 const ENABLED: u8 = 1;
 const FIRST: u8 = 2;
@@ -64,7 +65,7 @@ fn table(vcpus: u8) -> Vec<u8> {
     entries.push([&[1, 0], b"ISA   ".as_slice()].concat());
     // Its id is above those of the processors.
     let io_apic = vcpus;
-    entries.push([&[2, io_apic, APIC_VERSION, ENABLED], layout::IO_APIC.to_le_bytes().as_slice()].concat());
+    entries.push([&[2, io_apic, IO_APIC_VERSION, ENABLED], layout::IO_APIC.to_le_bytes().as_slice()].concat());
     // Kind, flags as the bus has them, which is edges, and where from and to: the pins are the ISA bus's interrupts, and
     // those above are said to be.
     entries.extend((0..PINS).map(|pin| vec![3, VECTORED, 0, 0, 0, pin, io_apic, pin]));

@@ -128,7 +128,8 @@ fn memory_mapped_accesses_and_notifies() {
         0x24, 0xfe, 0x0f, 0x22, 0xc0,             // and al, 0xfe; mov cr0, eax
         0x66, 0xbe, 0x00, 0x00, 0x20, 0x00,       // mov esi, 0x200000
         0x67, 0x66, 0xc7, 0x06, 0xef, 0xbe, 0xad, 0xde, // mov dword [esi], 0xdeadbeef
-        0xe6, 0xe4,                               // out 0xe4, al: an ioeventfd
+        0x67, 0x66, 0xc7, 0x06, 7, 0, 0, 0,       // mov dword [esi], 7: an ioeventfd
+        0xe6, 0xe4,                               // out 0xe4, al: another one
         0x67, 0x8a, 0x06, 0xe6, 0xe0,             // mov al, [esi]; out 0xe0, al
     ];
     let mut image = code.to_vec();
@@ -142,10 +143,15 @@ fn memory_mapped_accesses_and_notifies() {
     let notify = EventFd::new(libc::EFD_NONBLOCK).unwrap();
     machine.interrupts().add_doorbell(Doorbell::Port(0xe4), &notify).unwrap();
     assert!(machine.interrupts().add_doorbell(Doorbell::Port(0xe4), &notify).is_err(), "the same twice");
+    let [seven, eight] = [(), ()].map(|()| EventFd::new(libc::EFD_NONBLOCK).unwrap());
+    for (value, event) in [(7, &seven), (8, &eight)] {
+        machine.interrupts().add_doorbell(Doorbell::Register { address: MMIO, value }, event).unwrap();
+    }
     let (exit, counts) = machine.run();
     assert_eq!(exit.detail, "[1]");
     assert_eq!(recorder.lock().unwrap().writes, [(0, vec![0xef, 0xbe, 0xad, 0xde])]);
-    assert_eq!(notify.read().unwrap(), 1);
+    assert_eq!((notify.read().unwrap(), seven.read().unwrap()), (1, 1));
+    assert!(eight.read().is_err());
     assert_eq!((counts.mmio_write, counts.mmio_read, counts.unknown_mmio), (1, 1, 0));
 }
 

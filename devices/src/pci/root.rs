@@ -69,7 +69,7 @@ impl PciRoot {
         let slots = BTreeMap::from([(BRIDGE, bridge)]);
         let memory = Forwarding::new(memory.0, memory.1);
         let spaces = Spaces { memory, ports: Forwarding::new(ports.0, ports.1) };
-        Self { functions: Arc::new(Mutex::new(Functions { slots, spaces, written: Arc::default() })) }
+        Self { functions: Arc::new(Mutex::new(Functions { slots, spaces, configured: Arc::default() })) }
     }
 
     /// Puts `function` into the next free slot and gives each of its BARs an address, as firmware would. The guest still
@@ -124,8 +124,8 @@ impl PciRoot {
     /// Set as soon as the guest has written a register of a device here, the host bridge not counted: it has PCI and takes
     /// devices from there, which begins with a look at how large their BARs are. To read is not enough: Linux looks for
     /// graphics of Intel's whatever it was told.
-    pub fn written(&self) -> Arc<AtomicBool> {
-        Arc::clone(&self.lock().written)
+    pub fn configured(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.lock().configured)
     }
 
     /// What answers at the memory-mapped configuration window, [`super::ECAM_LEN`] bytes long.
@@ -255,7 +255,7 @@ enum Placement {
 pub(super) struct Functions {
     slots: BTreeMap<Slot, Entry>,
     spaces: Spaces,
-    written: Arc<AtomicBool>,
+    configured: Arc<AtomicBool>,
 }
 
 impl Functions {
@@ -286,7 +286,7 @@ impl Functions {
     pub(super) fn write_config(&mut self, slot: Slot, register: u16, data: &[u8]) {
         if let Some(entry) = self.slots.get_mut(&slot) {
             if slot != BRIDGE {
-                self.written.store(true, Ordering::SeqCst);
+                self.configured.store(true, Ordering::SeqCst);
             }
             lock(&entry.function).write_config(register, data);
             entry.remap(&self.spaces);

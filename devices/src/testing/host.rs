@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::Memory;
 use crate::bus::Bus;
-use crate::host::{Doorbell, MsiVector, TransportHost};
+use crate::host::{Doorbell, MsiVector, Pin, TransportHost};
 use crate::pci::{self, PciFunction, PciRoot, Slot};
 
 /// How long anything may take before a test gives up.
@@ -51,6 +52,12 @@ impl FakeVector {
 
 struct Line(Arc<FakeVector>);
 
+impl Pin for Line {
+    fn trigger(&self) -> &EventFd {
+        &self.0.event
+    }
+}
+
 impl MsiVector for Line {
     fn trigger(&self) -> &EventFd {
         &self.0.event
@@ -72,6 +79,8 @@ impl MsiVector for Line {
 pub struct FakeHost {
     /// In the order of allocation.
     pub vectors: Mutex<Vec<Arc<FakeVector>>>,
+    /// Whether it has no way to a pin.
+    pub refuses_pins: AtomicBool,
     pins: Mutex<BTreeMap<u32, Arc<FakeVector>>>,
     doorbells: Mutex<Vec<(Doorbell, EventFd)>>,
 }
@@ -104,8 +113,11 @@ impl TransportHost for FakeHost {
         Ok(Box::new(Line(vector)))
     }
 
-    fn pin(&self, pin: u32) -> io::Result<EventFd> {
-        self.line(pin).event.try_clone()
+    fn pin(&self, gsi: u32) -> io::Result<Box<dyn Pin>> {
+        if self.refuses_pins.load(Ordering::SeqCst) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        Ok(Box::new(Line(self.line(gsi))))
     }
 
     fn add_doorbell(&self, doorbell: Doorbell, event: &EventFd) -> io::Result<()> {

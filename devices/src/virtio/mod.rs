@@ -1,6 +1,6 @@
 //! Virtio devices, and what they stand on.
 //!
-//! A device is split in two. Its [`VirtioDevice`] side has the registers and stays with the transport ([`pci`]), on vCPU
+//! A device is split in two. Its [`VirtioDevice`] side has the registers and stays with the transport ([`pci`], [`mmio`]), on vCPU
 //! threads. Its [`Handler`] side has the backend and works through the queues, on a thread of its own that a [`Worker`]
 //! starts at activation and joins at reset. A notification comes to that thread by an ioeventfd, an interrupt leaves it
 //! by an irqfd; no lock is shared with a vCPU but the moment's one of an interrupt vector.
@@ -64,7 +64,8 @@ pub trait Interrupt: Send + Sync {
     fn used(&self, queue: u16);
 
     /// The descriptor whose signal interrupts the driver for queue `queue`, for a device that has somebody else signal it;
-    /// none if the driver has chosen no vector. While the vector is masked the descriptor keeps signals.
+    /// none if the driver has chosen no vector. While the vector is masked the descriptor keeps signals. Good until the
+    /// device is reset.
     ///
     /// # Errors
     /// The host has no descriptors left, or refuses.

@@ -43,6 +43,7 @@ pub(super) fn dsdt(description: &Description) -> Sdt {
             &Board,
             &Serial,
             &Clock,
+            // After PCI: what is found there is not here any more.
             &VirtioDevices(&description.virtio),
         ],
     )

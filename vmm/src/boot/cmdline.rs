@@ -48,21 +48,33 @@ pub fn compose(args: Option<&str>, root: Option<&RootDevice>) -> Result<String, 
     Ok(String::from_utf8_lossy(line.as_bytes()).into_owned())
 }
 
-/// The line for a kernel that shall do without PCI (`pci=off`): it finds `virtio` by it where it has no ACPI. Nearly every
-/// client of Firecracker says `pci=off`.
+/// Whether the kernel shall do without PCI: `pci=off`, which nearly every client of Firecracker says.
+pub fn is_without_pci(line: &str) -> bool {
+    let options = kernel_words(line).filter_map(|(_, word)| word.strip_prefix("pci="));
+    options.flat_map(|options| options.split(',')).any(|option| option == "off")
+}
+
+/// The line with `virtio` in it, by which a kernel that has no ACPI either finds its devices.
 pub(super) fn with_virtio(line: &str, virtio: &[Place]) -> String {
-    // What follows `--` is for init.
-    let (kernel, init) = line.split_at(line.find(" -- ").unwrap_or(line.len()));
-    let options = kernel.split(' ').filter_map(|arg| arg.strip_prefix("pci="));
-    if !options.flat_map(|options| options.split(',')).any(|option| option == "off") {
-        return line.into();
-    }
+    let end = kernel_words(line).last().map_or(0, |(at, word)| at + word.len());
+    let (kernel, init) = line.split_at(end);
     let device = |place: &Place| {
         let Place { address, pin } = place;
         format!(" virtio_mmio.device={}K@{address:#x}:{pin}", WINDOW_LEN >> 10)
     };
     let devices: String = virtio.iter().map(device).collect();
     format!("{kernel}{devices}{init}")
+}
+
+/// The words that are for the kernel, which end at `--`, with their places. There may be spaces within quotes.
+fn kernel_words(line: &str) -> impl Iterator<Item = (usize, &str)> {
+    let mut quoted = false;
+    let words = line.split(move |c| {
+        quoted ^= c == '"';
+        c == ' ' && !quoted
+    });
+    let place = move |word: &str| word.as_ptr() as usize - line.as_ptr() as usize;
+    words.take_while(|word| *word != "--").filter(|word| !word.is_empty()).map(move |word| (place(word), word))
 }
 
 #[cfg(test)]
@@ -81,14 +93,18 @@ mod tests {
 
     #[test]
     fn a_kernel_without_pci_is_told_of_devices() {
-        let places = [(0xc000_1000, 5), (0xc000_2000, 6)].map(|(address, pin)| Place { address, pin });
-        let line = |args: &str| with_virtio(args, &places);
-        const DEVICES: &str = "virtio_mmio.device=4K@0xc0001000:5 virtio_mmio.device=4K@0xc0002000:6";
-        assert_eq!(line("panic=1 pci=off"), format!("panic=1 pci=off {DEVICES}"));
-        assert_eq!(line("pci=nomsi,off quiet -- single"), format!("pci=nomsi,off quiet {DEVICES} -- single"));
-        for with_pci in ["", "quiet", "pci=nomsi", "xpci=off", "pci=offer", "quiet -- pci=off"] {
-            assert_eq!(line(with_pci), with_pci);
+        for without in ["pci=off", "quiet pci=nomsi,off", "a=\"x -- y\" pci=off", "pci=off -- single"] {
+            assert!(is_without_pci(without), "{without}");
         }
+        for with in ["", "pci=nomsi", "xpci=off", "pci=offer", "-- pci=off", "x=\"a pci=off b\"", "quiet -- pci=off"] {
+            assert!(!is_without_pci(with), "{with}");
+        }
+        let places = [(0xc000_1000, 5), (0xc000_2000, 10)].map(|(address, pin)| Place { address, pin });
+        let line = |args: &str| with_virtio(args, &places);
+        const DEVICES: &str = "virtio_mmio.device=4K@0xc0001000:5 virtio_mmio.device=4K@0xc0002000:10";
+        assert_eq!(line("panic=1 pci=off"), format!("panic=1 pci=off {DEVICES}"));
+        assert_eq!(line("pci=off  quiet  -- single"), format!("pci=off  quiet {DEVICES}  -- single"));
+        assert_eq!(line("pci=off a=\"x -- y\" b --"), format!("pci=off a=\"x -- y\" b {DEVICES} --"));
     }
 
     #[test]

@@ -19,7 +19,7 @@ use bedplate_devices::Memory;
 use bedplate_devices::virtio::mmio::Place;
 use vm_memory::{Bytes, GuestAddress};
 
-pub use cmdline::{CmdlineError, DEFAULT as DEFAULT_CMDLINE, RootDevice, compose as compose_cmdline};
+pub use cmdline::{CmdlineError, DEFAULT as DEFAULT_CMDLINE, RootDevice, compose as compose_cmdline, is_without_pci};
 
 use crate::files;
 use crate::memory::Ram;
@@ -119,10 +119,15 @@ pub enum BootError {
         mib: u64,
     },
     /// The kernel takes less of a command line.
-    #[error("the command line has {len} bytes, the kernel {path} takes {limit}: shorten boot_args")]
+    #[error(
+        "the command line has {len} bytes, {virtio} of them to tell of virtio devices, and the kernel {path} takes {limit}: \
+         shorten boot_args"
+    )]
     Cmdline {
         /// Its length.
         len: usize,
+        /// What is ours of it.
+        virtio: usize,
         /// The kernel's limit.
         limit: usize,
         /// The kernel.
@@ -163,11 +168,14 @@ struct Initrd {
 /// A file is missing, of a wrong format or damaged, or there is no room for it.
 pub fn load(ram: &Ram, config: &BootConfig, rsdp: u64, virtio: &[Place]) -> Result<Entry, BootError> {
     let kernel = load_kernel(ram, &config.kernel)?;
-    let line = cmdline::with_virtio(&config.cmdline, virtio);
+    let mut line = config.cmdline.clone();
+    if is_without_pci(&line) {
+        line = cmdline::with_virtio(&line, virtio);
+    }
     let limit = kernel.cmdline_limit.min(cmdline::MAX_LEN);
     if line.len() > limit {
-        let len = line.len();
-        return Err(BootError::Cmdline { len, limit, path: config.kernel.clone() });
+        let (len, given) = (line.len(), config.cmdline.len());
+        return Err(BootError::Cmdline { len, virtio: len - given, limit, path: config.kernel.clone() });
     }
     let initrd = config.initrd.as_deref().map(|path| load_initrd(ram, path, &kernel)).transpose()?;
     write_cmdline(&ram.memory, &line)?;

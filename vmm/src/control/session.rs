@@ -150,6 +150,11 @@ impl Session {
         })
     }
 
+    /// Says what is not as whoever started this may think.
+    pub fn warn(&self, message: &str) {
+        self.log.write(LogLevel::Warning, message);
+    }
+
     /// The guest, when it is started, waits for a debugger.
     pub fn set_debugger(&mut self, socket: DebugSocket) {
         self.debugger = Some(socket);

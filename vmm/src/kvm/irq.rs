@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use bedplate_devices::host::{Doorbell, MsiVector, TransportHost};
+use bedplate_devices::host::{Doorbell, MsiVector, Pin, TransportHost};
 use bedplate_devices::platform::IrqLine;
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
@@ -101,8 +101,9 @@ impl TransportHost for Interrupts {
         Ok(Box::new(Vector { routes: Arc::clone(&self.routes), gsi, trigger }))
     }
 
-    fn pin(&self, pin: u32) -> io::Result<EventFd> {
-        self.edge(pin).map_err(io::Error::other)
+    fn pin(&self, gsi: u32) -> io::Result<Box<dyn Pin>> {
+        let trigger = self.edge(gsi).map_err(io::Error::other)?;
+        Ok(Box::new(Edge { fd: Arc::clone(&self.routes.fd), gsi, trigger }))
     }
 
     fn add_doorbell(&self, doorbell: Doorbell, event: &EventFd) -> io::Result<()> {
@@ -123,6 +124,26 @@ impl TransportHost for Interrupts {
             }
         };
         result.map_err(errno)
+    }
+}
+
+/// One irqfd on a pin.
+struct Edge {
+    fd: Arc<VmFd>,
+    gsi: u32,
+    trigger: EventFd,
+}
+
+impl Pin for Edge {
+    fn trigger(&self) -> &EventFd {
+        &self.trigger
+    }
+}
+
+impl Drop for Edge {
+    fn drop(&mut self) {
+        // Refused only by a VM that is being torn down.
+        let _ = self.fd.unregister_irqfd(&self.trigger, self.gsi);
     }
 }
 

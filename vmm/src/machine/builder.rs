@@ -176,7 +176,17 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     };
     let mut attach = plug.attach(When::Start, &pci, &ram.memory, &mut devices);
     attach.files = &files;
-    attach.windows = Some((&buses.mmio, description.virtio.iter()));
+    attach.places = Some((&buses.mmio, description.virtio.iter()));
+    if let Boot::Kernel(kernel) = &config.boot
+        && boot::is_without_pci(&kernel.cmdline)
+        && description.virtio.len() < config.devices()
+    {
+        attach.devices.warnings.push(format!(
+            "a guest with pci=off finds the first {} of {} devices, disks before others: leave pci=off out of boot_args",
+            description.virtio.len(),
+            config.devices()
+        ));
+    }
     let disks = config.drives.iter().map(|disk| attach.disk(disk)).collect::<Result<Vec<_>, _>>()?;
     for net in &config.nets {
         attach.net(net)?;

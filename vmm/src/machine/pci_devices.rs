@@ -16,7 +16,7 @@ use bedplate_devices::virtio::balloon::{Balloon, BalloonConfig};
 use bedplate_devices::virtio::block::{Block, BlockConfig, OpenError};
 use bedplate_devices::virtio::console::{Console, WindowSize};
 use bedplate_devices::virtio::mem::{Mem, MemConfig};
-use bedplate_devices::virtio::mmio::{Place, WINDOW_LEN, Window};
+use bedplate_devices::virtio::mmio::{Place, VirtioMmioWindow, WINDOW_LEN};
 use bedplate_devices::virtio::net::{Net, NetConfig, Seen, TapError, VhostError, VhostNet, VhostUserNet};
 use bedplate_devices::virtio::pci::{VirtioPciDevice, VirtioPciError};
 use bedplate_devices::virtio::pmem::{Pmem, PmemConfig};
@@ -190,8 +190,8 @@ pub(super) struct Attach<'a> {
     pub taps: &'a Taps,
     /// In the guest's address space beside its memory.
     pub files: &'a [PmemFile],
-    /// For a guest without PCI: the bus of the windows, and the places that are left.
-    pub windows: Option<(&'a Bus, std::slice::Iter<'a, Place>)>,
+    /// For a guest without PCI: the bus of memory, and the places there that are left.
+    pub places: Option<(&'a Bus, std::slice::Iter<'a, Place>)>,
     pub devices: &'a mut Devices,
 }
 
@@ -360,10 +360,10 @@ impl Attach<'_> {
         let metrics = Arc::clone(device.metrics());
         let function = VirtioPciDevice::new(device, self.memory, &self.host).map_err(DeviceError::Transport)?;
         let function = Arc::new(Mutex::new(function));
-        if let Some((bus, places)) = &mut self.windows
+        if let Some((bus, places)) = &mut self.places
             && let Some(place) = places.next()
         {
-            let window = Window::new(&function, *place, self.pci.written());
+            let window = VirtioMmioWindow::new(&function, *place, self.pci.configured());
             bus.insert(place.address, WINDOW_LEN, Arc::new(Mutex::new(window)))?;
         }
         let shared = Arc::clone(&function) as Arc<Mutex<dyn PciFunction>>;

@@ -50,7 +50,7 @@ impl Plug {
     ) -> Attach<'a> {
         let host = Arc::clone(&self.host);
         let Self { vcpus, metadata, taps, .. } = self;
-        Attach { when, pci, host, memory, vcpus: *vcpus, metadata, taps, files: &[], windows: None, devices }
+        Attach { when, pci, host, memory, vcpus: *vcpus, metadata, taps, files: &[], places: None, devices }
     }
 }
 

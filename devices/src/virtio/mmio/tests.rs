@@ -1,3 +1,4 @@
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
@@ -30,7 +31,7 @@ impl Rig {
         let (metrics, disk) = (Arc::clone(block.metrics()), block.control());
         let device = VirtioPciDevice::new(block, &machine.memory, &machine.transport_host()).unwrap();
         let device = Arc::new(Mutex::new(device));
-        let window = Window::new(&device, PLACE, machine.root.written());
+        let window = VirtioMmioWindow::new(&device, PLACE, machine.root.configured());
         let known = Arc::downgrade(&device);
         let slot = machine.root.add_shared(device as Arc<Mutex<dyn PciFunction>>).unwrap();
         machine.bus.insert(PLACE.address, WINDOW_LEN, Arc::new(Mutex::new(window))).unwrap();
@@ -47,8 +48,8 @@ impl Rig {
 
     fn offered(&self) -> u64 {
         (0..2).fold(0, |bits, half: u32| {
-            self.write(0x014, half);
-            bits | u64::from(self.read(0x010)) << (32 * half)
+            self.write(DEVICE_FEATURES_SELECT, half);
+            bits | u64::from(self.read(DEVICE_FEATURES)) << (32 * half)
         })
     }
 
@@ -58,17 +59,18 @@ impl Rig {
         self.write(STATUS, 0);
         self.write(STATUS, 3);
         for half in 0..2u32 {
-            self.write(0x024, half);
-            self.write(0x020, (features >> (32 * half)) as u32);
+            self.write(DRIVER_FEATURES_SELECT, half);
+            self.write(DRIVER_FEATURES, (features >> (32 * half)) as u32);
         }
         self.write(STATUS, 11);
         assert_eq!(self.read(STATUS), 11);
         self.write(QUEUE_SELECT, 0);
-        assert_eq!((self.read(QUEUE_READY), self.read(0x034)), (0, 1024));
+        assert_eq!((self.read(QUEUE_READY), self.read(QUEUE_NUM_MAX)), (0, 1024));
         self.write(QUEUE_NUM, 64);
         let pin = self.machine.host.line(PLACE.pin);
         let queue = DriverQueue::new(0, 64, features, &self.machine.memory, Arc::clone(&pin));
-        for (register, address) in [(0x080, queue.table), (0x090, queue.avail), (0x0a0, queue.used)] {
+        for (register, address) in [(DESCRIPTORS_LOW, queue.table), (DRIVER_LOW, queue.avail), (DEVICE_LOW, queue.used)]
+        {
             self.write(register, address as u32);
             self.write(register + 4, (address >> 32) as u32);
         }
@@ -94,7 +96,7 @@ fn doorbell(value: u32) -> Doorbell {
 #[test]
 fn a_driver_without_pci_brings_the_device_up() {
     let rig = Rig::new();
-    assert_eq!([0x000, 0x004, DEVICE_ID].map(|register| rig.read(register)), [MAGIC, 2, 2]);
+    assert_eq!([MAGIC, VERSION, DEVICE_ID].map(|register| rig.read(register)), [MAGIC_VALUE, 2, 2]);
     assert_eq!((rig.read(0x0b0), rig.read(0x0bc)), (u32::MAX, u32::MAX), "no shared memory");
     // The capacity of a disk, in sectors, in two halves.
     assert_eq!((rig.read(CONFIG), rig.read(CONFIG + 4)), (8, 0));
@@ -109,11 +111,11 @@ fn a_driver_without_pci_brings_the_device_up() {
     rig.run(&mut queue);
     rig.write(INTERRUPT_ACKNOWLEDGE, 1);
     // So is another size, of which the generation tells, too.
-    let generation = rig.read(0x0fc);
+    let generation = rig.read(CONFIG_GENERATION);
     pin.take();
     rig.disk.replace(RamDisk::new(8192).into());
     assert!(pin.wait(Instant::now() + DEADLINE));
-    assert_eq!((rig.read(INTERRUPT_STATUS), rig.read(0x0fc), rig.read(CONFIG)), (2, generation + 1, 16));
+    assert_eq!((rig.read(INTERRUPT_STATUS), rig.read(CONFIG_GENERATION), rig.read(CONFIG)), (2, generation + 1, 16));
     // A reset ends it all, and the next driver finds what the first one found.
     rig.write(STATUS, 0);
     assert_eq!([STATUS, INTERRUPT_STATUS, QUEUE_READY].map(|register| rig.read(register)), [0; 3]);
@@ -148,19 +150,61 @@ fn a_guest_that_has_pci_finds_the_window_empty() {
     assert_eq!(rig.read(DEVICE_ID), 2, "it is at work already");
     rig.run(&mut queue);
     rig.write(STATUS, 0);
-    assert_eq!([0x000, 0x004, DEVICE_ID, 0x010, 0x034].map(|register| rig.read(register)), [MAGIC, 2, 0, 0, 0]);
+    let registers = [MAGIC, VERSION, DEVICE_ID, DEVICE_FEATURES, QUEUE_NUM_MAX, CONFIG];
+    assert_eq!(registers.map(|register| rig.read(register)), [MAGIC_VALUE, 2, 0, 0, 0, 0]);
+    // What is written there reaches nobody: neither a driver by PCI that is at work, nor the interrupts' pin.
+    rig.write(STATUS, 4);
+    assert_eq!((rig.read(DEVICE_ID), rig.metrics.guest_faults.value()), (0, 0));
 }
 
 #[test]
 fn a_device_that_is_off_the_bus_has_no_window() {
     let rig = Rig::new();
-    rig.up();
+    let (mut queue, _) = rig.up();
+    // Others may know it still.
+    let device = rig.device.upgrade().unwrap();
     rig.machine.root.remove(rig.slot);
     assert_eq!(rig.machine.host.doorbells(), []);
     for register in [DEVICE_ID, STATUS, CONFIG] {
-        assert_eq!(rig.read(register), 0);
         rig.write(register, 15);
+        assert_eq!(rig.read(register), 0);
     }
+    queue.add(&[Piece::Read(AT, 16), Piece::Write(AT + 0x1000, 513)]);
+    assert!(device.lock().unwrap().device().stop().is_empty(), "it works on");
+}
+
+#[test]
+fn a_host_without_a_pin_has_a_device_that_needs_a_reset() {
+    let rig = Rig::new();
+    rig.machine.host.refuses_pins.store(true, Ordering::SeqCst);
+    for round in 1..3 {
+        rig.write(STATUS, 0);
+        rig.write(STATUS, 3);
+        rig.write(DRIVER_FEATURES_SELECT, 1);
+        rig.write(DRIVER_FEATURES, 1);
+        rig.write(STATUS, 11);
+        rig.write(STATUS, 15);
+        assert_eq!((rig.read(STATUS), rig.metrics.host_faults.value()), (0x4f, round));
+        assert_eq!(rig.machine.host.doorbells(), []);
+    }
+    rig.machine.host.refuses_pins.store(false, Ordering::SeqCst);
+    rig.run(&mut rig.up().0);
+}
+
+#[test]
+fn a_queue_can_be_given_back_before_the_device_works() {
+    let rig = Rig::new();
+    rig.write(STATUS, 3);
+    rig.write(DRIVER_FEATURES_SELECT, 1);
+    rig.write(DRIVER_FEATURES, 1);
+    rig.write(STATUS, 11);
+    rig.write(QUEUE_READY, 1);
+    let before = rig.metrics.guest_faults.value();
+    rig.write(QUEUE_NUM, 32);
+    assert_eq!(rig.metrics.guest_faults.value(), before + 1, "it is ready");
+    rig.write(QUEUE_READY, 0);
+    rig.write(QUEUE_NUM, 32);
+    assert_eq!((rig.read(QUEUE_READY), rig.metrics.guest_faults.value()), (0, before + 1));
 }
 
 #[test]
@@ -179,7 +223,7 @@ fn registers_follow_the_rules() {
     // Queues that there are not.
     for queue in [1, 0x1_0000, u32::MAX] {
         rig.write(QUEUE_SELECT, queue);
-        assert_eq!((rig.read(0x034), rig.read(QUEUE_READY)), (0, 0), "{queue:#x}");
+        assert_eq!((rig.read(QUEUE_NUM_MAX), rig.read(QUEUE_READY)), (0, 0), "{queue:#x}");
     }
     let (mut queue, _) = rig.up();
     let before = faults();
@@ -193,7 +237,7 @@ fn registers_follow_the_rules() {
 }
 
 #[test]
-fn who_signals_the_pin_himself_is_always_a_reason() {
+fn somebody_else_who_uses_buffers_is_always_a_reason_and_has_a_way_of_his_own() {
     let rig = Rig::new();
     let direct = || {
         let device = rig.device.upgrade().unwrap();
@@ -211,25 +255,61 @@ fn who_signals_the_pin_himself_is_always_a_reason() {
     assert_eq!(rig.read(INTERRUPT_STATUS), 0);
 }
 
+/// What a guest does to a device.
+#[derive(Debug, Clone, Copy)]
+enum Access {
+    Read(u64, usize),
+    Write(u64, usize, u64),
+    /// By configuration space of PCI.
+    Configure(u64, u32),
+}
+
+fn access() -> impl Strategy<Value = Access> {
+    let width = (0u32..4).prop_map(|power| 1usize << power);
+    prop_oneof![
+        (0u64..0x140, width.clone()).prop_map(|(register, width)| Access::Read(register, width)),
+        (0u64..0x140, width, any::<u64>()).prop_map(|(register, width, value)| Access::Write(register, width, value)),
+        // Small values where they mean something.
+        (0u64..0x50, 0u64..16).prop_map(|(register, value)| Access::Write(register * 4, 4, value)),
+    ]
+}
+
+fn configure() -> impl Strategy<Value = Access> {
+    (0u64..16, any::<u32>()).prop_map(|(register, value)| Access::Configure(register * 4, value))
+}
+
+fn perform(rig: &Rig, access: Access) {
+    match access {
+        Access::Read(register, width) => {
+            rig.machine.bus.read(PLACE.address + register, &mut [0; 8][..width]);
+        }
+        Access::Write(register, width, value) => {
+            rig.machine.write(PLACE.address + register, &value.to_le_bytes()[..width]);
+        }
+        Access::Configure(register, value) => rig.machine.write_config(rig.slot, register, value),
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
-    /// Any accesses whatsoever, by both ways to the device: it can be brought up afterwards.
+    /// Whatever was read and written, a driver brings the device up afterwards.
     #[test]
-    fn no_guest_breaks_the_device(accesses in proptest::collection::vec((0u64..0x140, 0usize..4, any::<u64>(), 0u8..4), 0..200)) {
+    fn no_guest_breaks_the_device(accesses in proptest::collection::vec(access(), 0..200)) {
         let rig = Rig::new();
-        for (register, width, value, way) in accesses {
-            let (len, address) = (1 << width, PLACE.address + register);
-            match way {
-                0 => drop(rig.machine.read::<4>(address)),
-                1 => rig.machine.write(address, &value.to_le_bytes()[..len]),
-                // Small values where they mean something.
-                2 => rig.write(register & !3, value as u32 & 0xf),
-                _ => rig.machine.write_config(rig.slot, register & 0x3c, value as u32),
-            }
-        }
+        accesses.into_iter().for_each(|access| perform(&rig, access));
         rig.write(STATUS, 0);
-        let (mut queue, _) = rig.up();
-        rig.run(&mut queue);
+        rig.run(&mut rig.up().0);
+    }
+
+    /// A guest that configures it by PCI finds nothing in the window, unless it is at work there.
+    #[test]
+    fn nor_by_both_ways(accesses in proptest::collection::vec(prop_oneof![4 => access(), 1 => configure()], 0..200)) {
+        let rig = Rig::new();
+        accesses.into_iter().for_each(|access| perform(&rig, access));
+        rig.machine.write_config(rig.slot, 4, 0);
+        rig.write(STATUS, 0);
+        prop_assert_eq!([DEVICE_ID, STATUS, CONFIG].map(|register| rig.read(register)), [0; 3]);
+        prop_assert_eq!(rig.machine.host.doorbells(), []);
     }
 }

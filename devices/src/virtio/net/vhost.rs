@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! guest's notification → ioeventfd → vhost (a thread of the kernel's) ⇄ tap
-//!                                      └ event of the MSI-X vector → irqfd → guest
+//!                                      └ event of the MSI-X vector, or of a pin → irqfd → guest
 //! ```
 //!
 //! No thread of this process is in that way, and so nothing here counts, limits, or looks at a frame. What is left is the

@@ -278,6 +278,7 @@ impl PciFunction for VirtioPciDevice {
     }
 
     fn shutdown(&mut self) {
+        self.transport.is_retired = true;
         self.transport.reset();
         self.bar_moved(NOTIFY_BAR, None);
         let result = self.msix.shutdown();

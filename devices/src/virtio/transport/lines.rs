@@ -2,12 +2,13 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::host::{Pin, TransportHost};
 use crate::metrics::DeviceMetrics;
 use crate::pci::Vectors;
 use crate::virtio::Interrupt;
@@ -28,15 +29,21 @@ pub(in crate::virtio) struct Lines {
     vectors: Arc<Vectors>,
     /// Set while the driver is one that has a pin in the place of vectors.
     by_pin: AtomicBool,
-    /// Its descriptor, once there was such a driver.
-    pin: OnceLock<EventFd>,
-    /// Somebody else signals the pin, and does not set the bit for used buffers.
-    direct: AtomicBool,
+    /// Which one, and the way there, once there was such a driver.
+    pin: OnceLock<(u32, Box<dyn Pin>)>,
+    /// The way of somebody else, who does not set the bit for used buffers. His own: he may fill its counter, or keep it.
+    direct: Mutex<Option<Box<dyn Pin>>>,
+    host: Arc<dyn TransportHost>,
     metrics: Arc<DeviceMetrics>,
 }
 
 impl Lines {
-    pub(super) fn new(queues: usize, vectors: Arc<Vectors>, metrics: Arc<DeviceMetrics>) -> Self {
+    pub(super) fn new(
+        queues: usize,
+        vectors: Arc<Vectors>,
+        host: Arc<dyn TransportHost>,
+        metrics: Arc<DeviceMetrics>,
+    ) -> Self {
         Self {
             status: AtomicU8::new(0),
             generation: AtomicU8::new(0),
@@ -46,7 +53,8 @@ impl Lines {
             vectors,
             by_pin: AtomicBool::new(false),
             pin: OnceLock::new(),
-            direct: AtomicBool::new(false),
+            direct: Mutex::default(),
+            host,
             metrics,
         }
     }
@@ -58,7 +66,7 @@ impl Lines {
         self.queue_vectors.iter().for_each(|vector| vector.store(NO_VECTOR, Ordering::SeqCst));
         self.isr.store(0, Ordering::SeqCst);
         self.by_pin.store(false, Ordering::SeqCst);
-        self.direct.store(false, Ordering::SeqCst);
+        *self.direct() = None;
     }
 
     /// The driver reads PCI's ISR status, which clears it.
@@ -66,26 +74,26 @@ impl Lines {
         self.isr.swap(0, Ordering::SeqCst)
     }
 
-    /// The driver reads virtio-mmio's interrupt status,
+    /// The driver reads virtio-mmio's interrupt status, which changes nothing. Where somebody else uses buffers it is always
+    /// possible that he has.
     pub(in crate::virtio) fn isr(&self) -> u8 {
-        let direct = if self.direct.load(Ordering::SeqCst) { ISR_QUEUE } else { 0 };
+        let direct = if self.direct().is_some() { ISR_QUEUE } else { 0 };
         self.isr.load(Ordering::SeqCst) | direct
     }
 
-    /// and acknowledges what it has seen there.
+    /// The driver has seen these bits of the interrupt status.
     pub(in crate::virtio) fn acknowledge(&self, bits: u8) {
         self.isr.fetch_and(!bits, Ordering::SeqCst);
     }
 
-    /// Until the next reset interrupts are signals of a descriptor, which `open` opens if this is the first time. Nobody
-    /// may be at work.
+    /// Until the next reset interrupts are edges on pin `gsi`, always the same one. Nobody may be at work.
     ///
     /// # Errors
-    /// Those of `open`.
-    pub(in crate::virtio) fn use_pin(&self, open: impl FnOnce() -> io::Result<EventFd>) -> io::Result<()> {
+    /// The host has no descriptors left, or refused.
+    pub(super) fn use_pin(&self, gsi: u32) -> io::Result<()> {
         if self.pin.get().is_none() {
             // Only the transport sets it, which is one.
-            let _ = self.pin.set(open()?);
+            let _ = self.pin.set((gsi, self.host.pin(gsi)?));
         }
         self.by_pin.store(true, Ordering::SeqCst);
         Ok(())
@@ -96,10 +104,14 @@ impl Lines {
         self.by_pin.load(Ordering::SeqCst)
     }
 
+    fn direct(&self) -> MutexGuard<'_, Option<Box<dyn Pin>>> {
+        self.direct.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
     fn raise(&self, isr: u8, vector: &AtomicU16) {
         self.isr.fetch_or(isr, Ordering::SeqCst);
         let result = match self.pin.get().filter(|_| self.by_pin()) {
-            Some(pin) => pin.write(1),
+            Some((_, pin)) => pin.trigger().write(1),
             None => self.vectors.signal(vector.load(Ordering::SeqCst)),
         };
         if let Err(error) = result {
@@ -120,9 +132,13 @@ impl Interrupt for Lines {
     }
 
     fn direct(&self, queue: u16) -> io::Result<Option<EventFd>> {
-        if let Some(pin) = self.pin.get().filter(|_| self.by_pin()) {
-            self.direct.store(true, Ordering::SeqCst);
-            return pin.try_clone().map(Some);
+        if let Some((gsi, _)) = self.pin.get().filter(|_| self.by_pin()) {
+            let mut direct = self.direct();
+            let pin = match &mut *direct {
+                Some(pin) => pin,
+                none => none.insert(self.host.pin(*gsi)?),
+            };
+            return pin.trigger().try_clone().map(Some);
         }
         let vector = self.queue_vectors.get(usize::from(queue)).map_or(NO_VECTOR, |v| v.load(Ordering::SeqCst));
         self.vectors.direct(vector)

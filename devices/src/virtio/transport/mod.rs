@@ -11,25 +11,27 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use self::lines::Lines;
-use self::registers::{Effect, Registers};
+use self::registers::Registers;
 use super::{Active, Interrupt, QueueConfig, QueuePosition, VirtioDevice, Virtqueue};
 use crate::Memory;
 use crate::host::{Doorbell, TransportHost};
 use crate::pci::Vectors;
 
-pub(super) use self::registers::COMMON_LEN;
+pub(super) use self::registers::{COMMON_LEN, Effect, at};
 
 /// A device, and what its driver has made of it so far.
 pub(super) struct Transport {
     pub(super) device: Box<dyn VirtioDevice>,
     pub(super) registers: Registers,
     pub(super) lines: Arc<Lines>,
-    pub(super) host: Arc<dyn TransportHost>,
+    /// Off its bus for good: nobody drives it any more.
+    pub(super) is_retired: bool,
+    host: Arc<dyn TransportHost>,
     memory: Memory,
     /// One for each queue.
     notify: Vec<Arc<EventFd>>,
     /// Where virtio-mmio's doorbell is, while a driver is at work by it.
-    register: Option<u64>,
+    doorbell: Option<u64>,
 }
 
 impl Transport {
@@ -46,23 +48,31 @@ impl Transport {
     ) -> io::Result<Self> {
         let sizes = device.queue_sizes();
         let notify = sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new)).collect::<io::Result<Vec<_>>>()?;
-        let lines = Arc::new(Lines::new(sizes.len(), vectors, Arc::clone(device.metrics())));
+        let lines = Lines::new(sizes.len(), vectors, Arc::clone(host), Arc::clone(device.metrics()));
+        let lines = Arc::new(lines);
         let offered = device.features() | device.ring_features();
         let registers = Registers::new(offered, sizes, sizes.len() as u16 + 1, Arc::clone(&lines));
         Ok(Self {
             device,
             registers,
             lines,
+            is_retired: false,
             host: Arc::clone(host),
             memory: Arc::clone(memory),
             notify,
-            register: None,
+            doorbell: None,
         })
     }
 
     /// The driver writes the register at `offset` of [`Registers`], and what it asks for is done.
     pub(super) fn write(&mut self, offset: u64, data: &[u8]) {
-        match self.registers.write(offset, data) {
+        let effect = self.registers.write(offset, data);
+        self.perform(effect);
+    }
+
+    /// Does what a write asked for.
+    pub(super) fn perform(&mut self, effect: Effect) {
+        match effect {
             Effect::None => {}
             Effect::Fault => self.guest_fault(),
             Effect::Reset => self.reset(),
@@ -95,20 +105,18 @@ impl Transport {
         }
     }
 
-    /// The driver is one that notifies by writing a queue's number to `register`, and is interrupted by `pin`. Until the
-    /// next reset. False if the host cannot: then the driver sees a device that needs a reset.
-    pub(super) fn use_register(&mut self, register: u64, pin: u32) -> bool {
-        if self.register.is_some() {
-            return true;
-        }
-        let result = self.lines.use_pin(|| self.host.pin(pin));
+    /// The driver, which is just ready, is one that notifies by writing a queue's number to the register at `doorbell`, and
+    /// is interrupted by pin `gsi`. Until the next reset. False if the host cannot: then the driver sees a device that needs
+    /// one.
+    pub(super) fn use_doorbell(&mut self, doorbell: u64, gsi: u32) -> bool {
+        let result = self.lines.use_pin(gsi);
         if result.is_err() {
             self.host_fault("attach a virtio device to an interrupt's pin", result);
             self.lines.needs_reset();
             return false;
         }
-        self.register = Some(register);
-        self.add_doorbells(|queue| Doorbell::Register { address: register, value: queue.into() });
+        self.doorbell = Some(doorbell);
+        self.add_doorbells(|queue| Doorbell::Register { address: doorbell, value: queue.into() });
         true
     }
 
@@ -116,7 +124,7 @@ impl Transport {
     pub(super) fn reset(&mut self) {
         self.device.stop();
         self.registers.reset();
-        if let Some(address) = self.register.take() {
+        if let Some(address) = self.doorbell.take() {
             self.remove_doorbells(|queue| Doorbell::Register { address, value: queue.into() });
         }
     }

@@ -18,9 +18,34 @@ const NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
 const FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
 const DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
 
+/// Offsets of the registers that both transports have.
+pub(in crate::virtio) mod at {
+    pub const OFFERED_SELECT: u64 = 0;
+    pub const OFFERED: u64 = 4;
+    pub const ACCEPTED_SELECT: u64 = 8;
+    pub const ACCEPTED: u64 = 12;
+    pub const CONFIG_VECTOR: u64 = 16;
+    pub const QUEUE_COUNT: u64 = 18;
+    pub const STATUS: u64 = 20;
+    pub const GENERATION: u64 = 21;
+    pub const QUEUE_SELECT: u64 = 22;
+    pub const QUEUE_SIZE: u64 = 24;
+    pub const QUEUE_VECTOR: u64 = 26;
+    pub const QUEUE_ENABLED: u64 = 28;
+    pub const QUEUE_NOTIFY_OFFSET: u64 = 30;
+    /// Addresses of the queue's three parts, in two halves each.
+    pub const DESCRIPTORS: u64 = 32;
+    pub const DRIVER: u64 = 40;
+    pub const DEVICE: u64 = 48;
+}
+
+/// End of the registers of a queue that are written.
+const QUEUE_END: u64 = at::DEVICE + 8;
+
 /// What a register write asks the transport to do.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Effect {
+#[must_use]
+pub(in crate::virtio) enum Effect {
     None,
     /// Stop the device and forget everything.
     Reset,
@@ -103,38 +128,42 @@ impl Registers {
     /// All registers, as the selectors stand.
     fn image(&self) -> [u8; COMMON_LEN] {
         let mut image = [0; COMMON_LEN];
-        let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0, &self.offered_select.to_le_bytes());
-        put(4, &half(self.offered, self.offered_select).to_le_bytes());
-        put(8, &self.accepted_select.to_le_bytes());
-        put(12, &half(self.accepted, self.accepted_select).to_le_bytes());
-        put(16, &self.lines.config_vector.load(Ordering::SeqCst).to_le_bytes());
-        put(18, &(self.queues.len() as u16).to_le_bytes());
-        put(20, &[self.status(), self.lines.generation.load(Ordering::SeqCst)]);
-        put(22, &self.queue_select.to_le_bytes());
+        let mut put = |at: u64, bytes: &[u8]| image[at as usize..][..bytes.len()].copy_from_slice(bytes);
+        put(at::OFFERED_SELECT, &self.offered_select.to_le_bytes());
+        put(at::OFFERED, &half(self.offered, self.offered_select).to_le_bytes());
+        put(at::ACCEPTED_SELECT, &self.accepted_select.to_le_bytes());
+        put(at::ACCEPTED, &half(self.accepted, self.accepted_select).to_le_bytes());
+        put(at::CONFIG_VECTOR, &self.lines.config_vector.load(Ordering::SeqCst).to_le_bytes());
+        put(at::QUEUE_COUNT, &(self.queues.len() as u16).to_le_bytes());
+        put(at::STATUS, &[self.status(), self.lines.generation.load(Ordering::SeqCst)]);
+        put(at::QUEUE_SELECT, &self.queue_select.to_le_bytes());
         // A queue that does not exist has size 0, and its other registers mean nothing.
         if let Some(queue) = self.queues.get(usize::from(self.queue_select)) {
             let vector = &self.lines.queue_vectors[usize::from(self.queue_select)];
-            put(24, &queue.size.to_le_bytes());
-            put(26, &vector.load(Ordering::SeqCst).to_le_bytes());
-            put(28, &u16::from(queue.enabled).to_le_bytes());
-            put(30, &self.queue_select.to_le_bytes());
-            put(32, &queue.descriptors.to_le_bytes());
-            put(40, &queue.driver.to_le_bytes());
-            put(48, &queue.device.to_le_bytes());
+            put(at::QUEUE_SIZE, &queue.size.to_le_bytes());
+            put(at::QUEUE_VECTOR, &vector.load(Ordering::SeqCst).to_le_bytes());
+            put(at::QUEUE_ENABLED, &u16::from(queue.enabled).to_le_bytes());
+            put(at::QUEUE_NOTIFY_OFFSET, &self.queue_select.to_le_bytes());
+            put(at::DESCRIPTORS, &queue.descriptors.to_le_bytes());
+            put(at::DRIVER, &queue.driver.to_le_bytes());
+            put(at::DEVICE, &queue.device.to_le_bytes());
         }
         image
     }
 
     /// The driver writes. Fields are written whole, those of 64 bits also by halves.
-    pub(super) fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
+    pub(in crate::virtio) fn write(&mut self, offset: u64, data: &[u8]) -> Effect {
         match (offset, data) {
-            (20, &[status]) => self.write_status(status),
-            (16 | 22..32, &[a, b]) => self.write_word(offset, u16::from_le_bytes([a, b])),
-            (0 | 8 | 12 | 32..56, &[a, b, c, d]) if offset.is_multiple_of(4) => {
+            (at::STATUS, &[status]) => self.write_status(status),
+            (at::CONFIG_VECTOR | at::QUEUE_SELECT..at::DESCRIPTORS, &[a, b]) => {
+                self.write_word(offset, u16::from_le_bytes([a, b]))
+            }
+            (at::OFFERED_SELECT | at::ACCEPTED_SELECT | at::ACCEPTED | at::DESCRIPTORS..QUEUE_END, &[a, b, c, d])
+                if offset.is_multiple_of(4) =>
+            {
                 self.write_dword(offset, u32::from_le_bytes([a, b, c, d]))
             }
-            (32 | 40 | 48, &[a, b, c, d, e, f, g, h]) => {
+            (at::DESCRIPTORS | at::DRIVER | at::DEVICE, &[a, b, c, d, e, f, g, h]) => {
                 match self.write_dword(offset, u32::from_le_bytes([a, b, c, d])) {
                     Effect::None => self.write_dword(offset + 4, u32::from_le_bytes([e, f, g, h])),
                     fault => fault,
@@ -146,15 +175,17 @@ impl Registers {
 
     fn write_dword(&mut self, offset: u64, value: u32) -> Effect {
         match offset {
-            0 => self.offered_select = value,
-            8 => self.accepted_select = value,
-            12 if self.status() & FEATURES_OK == 0 => set_half(&mut self.accepted, self.accepted_select, value),
-            12 => return Effect::Fault,
+            at::OFFERED_SELECT => self.offered_select = value,
+            at::ACCEPTED_SELECT => self.accepted_select = value,
+            at::ACCEPTED if self.status() & FEATURES_OK == 0 => {
+                set_half(&mut self.accepted, self.accepted_select, value)
+            }
+            at::ACCEPTED => return Effect::Fault,
             _ => {
                 let Some(queue) = self.configurable_queue() else { return Effect::Fault };
                 let register = match offset & !7 {
-                    32 => &mut queue.descriptors,
-                    40 => &mut queue.driver,
+                    at::DESCRIPTORS => &mut queue.descriptors,
+                    at::DRIVER => &mut queue.driver,
                     _ => &mut queue.device,
                 };
                 set_half(register, u32::from(offset & 4 != 0), value);
@@ -167,9 +198,9 @@ impl Registers {
         // What does not exist reads back as no vector, by which the driver learns of it.
         let vector = if value < self.vector_count { value } else { NO_VECTOR };
         match offset {
-            16 => self.lines.config_vector.store(vector, Ordering::SeqCst),
-            22 => self.queue_select = value,
-            26 => match self.lines.queue_vectors.get(usize::from(self.queue_select)) {
+            at::CONFIG_VECTOR => self.lines.config_vector.store(vector, Ordering::SeqCst),
+            at::QUEUE_SELECT => self.queue_select = value,
+            at::QUEUE_VECTOR => match self.lines.queue_vectors.get(usize::from(self.queue_select)) {
                 Some(register) => {
                     register.store(vector, Ordering::SeqCst);
                     if self.status() & DRIVER_OK != 0 {
@@ -178,11 +209,11 @@ impl Registers {
                 }
                 None => return Effect::Fault,
             },
-            24 | 28 => {
+            at::QUEUE_SIZE | at::QUEUE_ENABLED => {
                 let Some(queue) = self.configurable_queue() else { return Effect::Fault };
                 match (offset, value) {
-                    (24, size) if size.is_power_of_two() && size <= queue.max_size => queue.size = size,
-                    (28, 1) => queue.enabled = true,
+                    (at::QUEUE_SIZE, size) if size.is_power_of_two() && size <= queue.max_size => queue.size = size,
+                    (at::QUEUE_ENABLED, 1) => queue.enabled = true,
                     _ => return Effect::Fault,
                 }
             }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! guest's notification → ioeventfd → backend, on the rings in guest memory
-//!                                      └ event of the MSI-X vector → irqfd → guest
+//!                                      └ event of the MSI-X vector, or of a pin → irqfd → guest
 //! ```
 //!
 //! No thread of this process is in that way. What is left is the registers, the conversation with the backend
