@@ -152,7 +152,7 @@ mod tests {
             vcpus: 8,
             present: 6,
             mmio32: vec![0xc000_0000..0xd000_0000, 0xd000_0000..0xe000_0000],
-            mmio64: vec![1 << 34..1 << 35],
+            mmio64: vec![1 << 34..1 << 35, 1 << 38..1 << 39],
             timer: false,
             virtio: crate::machine::ports::virtio_places().take(3).collect(),
         };
@@ -192,7 +192,7 @@ mod tests {
                 vcpus: 1,
                 present: 1,
                 mmio32: vec![0xc000_0000..0xd000_0000, 0xd000_0000..0xe000_0000],
-                mmio64: vec![1 << 34..1 << 35],
+                mmio64: vec![1 << 34..1 << 35, 1 << 38..1 << 39],
                 timer,
                 virtio: Vec::new(),
             };
