@@ -71,11 +71,13 @@ impl Devices {
     /// Tells the kernel, where it carries frames, what the guest sees beside RAM.
     ///
     /// # Errors
-    /// It refuses; the interface is named.
+    /// It refuses for an interface, which is named. The others are told.
     pub(super) fn see(&self, seen: &Arc<[Seen]>) -> Result<(), DeviceError> {
-        self.vhost_nets.iter().try_for_each(|(id, vhost)| {
-            vhost.see(seen).map_err(|source| DeviceError::VhostMemory { id: id.clone(), source })
-        })
+        let told = self
+            .vhost_nets
+            .iter()
+            .map(|(id, vhost)| vhost.see(seen).map_err(|source| DeviceError::VhostMemory { id: id.clone(), source }));
+        told.fold(Ok(()), Result::and)
     }
 
     /// Where the device of this name is on the bus.

@@ -18,8 +18,9 @@ use crate::config::PmemConfig;
 use crate::memory::Room;
 use crate::pmem::{PmemFile, Start, Watch, Watching};
 
-/// How long a vCPU may take to start a thread. It does it at once; it may have to wait for a processor.
-const THREAD_PATIENCE: Duration = Duration::from_secs(1);
+/// How long a vCPU may take to start a thread. It does it at once, unless it has to wait for a processor or for a device that
+/// it stops.
+const THREAD_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The files in the guest's address space, and where others can be.
 pub(super) struct PmemFiles {
