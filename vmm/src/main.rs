@@ -216,12 +216,10 @@ fn run(args: &Args) -> Result<Exit> {
     let server = api_sock.map(|path| Server::listen(path, args.http_api_max_payload_size)).transpose()?;
     if let Some(path) = &args.config_file {
         let (config, unknown) = read_config(path)?;
-        for section in unknown {
-            session.warn(&format!(
-                "config file {}: there is no section {section}, and what is in it has no effect",
-                path.display()
-            ));
-        }
+        let file = path.display();
+        session.warn(unknown.iter().map(|section| {
+            format!("config file {file}: there is no section {section}, and what is in it has no effect")
+        }));
         session.start_with(config)?;
         if matches!(args.serial, Target::Stdio) && std::io::stdin().is_terminal() {
             eprint!("Ctrl-A X ends the VM\r\n");

@@ -11,14 +11,19 @@
 //! 4 GiB        RAM beyond 3 GiB
 //! above        region for memory that is added later, if there is one
 //! above        files as persistent memory, if there are any
-//! above        window for 64-bit BARs
+//! above        window for 64-bit BARs, 16 GiB
+//! above        room for files that come while the VM runs
+//! above        nothing, up to the last address
 //! ```
 //! Firmware chooses places for BARs itself, by rules that change with its version. With it BARs may be wherever nothing else
-//! is: see [`layout::MMIO32_FIRMWARE`] and [`Ram::mmio64_firmware`].
+//! is: see [`layout::MMIO32_FIRMWARE`] and [`Above::rest`]. So may they where the guest puts them itself and shall not believe
+//! what it is told of windows. That is why the room for files is not the lowest: there Linux puts BARs then.
 
 mod file;
+mod room;
 
 use std::fs::File;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bedplate_devices::Memory;
@@ -27,6 +32,8 @@ use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
+
+pub use room::Room;
 
 /// Fixed addresses.
 pub mod layout {
@@ -61,6 +68,10 @@ pub mod layout {
     pub const SECTION: u64 = 1 << 27;
     /// Size of the window for 64-bit BARs, and its alignment.
     pub const MMIO64_LEN: u64 = 1 << 34;
+    /// Its alignment with firmware, which may want one that lies as low as it can.
+    pub const MMIO64_ALIGN_FIRMWARE: u64 = 1 << 30;
+    /// Size of the room for files that come while the VM runs, at most: 17 GiB for each slot of the bus.
+    pub const ROOM_LEN: u64 = 1 << 39;
     /// RAM below this belongs to the PC's own: interrupt table, our boot structures, the EBDA, option ROMs.
     pub const FIRST_MIB: u64 = 1 << 20;
     /// Where the EBDA would begin: the end of conventional memory.
@@ -69,6 +80,8 @@ pub mod layout {
 
 /// Bits of the longest address of a processor.
 const MAX_BITS: u8 = 52;
+/// The smallest BAR's.
+const PAGE: u64 = 4096;
 
 /// Why RAM cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -112,6 +125,17 @@ pub enum MemoryError {
         /// Of a guest-physical address.
         bits: u8,
     },
+    /// Too many or too large files have come.
+    #[error(
+        "no room for {asked_mib} MiB in the guest's address space: {free_mib} MiB are the most that a file can have that comes \
+         while the VM runs; remove another one, or configure it before the start"
+    )]
+    NoRoom {
+        /// As asked.
+        asked_mib: u64,
+        /// The longest place that is free.
+        free_mib: u64,
+    },
 }
 
 /// What pages of the host RAM is made of.
@@ -147,9 +171,21 @@ pub struct Ram {
     pub file: Arc<File>,
     len: u64,
     sharing: Sharing,
-    hotplug: Option<std::ops::Range<u64>>,
+    hotplug: Option<Range<u64>>,
     /// Where what was reserved beyond that ends.
     reserved_end: u64,
+}
+
+/// The addresses above all memory, from bottom to top.
+pub struct Above {
+    /// What is left over below the window.
+    pub gap: Range<u64>,
+    /// The window for 64-bit BARs.
+    pub mmio64: Range<u64>,
+    /// For files that come while the VM runs. No BAR is ever there.
+    pub room: Range<u64>,
+    /// The rest, to the last address.
+    pub rest: Range<u64>,
 }
 
 impl Ram {
@@ -230,17 +266,18 @@ impl Ram {
     ///
     /// # Errors
     /// No processor can address it.
-    pub fn reserve(&mut self, len: u64) -> Result<std::ops::Range<u64>, MemoryError> {
+    pub fn reserve(&mut self, len: u64) -> Result<Range<u64>, MemoryError> {
         let start = self.last_end().next_multiple_of(layout::SECTION);
         let end = start.checked_add(len).filter(|end| *end <= 1 << MAX_BITS);
         let bits = MAX_BITS;
         let end = end.ok_or(MemoryError::Unaddressable { asked_mib: start.saturating_add(len) >> 20, bits })?;
-        self.reserved_end = end;
+        // What is taken away again leaves whole sections ([`Room::give`]).
+        self.reserved_end = end.next_multiple_of(layout::SECTION);
         Ok(start..end)
     }
 
     /// The region for memory that is added later.
-    pub fn hotplug(&self) -> Option<std::ops::Range<u64>> {
+    pub fn hotplug(&self) -> Option<Range<u64>> {
         self.hotplug.clone()
     }
 
@@ -259,36 +296,21 @@ impl Ram {
         self.len.min(layout::LOW_RAM_END)
     }
 
-    /// The window for 64-bit BARs, above all RAM.
+    /// What lies above all memory, for a processor of `bits` address bits. The window for BARs is at a multiple of `align`.
     ///
     /// # Errors
-    /// It does not fit into `bits` address bits.
-    pub fn mmio64(&self, bits: u8) -> Result<std::ops::Range<u64>, MemoryError> {
-        let start = self.last_end().next_multiple_of(layout::MMIO64_LEN);
-        let end = start + layout::MMIO64_LEN;
-        if bits < 64 && end > 1 << bits {
-            return Err(MemoryError::Unaddressable { asked_mib: self.last_end() >> 20, bits });
-        }
-        Ok(start..end)
-    }
-
-    /// The same where firmware places BARs: from the next GiB to the last address.
-    ///
-    /// # Errors
-    /// It does not fit into `bits` address bits.
-    pub fn mmio64_firmware(&self, bits: u8) -> Result<std::ops::Range<u64>, MemoryError> {
-        let end = 1 << bits.min(MAX_BITS);
-        let start = self.last_end().next_multiple_of(1 << 30);
-        if start + layout::MMIO64_LEN > end {
-            return Err(MemoryError::Unaddressable { asked_mib: self.last_end() >> 20, bits });
-        }
-        Ok(start..end)
-    }
-
-    /// All addresses of `bits` above memory, also above what may be added.
-    pub fn beyond(&self, bits: u8) -> std::ops::Range<u64> {
-        let end = 1 << bits.min(MAX_BITS);
-        self.last_end().next_multiple_of(4096).min(end)..end
+    /// There is no room for the window.
+    pub fn above(&self, bits: u8, align: u64) -> Result<Above, MemoryError> {
+        let (memory_end, end) = (self.last_end(), 1u64 << bits.min(MAX_BITS));
+        let start = memory_end.next_multiple_of(align);
+        let mmio64 = start..start + layout::MMIO64_LEN;
+        let Some(left) = end.checked_sub(mmio64.end) else {
+            return Err(MemoryError::Unaddressable { asked_mib: memory_end >> 20, bits });
+        };
+        // Half of what is left at most: newer firmware puts BARs at the very top.
+        let room_len = (left / 2).min(layout::ROOM_LEN) / layout::SECTION * layout::SECTION;
+        let room = mmio64.end..mmio64.end + room_len;
+        Ok(Above { gap: memory_end.next_multiple_of(PAGE)..mmio64.start, rest: room.end..end, mmio64, room })
     }
 
     /// Where all memory ends, also what may be added.
@@ -338,6 +360,25 @@ mod tests {
     }
 
     #[test]
+    fn above_memory_are_bars_then_files_and_nothing_is_lost() {
+        const GIB: u64 = 1 << 30;
+        let ram = Ram::new(16, Pages::Normal).unwrap();
+        let above = |bits, align| ram.above(bits, align).unwrap();
+        for (bits, align, room) in [
+            (40, layout::MMIO64_LEN, 32 * GIB..528 * GIB),
+            (36, layout::MMIO64_LEN, 32 * GIB..48 * GIB),
+            (52, layout::MMIO64_LEN, 32 * GIB..544 * GIB),
+            (35, layout::MMIO64_LEN, 32 * GIB..32 * GIB),
+            (36, layout::MMIO64_ALIGN_FIRMWARE, 20 * GIB..42 * GIB),
+        ] {
+            let Above { gap, mmio64, room: found, rest } = above(bits, align);
+            assert_eq!(found, room, "{bits} {align:#x}");
+            assert_eq!((gap.start, gap.end, mmio64.end), (4 * GIB, mmio64.start, room.start));
+            assert_eq!(rest, room.end..1 << bits);
+        }
+    }
+
+    #[test]
     fn more_than_the_host_has_is_refused_by_name() {
         let error = Ram::new(host_mib() + 1, Pages::Normal).map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("more than this host has"), "{error}");
@@ -370,11 +411,10 @@ mod tests {
         ram.file.read_exact_at(&mut bytes, 0x1234).unwrap();
         assert_eq!(&bytes, b"hello");
         assert!(!ram.memory.address_in_range(GuestAddress(16 << 20)));
-        assert!(matches!(ram.mmio64(34), Err(MemoryError::Unaddressable { .. })));
-        assert_eq!(ram.mmio64(40).unwrap().start, 1 << 34);
-        assert_eq!(ram.mmio64_firmware(40).unwrap(), 1 << 32..1 << 40);
-        assert_eq!((ram.beyond(40), ram.beyond(20)), (1 << 32..1 << 40, 1 << 20..1 << 20));
-        assert!(ram.mmio64_firmware(34).is_err());
+        for align in [layout::MMIO64_LEN, layout::MMIO64_ALIGN_FIRMWARE] {
+            assert!(matches!(ram.above(34, align), Err(MemoryError::Unaddressable { .. })));
+            assert!(ram.above(20, align).is_err());
+        }
 
         let more = ram.with_hotplug(128).unwrap();
         let region = more.hotplug().unwrap();
@@ -382,13 +422,15 @@ mod tests {
         assert!(more.memory.address_in_range(GuestAddress(region.end - 1)));
         assert!(!more.memory.address_in_range(GuestAddress(region.end)));
         assert_eq!(more.ranges().collect::<Vec<_>>(), [(0, 16 << 20)], "it is no RAM");
-        assert!(more.mmio64(40).unwrap().start >= region.end);
-        assert_eq!(more.beyond(40).start, region.end, "no GiB is lost");
+        let above = more.above(40, layout::MMIO64_LEN).unwrap();
+        assert!(above.mmio64.start >= region.end);
+        assert_eq!(above.gap.start, region.end, "no GiB is lost");
         let mut more = more;
         let (one, two) = (more.reserve(2 << 20).unwrap(), more.reserve(300 << 20).unwrap());
         assert!(one.start >= region.end && two.start >= one.end && two.start.is_multiple_of(layout::SECTION));
         assert_eq!(two.end - two.start, 300 << 20);
-        assert!(more.mmio64(40).unwrap().start >= two.end && more.mmio64_firmware(40).unwrap().start >= two.end);
+        let above = more.above(40, layout::MMIO64_ALIGN_FIRMWARE).unwrap();
+        assert!(above.gap.start >= two.end && above.gap.start.is_multiple_of(layout::SECTION));
         assert!(matches!(more.reserve(1 << 52), Err(MemoryError::Unaddressable { bits: 52, .. })));
         assert!(more.reserve(u64::MAX).is_err());
     }

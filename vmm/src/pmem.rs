@@ -1,4 +1,4 @@
-//! Files in the guest's address space: opened and mapped before the VM runs, and known to KVM as memory of the guest.
+//! Files in the guest's address space: opened, mapped, and known to KVM as memory of the guest.
 //!
 //! Nobody in this process reads or writes through the mapping, because a file may become shorter at any time, and then an
 //! access is a signal. A guest's access is none: KVM finds nothing there and gives up ([`explain`] says why), if the VM was
@@ -14,11 +14,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bedplate_devices::files::kind;
+use bedplate_devices::virtio::net::Seen;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
-pub use self::watch::{Watch, Watching};
+pub use self::watch::{Start, Watch, Watching};
 use crate::config::PmemConfig;
-use crate::memory::{MemoryError, Ram};
+use crate::memory::MemoryError;
 
 /// Address and length of such memory are multiples of this (Virtio 1.2, 5.19.5): a huge page of x86.
 const ALIGN: u64 = 2 << 20;
@@ -56,11 +57,14 @@ pub struct PmemFile {
 }
 
 impl PmemFile {
-    /// Opens and maps a file, and takes a place for it above everything that `ram` has.
+    /// Opens and maps a file, and then takes a place for so many bytes.
     ///
     /// # Errors
-    /// The file cannot be had in this way, is empty or no regular file, or there is no room for it.
-    pub fn open(config: &PmemConfig, ram: &mut Ram) -> Result<Self, PmemFileError> {
+    /// The file cannot be had in this way, is empty or no regular file, or there is no room for it. No place was taken.
+    pub fn open(
+        config: &PmemConfig,
+        place: impl FnOnce(u64) -> Result<Range<u64>, MemoryError>,
+    ) -> Result<Self, PmemFileError> {
         let PmemConfig { id, path, read_only, .. } = config;
         let (id, named) = (|| id.clone(), || path.clone());
         let cannot = |source| PmemFileError::Open { id: id(), path: named(), source };
@@ -76,14 +80,20 @@ impl PmemFile {
         }
         // The guest is told of whole huge pages; those of Firecracker's guests end alike.
         let len = file_len.next_multiple_of(ALIGN);
-        let region = ram.reserve(len).map_err(|source| PmemFileError::Address { id: id(), source })?;
         let mapping = FileMapping::new(&file, file_len, len, *read_only).map_err(|source| PmemFileError::Map {
             id: id(),
             path: named(),
             source,
         })?;
+        let region = place(len).map_err(|source| PmemFileError::Address { id: id(), source })?;
         let (mapping, file) = (Arc::new(mapping), Arc::new(file));
         Ok(Self { config: config.clone(), region, mapping, file, file_len })
+    }
+
+    /// Where it is, for a kernel that works in the guest's memory.
+    pub fn seen(&self) -> Seen {
+        let (guest, len, host) = (self.region.start, self.mapping.len() as u64, self.mapping.address() as u64);
+        Seen { guest, len, host, mapping: Arc::clone(&self.mapping) as _ }
     }
 
     /// What the file is like now.
@@ -102,6 +112,11 @@ pub struct Witness {
 }
 
 impl Witness {
+    /// Of the device.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
     /// That the file has become shorter, in words for people, if it has.
     pub fn has_shrunk(&self) -> Option<String> {
         let now = self.file.metadata().ok()?.len();
@@ -200,7 +215,7 @@ mod tests {
     use bedplate_devices::virtio::limiter::LimiterConfig;
 
     use super::*;
-    use crate::memory::Pages;
+    use crate::memory::{Pages, Ram, layout};
 
     fn config(path: &Path, read_only: bool) -> PmemConfig {
         PmemConfig { id: "p".into(), path: path.into(), read_only, limits: LimiterConfig::NONE }
@@ -224,7 +239,7 @@ mod tests {
         let path = tempfile::NamedTempFile::new().unwrap();
         path.as_file().write_all_at(b"hello", 4094).unwrap();
         let mut ram = Ram::new(16, Pages::Normal).unwrap();
-        let one = PmemFile::open(&config(path.path(), false), &mut ram).unwrap();
+        let one = PmemFile::open(&config(path.path(), false), |len| ram.reserve(len)).unwrap();
         assert_eq!((one.file_len, one.mapping.len(), one.mapping.address() % (2 << 20)), (4099, 2 << 20, 0));
         assert_eq!(one.region.end - one.region.start, 2 << 20);
         let bytes: Vec<_> = (4093..4100).map(|at| peek(&one.mapping, at)).collect();
@@ -237,11 +252,11 @@ mod tests {
         assert_eq!(&bytes[..5], b"Hello");
 
         path.as_file().set_len(4 << 20).unwrap();
-        let two = PmemFile::open(&config(path.path(), true), &mut ram).unwrap();
+        let two = PmemFile::open(&config(path.path(), true), |len| ram.reserve(len)).unwrap();
         assert!(two.region.start >= one.region.end && two.region.start.is_multiple_of(2 << 20));
         assert_eq!((two.mapping.len(), two.mapping.read_only()), (4 << 20, true));
         assert_eq!(peek(&two.mapping, 4094), b'H', "a page of the host is in both");
-        assert!(ram.mmio64(48).unwrap().start >= two.region.end);
+        assert!(ram.above(48, layout::MMIO64_LEN).unwrap().gap.start >= two.region.end);
         assert!(!vm_memory::GuestMemoryBackend::address_in_range(
             &*ram.memory,
             vm_memory::GuestAddress(one.region.start)
@@ -252,8 +267,9 @@ mod tests {
     fn what_is_no_file_of_some_bytes_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let mut ram = Ram::new(16, Pages::Normal).unwrap();
-        let mut said =
-            |path: &Path| PmemFile::open(&config(path, false), &mut ram).map(|_| ()).unwrap_err().to_string();
+        let mut said = |path: &Path| {
+            PmemFile::open(&config(path, false), |len| ram.reserve(len)).map(|_| ()).unwrap_err().to_string()
+        };
         assert!(said(&dir.path().join("none")).contains("none: No such file"));
         assert!(said(dir.path()).contains("is a directory; give a regular file"));
         assert!(said(Path::new("/dev/null")).contains("/dev/null is a character device"));
@@ -266,7 +282,7 @@ mod tests {
         let path = tempfile::NamedTempFile::new().unwrap();
         path.as_file().set_len(1 << 20).unwrap();
         let mut ram = Ram::new(16, Pages::Normal).unwrap();
-        let files = [PmemFile::open(&config(path.path(), false), &mut ram).unwrap().witness()];
+        let files = [PmemFile::open(&config(path.path(), false), |len| ram.reserve(len)).unwrap().witness()];
         assert!(explain(&[]).contains("huge pages"));
         assert!(explain(&files).contains("a file system is full"), "{}", explain(&files));
         path.as_file().set_len(7).unwrap();

@@ -8,11 +8,8 @@ mod rig;
 
 use std::path::{Path, PathBuf};
 
-use rig::{Api, Rig, SAY_X, SPIN, eventually, has_kvm};
+use rig::{Api, EJECT_ALWAYS, Rig, SAY_X, SPIN, eventually, has_kvm};
 use serde_json::Value;
-
-/// `mov eax, -1; mov edx, 0x618; out dx, eax; jmp` to the `out`: lets go of every slot's device, for ever.
-const EJECT_ALWAYS: [u8; 13] = [0xb8, 0xff, 0xff, 0xff, 0xff, 0xba, 0x18, 0x06, 0, 0, 0xef, 0xeb, 0xfd];
 
 fn disk(api: &Api, name: &str) -> PathBuf {
     let path = api.rig.path(name);

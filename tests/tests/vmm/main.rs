@@ -18,6 +18,7 @@ mod net_backend;
 mod network;
 mod plug;
 mod pmem;
+mod pmem_plug;
 mod processor;
 mod refusals;
 mod sandbox;
@@ -97,6 +98,12 @@ fn main() -> ExitCode {
         Scenario { name: "a_device_that_comes_before_the_guest_does_is_found", run: plug::before_it_listens },
         Scenario { name: "the_bus_is_filled_and_emptied", run: plug::fill_the_bus },
         Scenario { name: "a_plugged_copy_on_write_disk_keeps_what_was_written", run: plug::copy_on_write },
+        Scenario { name: "pmem_devices_come_and_go", run: pmem_plug::come_and_go },
+        Scenario { name: "a_pmem_device_goes_and_another_takes_its_place", run: pmem_plug::one_for_another },
+        Scenario { name: "the_bus_is_filled_with_pmem_devices_and_emptied", run: pmem_plug::fill_the_bus },
+        Scenario { name: "the_kernel_carries_frames_while_pmem_devices_come_and_go", run: pmem_plug::beside_vhost },
+        Scenario { name: "a_pmem_device_that_vhost_has_no_room_for_is_refused", run: pmem_plug::too_many_for_vhost },
+        Scenario { name: "a_pmem_device_comes_after_firmware", run: pmem_plug::with_firmware },
         Scenario { name: "vsock_both_ways", run: vsock::both_ways },
         Scenario { name: "the_virtio_console_has_two_ends", run: console::socket },
         Scenario { name: "a_system_lives_on_the_virtio_console", run: console::system },

@@ -47,21 +47,21 @@ fn put_net(guest: &Guest, id: &str, tap: &str, status: u16) -> Result<String> {
     guest.api("PUT", &format!("/network-interfaces/{id}"), &body.to_string(), status)
 }
 
-fn delete(guest: &Guest, path: &str, status: u16) -> Result<String> {
+pub fn delete(guest: &Guest, path: &str, status: u16) -> Result<String> {
     guest.api("DELETE", path, "", status)
 }
 
 /// Waits, in the guest, until a path is there.
-fn appears(guest: &Guest, path: &str) -> Result<()> {
+pub fn appears(guest: &Guest, path: &str) -> Result<()> {
     guest.run(&format!("until [ -e {path} ]; do usleep 50000; done")).map(drop)
 }
 
 /// Waits, in the guest, until it is not.
-fn disappears(guest: &Guest, path: &str) -> Result<()> {
+pub fn disappears(guest: &Guest, path: &str) -> Result<()> {
     guest.run(&format!("while [ -e {path} ]; do usleep 50000; done")).map(drop)
 }
 
-fn json_of(guest: &Guest, path: &str) -> Result<Value> {
+pub fn json_of(guest: &Guest, path: &str) -> Result<Value> {
     Ok(serde_json::from_str(&guest.api("GET", path, "", 200)?)?)
 }
 
@@ -71,18 +71,18 @@ fn devices(guest: &Guest) -> Result<Vec<String>> {
     Ok(status["devices"].as_object().context("no devices")?.keys().cloned().collect())
 }
 
-fn ids(guest: &Guest, section: &str, id: &str) -> Result<Vec<String>> {
+pub fn ids(guest: &Guest, section: &str, id: &str) -> Result<Vec<String>> {
     let config = json_of(guest, "/vm/config")?;
     let entries = config[section].as_array().cloned().unwrap_or_default();
     Ok(entries.iter().filter_map(|entry| entry[id].as_str().map(str::to_owned)).collect())
 }
 
-fn is_gone(guest: &Guest, name: &str) -> Result<()> {
+pub fn is_gone(guest: &Guest, name: &str) -> Result<()> {
     until(&format!("{name} to be gone"), PATIENCE, || Ok((!devices(guest)?.iter().any(|n| n == name)).then_some(())))
 }
 
 /// What the VMM has open, by kind, in a form that two moments can be compared by.
-fn open_files(guest: &mut Guest) -> Result<Vec<String>> {
+pub fn open_files(guest: &mut Guest) -> Result<Vec<String>> {
     let dir = Path::new("/proc").join(guest.process().pid().to_string()).join("fd");
     // One that is closed meanwhile is none of them.
     let targets = fs::read_dir(dir)?.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok());
@@ -93,7 +93,7 @@ fn open_files(guest: &mut Guest) -> Result<Vec<String>> {
 }
 
 /// Waits until the VMM has nothing open but what it had. The connection of a request is closed soon after its answer.
-fn closes(guest: &mut Guest, before: &[String]) -> Result<()> {
+pub fn closes(guest: &mut Guest, before: &[String]) -> Result<()> {
     let mut after = Vec::new();
     let closed = until("everything to be closed", PATIENCE, || {
         after = open_files(guest)?;
@@ -102,7 +102,7 @@ fn closes(guest: &mut Guest, before: &[String]) -> Result<()> {
     closed.with_context(|| format!("open before: {before:?}, and after: {after:?}"))
 }
 
-fn threads(guest: &mut Guest) -> Result<usize> {
+pub fn threads(guest: &mut Guest) -> Result<usize> {
     Ok(fs::read_dir(Path::new("/proc").join(guest.process().pid().to_string()).join("task"))?.count())
 }
 

@@ -88,7 +88,7 @@ pub(super) fn processor_name(id: u8) -> Path {
 
 struct RootBridge<'a> {
     mmio32: &'a [std::ops::Range<u64>],
-    mmio64: &'a std::ops::Range<u64>,
+    mmio64: &'a [std::ops::Range<u64>],
     later: std::ops::Range<u8>,
 }
 
@@ -104,12 +104,14 @@ impl Aml for RootBridge<'_> {
             AddressSpace::new_memory(memory, true, range.start as u32, (range.end - 1) as u32, None)
         };
         let low: Vec<_> = self.mmio32.iter().map(window).collect();
-        let high = AddressSpace::new_memory(memory, true, self.mmio64.start, self.mmio64.end - 1, None);
+        let window =
+            |range: &std::ops::Range<u64>| AddressSpace::new_memory(memory, true, range.start, range.end - 1, None);
+        let high: Vec<_> = self.mmio64.iter().map(window).collect();
         // Its end is the last of all ports.
         let window = AddressSpace::new_io(ports::PCI.start as u16, (ports::PCI.end - 1) as u16, None);
         let mut resources: Vec<&dyn Aml> = vec![&buses, &config, &window];
         resources.extend(low.iter().map(|window| window as &dyn Aml));
-        resources.push(&high);
+        resources.extend(high.iter().map(|window| window as &dyn Aml));
         Device::new(
             Path::new("PCI0"),
             vec![

@@ -32,8 +32,8 @@ pub struct Description {
     pub present: u8,
     /// Windows for BARs below 4 GiB, for `_CRS`.
     pub mmio32: Vec<Range<u64>>,
-    /// The one above.
-    pub mmio64: Range<u64>,
+    /// Those above.
+    pub mmio64: Vec<Range<u64>>,
     /// The PM timer is told of.
     pub timer: bool,
     /// Virtio devices for a guest without PCI.
@@ -152,7 +152,7 @@ mod tests {
             vcpus: 8,
             present: 6,
             mmio32: vec![0xc000_0000..0xd000_0000, 0xd000_0000..0xe000_0000],
-            mmio64: 1 << 34..1 << 35,
+            mmio64: vec![1 << 34..1 << 35, 1 << 38..1 << 39],
             timer: false,
             virtio: crate::machine::ports::virtio_places().take(3).collect(),
         };
@@ -192,7 +192,7 @@ mod tests {
                 vcpus: 1,
                 present: 1,
                 mmio32: vec![0xc000_0000..0xd000_0000, 0xd000_0000..0xe000_0000],
-                mmio64: 1 << 34..1 << 35,
+                mmio64: vec![1 << 34..1 << 35, 1 << 38..1 << 39],
                 timer,
                 virtio: Vec::new(),
             };

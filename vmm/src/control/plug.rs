@@ -1,6 +1,7 @@
-//! Disks and network interfaces that come and go while the VM runs. The faults begin with Firecracker's words.
+//! Disks, network interfaces and files in the guest's address space that come and go while the VM runs. The faults begin
+//! with Firecracker's words.
 
-use bedplate_api::vmm::{Drive, LogLevel, NetworkInterface};
+use bedplate_api::vmm::{Drive, LogLevel, NetworkInterface, Pmem};
 
 use super::change::ONLY_VISIBLE;
 use super::configure::warning_of_length;
@@ -8,6 +9,7 @@ use super::fault::Fault;
 use super::session::Session;
 use crate::config;
 use crate::machine::{BuildError, DeviceError, Devices};
+use crate::pmem::PmemFileError;
 
 /// A device that is to go.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,6 +18,8 @@ pub(super) enum Unplug {
     Drive(String),
     /// By its `iface_id`.
     NetworkInterface(String),
+    /// By its `id`.
+    Pmem(String),
 }
 
 impl Unplug {
@@ -24,6 +28,21 @@ impl Unplug {
         match self {
             Self::Drive(id) => Devices::name_of_disk(id),
             Self::NetworkInterface(id) => Devices::name_of_net(id),
+            Self::Pmem(id) => Devices::name_of_pmem(id),
+        }
+    }
+
+    fn id(&self) -> &str {
+        let (Self::Drive(id) | Self::NetworkInterface(id) | Self::Pmem(id)) = self;
+        id
+    }
+
+    /// Its kind, in words for people.
+    const fn kind(&self) -> &'static str {
+        match self {
+            Self::Drive(_) => "drive",
+            Self::NetworkInterface(_) => "network interface",
+            Self::Pmem(_) => "pmem device",
         }
     }
 }
@@ -42,18 +61,39 @@ impl Session {
         }
         let mut drives = self.spec.drives.clone();
         drives.push(drive);
-        let configs: Vec<_> = drives.iter().map(config::disk).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
-        let pmems: Vec<_> =
-            self.spec.pmem.iter().map(config::pmem).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
-        config::separate(&configs, &pmems).map_err(Fault::bad_request)?;
+        separate(&drives, &self.spec.pmem)?;
         let length = config.file().and_then(warning_of_length);
         let is_walled = self.sandbox.is_some();
         let machine = &mut self.running()?.machine;
         machine.plug_disk(&config).map_err(|error| fault_of_file(&error, is_walled))?;
         let warnings = machine.devices_mut().take_warnings();
         self.spec.drives = drives;
-        length.into_iter().chain(warnings).for_each(|warning| self.log.write(LogLevel::Warning, &warning));
+        self.warn(length.into_iter().chain(warnings));
         self.log.write(LogLevel::Info, &format!("drive {:?} was plugged in", config.id()));
+        Ok(())
+    }
+
+    pub(super) fn plug_pmem(&mut self, pmem: Pmem) -> Result<(), Fault> {
+        let config = config::pmem(&pmem).map_err(Fault::bad_request)?;
+        if self.spec.pmem.iter().any(|other| other.id == pmem.id) {
+            return Err(self.in_use(&Unplug::Pmem(pmem.id), "pmem id"));
+        }
+        if pmem.root_device {
+            return Err(Fault::bad_request(
+                "Pmem config error: Attempt to add pmem as a root device to a VM that runs. Leave root_device out",
+            ));
+        }
+        let mut pmems = self.spec.pmem.clone();
+        pmems.push(pmem);
+        separate(&self.spec.drives, &pmems)?;
+        let is_walled = self.sandbox.is_some();
+        let machine = &mut self.running()?.machine;
+        let plugged = machine.plug_pmem(&config).map_err(|error| fault_of_file(&error, is_walled));
+        let warnings = machine.devices_mut().take_warnings();
+        self.warn(warnings);
+        plugged?;
+        self.spec.pmem = pmems;
+        self.log.write(LogLevel::Info, &format!("pmem device {:?} was plugged in", config.id));
         Ok(())
     }
 
@@ -74,24 +114,23 @@ impl Session {
 
     /// Asks the guest to let go of a device; done when it has.
     pub(super) fn unplug(&mut self, device: &Unplug) -> Result<(), Fault> {
-        let (is_there, is_root) = match device {
+        // Whether it is the root device, if it is there.
+        let root = match device {
             Unplug::Drive(id) => {
-                let drive = self.spec.drives.iter().find(|drive| drive.drive_id == *id);
-                (drive.is_some(), drive.is_some_and(|drive| drive.is_root_device))
+                self.spec.drives.iter().find(|drive| drive.drive_id == *id).map(|drive| drive.is_root_device)
             }
             Unplug::NetworkInterface(id) => {
-                (self.spec.network_interfaces.iter().any(|interface| interface.iface_id == *id), false)
+                self.spec.network_interfaces.iter().any(|interface| interface.iface_id == *id).then_some(false)
             }
+            Unplug::Pmem(id) => self.spec.pmem.iter().find(|pmem| pmem.id == *id).map(|pmem| pmem.root_device),
         };
-        match (is_there, is_root, device) {
-            (false, _, Unplug::Drive(id)) => {
-                Err(Fault::bad_request(format!("Device not found: there is no drive {id:?}.")))
+        match root {
+            None => {
+                let (kind, id) = (device.kind(), device.id());
+                Err(Fault::bad_request(format!("Device not found: there is no {kind} {id:?}.")))
             }
-            (false, _, Unplug::NetworkInterface(id)) => {
-                Err(Fault::bad_request(format!("Device not found: there is no network interface {id:?}.")))
-            }
-            (true, true, _) => Err(Fault::bad_request("Cannot unplug root device: the guest runs from it.")),
-            (true, false, _) => {
+            Some(true) => Err(Fault::bad_request("Cannot unplug root device: the guest runs from it.")),
+            Some(false) => {
                 self.running()?.machine.unplug(&device.name());
                 Ok(())
             }
@@ -101,16 +140,19 @@ impl Session {
     /// Takes note of what the guest has let go of.
     pub(super) fn settle(&mut self) {
         let Some(vm) = &mut self.vm else { return };
-        for name in vm.machine.settle() {
+        let (gone, warnings) = (vm.machine.settle(), vm.machine.devices_mut().take_warnings());
+        for name in gone {
             self.spec.drives.retain(|drive| Devices::name_of_disk(&drive.drive_id) != name);
             self.spec.network_interfaces.retain(|interface| Devices::name_of_net(&interface.iface_id) != name);
+            self.spec.pmem.retain(|pmem| Devices::name_of_pmem(&pmem.id) != name);
             self.log.write(LogLevel::Info, &format!("the guest has let go of {name}"));
         }
+        self.warn(warnings);
     }
 
     fn in_use(&self, device: &Unplug, what: &str) -> Fault {
         let unplugging = self.vm.as_ref().is_some_and(|vm| vm.machine.is_unplugging(&device.name()));
-        let (Unplug::Drive(id) | Unplug::NetworkInterface(id)) = device;
+        let id = device.id();
         Fault::bad_request(if unplugging {
             format!(
                 "Device ID in use: the guest was asked to let go of {what} {id:?} and has not yet. Try again when it has"
@@ -121,11 +163,19 @@ impl Session {
     }
 }
 
+/// No file is changed by two devices.
+fn separate(drives: &[Drive], pmems: &[Pmem]) -> Result<(), Fault> {
+    let drives: Vec<_> = drives.iter().map(config::disk).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
+    let pmems: Vec<_> = pmems.iter().map(config::pmem).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
+    config::separate(&drives, &pmems).map_err(Fault::bad_request)
+}
+
 /// A file that is there may not be seen from inside of the sandbox.
 fn fault_of_file(error: &BuildError, is_walled: bool) -> Fault {
     let is_about_file = matches!(
         error,
         BuildError::Device(DeviceError::Drive { .. } | DeviceError::ImageDisk { .. } | DeviceError::Path { .. })
+            | BuildError::Pmem(PmemFileError::Open { .. })
     );
     Fault::bad_request(format!("{error}{}", if is_about_file && is_walled { ONLY_VISIBLE } else { "" }))
 }

@@ -12,18 +12,16 @@ use crate::config;
 /// What can be asked of files in the guest's address space.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum PmemCommand {
-    /// Before the start.
+    /// After the start it is plugged.
     Put(Pmem),
     /// After the start.
     Patch(PmemPatch),
-    /// Refused: they cannot be taken away.
-    Unplug(String),
 }
 
 impl PmemCommand {
     /// The device in the body must be that of the path; the fault is in Firecracker's words.
     pub(super) fn of(self, in_path: &str) -> Result<Self, Fault> {
-        let (Self::Put(Pmem { id, .. }) | Self::Patch(PmemPatch { id, .. }) | Self::Unplug(id)) = &self;
+        let (Self::Put(Pmem { id, .. }) | Self::Patch(PmemPatch { id, .. })) = &self;
         if id == in_path {
             return Ok(self);
         }
@@ -34,13 +32,9 @@ impl PmemCommand {
 impl Session {
     pub(super) fn execute_pmem(&mut self, command: PmemCommand) -> Result<Answer, Fault> {
         match command {
-            PmemCommand::Put(pmem) => self.before_start()?.put_pmem(pmem)?,
+            PmemCommand::Put(pmem) if self.vm.is_some() => self.plug_pmem(pmem)?,
+            PmemCommand::Put(pmem) => self.put_pmem(pmem)?,
             PmemCommand::Patch(patch) => self.patch_pmem(&patch)?,
-            PmemCommand::Unplug(id) => {
-                self.running()?;
-                let words = "cannot be taken from a VM that runs: hot-unplug is not offered.";
-                return Err(Fault::bad_request(format!("The pmem device {id:?} {words}")));
-            }
         }
         Ok(Answer::Done)
     }

@@ -81,7 +81,7 @@ pub(super) fn parse(method: &Method, path: &str, body: &[u8]) -> Result<Command,
         ("DELETE", _) if !body.is_empty() => Err(Fault::bad_request("DELETE request cannot have a body.")),
         ("DELETE", ["drives", id]) => Ok(Command::Unplug(Unplug::Drive((*id).into()))),
         ("DELETE", ["network-interfaces", id]) => Ok(Command::Unplug(Unplug::NetworkInterface((*id).into()))),
-        ("DELETE", ["pmem", id]) => Ok(Command::Pmem(PmemCommand::Unplug((*id).into()))),
+        ("DELETE", ["pmem", id]) => Ok(Command::Unplug(Unplug::Pmem((*id).into()))),
 
         (_, ["drives" | "network-interfaces" | "pmem"]) => Err(Fault::bad_request("The ID cannot be empty.")),
         _ => Err(Fault::bad_request(format!("Invalid request method and/or path: {method} {path}."))),

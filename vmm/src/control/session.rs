@@ -151,8 +151,8 @@ impl Session {
     }
 
     /// Says what is not as whoever started this may think.
-    pub fn warn(&self, message: &str) {
-        self.log.write(LogLevel::Warning, message);
+    pub fn warn(&self, warnings: impl IntoIterator<Item = String>) {
+        warnings.into_iter().for_each(|warning| self.log.write(LogLevel::Warning, &warning));
     }
 
     /// The guest, when it is started, waits for a debugger.

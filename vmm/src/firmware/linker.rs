@@ -109,7 +109,7 @@ mod tests {
             vcpus: 3,
             present: 2,
             mmio32: vec![0xc000_0000..0xd000_0000, 0xd000_0000..0xe000_0000],
-            mmio64: 1 << 34..1 << 35,
+            mmio64: vec![1 << 34..1 << 35, 1 << 38..1 << 39],
             timer: true,
             virtio: Vec::new(),
         };

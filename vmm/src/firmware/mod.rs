@@ -108,7 +108,8 @@ pub fn items(ram: &Ram, description: &Description, disks: &[Slot]) -> Result<FwC
     items.number(FwCfgKey::MaxCpus, description.vcpus.into());
     items.file("etc/e820", memory_map(ram))?;
     // Where BARs may be, if firmware wants them above RAM.
-    items.file("etc/reserved-memory-end", description.mmio64.start.to_le_bytes().to_vec())?;
+    let above_ram = description.mmio64.first().map_or(0, |window| window.start);
+    items.file("etc/reserved-memory-end", above_ram.to_le_bytes().to_vec())?;
     items.file("etc/sercon-port", ports::SERIAL.to_le_bytes().to_vec())?;
     items.file("etc/boot-fail-wait", BOOT_FAIL_WAIT_MS.to_le_bytes().to_vec())?;
     items.file("bootorder", boot_order(disks))?;

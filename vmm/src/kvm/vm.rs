@@ -43,8 +43,17 @@ pub struct Vm {
     memory: Memory,
     /// As `memory`.
     roms: Vec<MmapRegion>,
-    /// As `memory`.
-    files: Vec<Arc<FileMapping>>,
+    files: Vec<FileSlot>,
+    /// Numbers that files have left behind.
+    free_slots: Vec<u32>,
+}
+
+/// A file in the guest's address space.
+struct FileSlot {
+    slot: u32,
+    address: u64,
+    /// As [`Vm::memory`].
+    _mapping: Arc<FileMapping>,
 }
 
 impl Vm {
@@ -82,6 +91,7 @@ impl Vm {
             memory,
             roms: Vec::new(),
             files: Vec::new(),
+            free_slots: Vec::new(),
         };
         vm.add_memory(config.log_dirty_pages)?;
         Ok(vm)
@@ -133,16 +143,34 @@ impl Vm {
     /// # Errors
     /// KVM refuses: something is there already.
     pub fn add_file(&mut self, mapping: &Arc<FileMapping>, address: u64) -> Result<(), KvmError> {
-        let slot = kvm_userspace_memory_region {
-            slot: self.next_slot.fetch_add(1, Ordering::Relaxed),
+        let slot = self.free_slots.pop().unwrap_or_else(|| self.next_slot.fetch_add(1, Ordering::Relaxed));
+        let region = kvm_userspace_memory_region {
+            slot,
             flags: if mapping.read_only() { KVM_MEM_READONLY } else { 0 },
             guest_phys_addr: address,
             memory_size: mapping.len() as u64,
             userspace_addr: mapping.address() as u64,
         };
-        // SAFETY: as in `add_memory`, with `self.files` in the place of `self.memory`.
-        unsafe { self.fd.set_user_memory_region(slot) }.map_err(call("map a pmem device's file"))?;
-        self.files.push(Arc::clone(mapping));
+        // SAFETY: as in `add_memory`, with `self.files` in the place of `self.memory`; `remove_file` unmaps it first.
+        if let Err(error) = unsafe { self.fd.set_user_memory_region(region) } {
+            self.free_slots.push(slot);
+            return Err(call("map a pmem device's file")(error));
+        }
+        self.files.push(FileSlot { slot, address, _mapping: Arc::clone(mapping) });
+        Ok(())
+    }
+
+    /// Takes the file at `address` away from the guest, if there is one: when this returns no vCPU reaches it.
+    ///
+    /// # Errors
+    /// KVM refuses. The file stays where it is.
+    pub fn remove_file(&mut self, address: u64) -> Result<(), KvmError> {
+        let Some(at) = self.files.iter().position(|file| file.address == address) else { return Ok(()) };
+        // One of no bytes is none.
+        let region = kvm_userspace_memory_region { slot: self.files[at].slot, ..Default::default() };
+        // SAFETY: KVM forgets an address of this process, and learns none.
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(call("unmap a pmem device's file"))?;
+        self.free_slots.push(self.files.swap_remove(at).slot);
         Ok(())
     }
 

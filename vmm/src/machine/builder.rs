@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::lifecycle::Lifecycle;
 use super::pci_devices::When;
 use super::plug::{Departures, Plug};
+use super::plug_pmem::{PmemFiles, unwatched};
 use super::taps::Taps;
 use super::unknown_msrs::{UnknownMsrs, Warn};
 use super::vcpu::Buses;
@@ -23,7 +24,7 @@ use crate::console::Sink;
 use crate::debugger::{DebugSocket, Debugger, Words};
 use crate::firmware::{self, FirmwareError};
 use crate::kvm::{Creation, Vcpu, install_kick_signal};
-use crate::memory::{MemoryError, Ram, Sharing, layout};
+use crate::memory::{Above, MemoryError, Ram, Room, Sharing, layout};
 use crate::metadata::Metadata;
 use crate::mp_table;
 use crate::pmem::{PmemFile, Watch};
@@ -60,29 +61,37 @@ pub struct Outlets<'a> {
 struct Windows {
     /// The guest is told of these.
     mmio32: Vec<Range<u64>>,
-    mmio64: Range<u64>,
+    mmio64: Vec<Range<u64>>,
     /// Where Linux puts BARs if it shall not believe that (`pci=nocrs`, `pci=noacpi`): above 4 GiB and all memory.
-    elsewhere: Range<u64>,
+    elsewhere: Vec<Range<u64>>,
 }
 
 impl Windows {
-    /// Of a VM that begins with `boot`: firmware moves BARs to where it wants them.
-    fn of(boot: &Boot, ram: &Ram, address_bits: u8) -> Result<Self, MemoryError> {
-        let (mmio32, mmio64) = match boot {
-            Boot::Kernel(_) => (vec![layout::MMIO32], ram.mmio64(address_bits)?),
-            Boot::Firmware(_) => (layout::MMIO32_FIRMWARE.to_vec(), ram.mmio64_firmware(address_bits)?),
+    /// Of a VM that begins with `boot`: firmware moves BARs to where it wants them. Beside them, the room for files that come
+    /// later.
+    fn of(boot: &Boot, ram: &Ram, address_bits: u8) -> Result<(Self, Room), MemoryError> {
+        let align = match boot {
+            Boot::Kernel(_) => layout::MMIO64_LEN,
+            Boot::Firmware(_) => layout::MMIO64_ALIGN_FIRMWARE,
         };
-        Ok(Self { mmio32, mmio64, elsewhere: ram.beyond(address_bits) })
+        let Above { gap, mmio64, room, rest } = ram.above(address_bits, align)?;
+        let windows = match boot {
+            Boot::Kernel(_) => Self { mmio32: vec![layout::MMIO32], mmio64: vec![mmio64], elsewhere: vec![gap, rest] },
+            Boot::Firmware(_) => Self {
+                mmio32: layout::MMIO32_FIRMWARE.to_vec(),
+                mmio64: [mmio64, rest].into_iter().filter(|window| !window.is_empty()).collect(),
+                elsewhere: vec![gap],
+            },
+        };
+        Ok((windows, Room::new(room)))
     }
 
     /// In the order in which BARs get their first places: below 4 GiB for a kernel of 32 bits, which need not reach further.
     fn in_order(self, entry: Entry) -> Vec<Range<u64>> {
         // No BAR is so long or so placed that it would be in two of them.
-        let elsewhere = [self.elsewhere.start..self.mmio64.start, self.mmio64.end..self.elsewhere.end];
-        let high = std::iter::once(self.mmio64);
         match entry {
-            Entry::Linux32 { .. } => self.mmio32.into_iter().chain(high).chain(elsewhere).collect(),
-            _ => high.chain(self.mmio32).chain(elsewhere).collect(),
+            Entry::Linux32 { .. } => [self.mmio32, self.mmio64, self.elsewhere].concat(),
+            _ => [self.mmio64, self.mmio32, self.elsewhere].concat(),
         }
     }
 }
@@ -118,8 +127,9 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     if let Some(hotplug) = config.hotplug {
         ram = ram.with_hotplug(hotplug.total_mib)?;
     }
-    let files = config.pmems.iter().map(|pmem| PmemFile::open(pmem, &mut ram)).collect::<Result<Vec<_>, _>>()?;
-    let windows = Windows::of(&config.boot, &ram, creation.address_bits())?;
+    let open = |pmem| PmemFile::open(pmem, |len| ram.reserve(len));
+    let files = config.pmems.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    let (windows, room) = Windows::of(&config.boot, &ram, creation.address_bits())?;
     let description = acpi::Description {
         vcpus: config.topology.vcpus,
         present: config.vcpus,
@@ -148,7 +158,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     let life = Arc::new(Lifecycle::new(outlets.ended.try_clone().map_err(BuildError::Host)?));
     let debugger = outlets.debugger.map(|(socket, words)| Debugger::new(socket, words, &life));
     let debugger = debugger.transpose().map_err(BuildError::Host)?;
-    life.set_files(files.iter().map(PmemFile::witness).collect());
+    files.iter().for_each(|file| life.add_file(file.witness()));
 
     // The platform: devices at fixed places.
     let buses = Buses::new();
@@ -194,16 +204,12 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     for file_system in &config.filesystems {
         attach.file_system(file_system)?;
     }
+    let mut watch = Watch::default();
     for file in &files {
         attach.pmem(file, &mut vm, &buses.mmio)?;
+        let watched = watch.add(file);
+        attach.devices.warnings.extend(watched.err().map(|error| unwatched(file, &error)));
     }
-    let watch = Watch::open(&files).unwrap_or_else(|error| {
-        attach.devices.warnings.push(format!(
-            "the files of pmem devices are not watched: {error}; a guest may stand still where one becomes shorter. Raise \
-             /proc/sys/fs/inotify/max_user_instances"
-        ));
-        None
-    });
     if let Some(vsock) = &config.vsock {
         attach.vsock(vsock)?;
     }
@@ -244,14 +250,14 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         sandbox.enter()?;
         plug.taps.seal();
     }
-    let _watching = watch.map(|watch| watch.start(&life)).transpose().map_err(BuildError::Host)?;
+    watch.start(&life, |thread| thread()).map_err(BuildError::Host)?;
     life.set_vcpus(vcpus.iter().map(Vcpu::kicker).collect());
     let debugging = debugger.map(|debugger| debugger.start(&life, Arc::clone(&ram.memory), vcpus.len()));
     let _debugging = debugging.transpose().map_err(BuildError::Host)?;
     let (threads, counters) = (Vec::new(), Vec::new());
     Machine {
-        _vm: vm,
-        _watching,
+        vm,
+        pmem_files: PmemFiles::new(files, room, watch),
         _debugging,
         ram,
         buses,

@@ -11,10 +11,12 @@ use bedplate_devices::virtio::balloon::{BalloonControl, BalloonMetrics};
 use bedplate_devices::virtio::block::{Backend, BlockControl, BlockMetrics};
 use bedplate_devices::virtio::console::{ConsoleControl, ConsoleMetrics};
 use bedplate_devices::virtio::mem::{MemControl, MemMetrics};
-use bedplate_devices::virtio::net::{NetControl, NetMetrics};
+use bedplate_devices::virtio::net::{NetControl, NetMetrics, Seen, VhostNetControl};
 use bedplate_devices::virtio::pci::VirtioPciDevice;
 use bedplate_devices::virtio::pmem::{PmemControl, PmemMetrics};
 use bedplate_devices::virtio::vhost_user::VhostUserBlockControl;
+
+use super::pci_devices::DeviceError;
 
 /// What changes a disk while its VM runs.
 pub type DiskControl = BlockControl<Box<dyn Backend>>;
@@ -25,6 +27,7 @@ pub struct Devices {
     pub(super) disks: BTreeMap<String, DiskControl>,
     pub(super) backend_disks: BTreeMap<String, VhostUserBlockControl>,
     pub(super) nets: BTreeMap<String, NetControl>,
+    pub(super) vhost_nets: BTreeMap<String, VhostNetControl>,
     pub(super) pmems: BTreeMap<String, PmemControl>,
     pub(super) balloon: Option<BalloonControl>,
     pub(super) mem: Option<MemControl>,
@@ -60,6 +63,23 @@ impl Devices {
         format!("net_{iface_id}")
     }
 
+    /// Likewise, a pmem device.
+    pub fn name_of_pmem(id: &str) -> String {
+        format!("pmem_{id}")
+    }
+
+    /// Tells the kernel, where it carries frames, what the guest sees beside RAM.
+    ///
+    /// # Errors
+    /// It refuses for an interface, which is named. The others are told.
+    pub(super) fn see(&self, seen: &Arc<[Seen]>) -> Result<(), DeviceError> {
+        let told = self
+            .vhost_nets
+            .iter()
+            .map(|(id, vhost)| vhost.see(seen).map_err(|source| DeviceError::VhostMemory { id: id.clone(), source }));
+        told.fold(Ok(()), Result::and)
+    }
+
     /// Where the device of this name is on the bus.
     pub(super) fn slot(&self, name: &str) -> Option<Slot> {
         self.transports.get(name).map(|(slot, _)| *slot)
@@ -72,6 +92,8 @@ impl Devices {
         self.disks.retain(|id, _| Self::name_of_disk(id) != name);
         self.backend_disks.retain(|id, _| Self::name_of_disk(id) != name);
         self.nets.retain(|id, _| Self::name_of_net(id) != name);
+        self.vhost_nets.retain(|id, _| Self::name_of_net(id) != name);
+        self.pmems.retain(|id, _| Self::name_of_pmem(id) != name);
     }
 
     /// The disk of a drive, if there is such a drive.

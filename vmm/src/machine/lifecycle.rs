@@ -69,7 +69,8 @@ pub struct Lifecycle {
     state: Mutex<State>,
     changed: Condvar,
     kickers: OnceLock<Vec<Kicker>>,
-    files: OnceLock<Vec<Witness>>,
+    /// Held for a look at the files only, which are the host's.
+    files: Mutex<Vec<Witness>>,
     exit: OnceLock<Exit>,
     ended: EventFd,
     /// Of a debugger: signalled when a vCPU has stopped for it, and at the end.
@@ -83,7 +84,7 @@ impl Lifecycle {
             state: Mutex::new(State { target: Target::Run, members: Vec::new(), parked: 0, stops: VecDeque::new() }),
             changed: Condvar::new(),
             kickers: OnceLock::new(),
-            files: OnceLock::new(),
+            files: Mutex::default(),
             exit: OnceLock::new(),
             ended,
             debugger: OnceLock::new(),
@@ -109,20 +110,33 @@ impl Lifecycle {
         }
     }
 
-    /// Names the files in the guest's memory, once, before the first vCPU runs.
-    pub fn set_files(&self, files: Vec<Witness>) {
-        // A second call would be our bug and changes nothing.
-        let _ = self.files.set(files);
+    /// Names a file in the guest's memory.
+    pub fn add_file(&self, file: Witness) {
+        self.files().push(file);
+    }
+
+    /// The file of the pmem device `id` is not in the guest's memory any more.
+    pub fn remove_file(&self, id: &str) {
+        self.files().retain(|file| file.id() != id);
     }
 
     /// Why a vCPU may have found nothing behind an address, for a person.
     pub fn why_unbacked(&self) -> String {
-        pmem::explain(self.files.get().map_or(&[], Vec::as_slice))
+        pmem::explain(&self.files())
     }
 
-    /// Which of the files has become shorter, in words for a person.
-    pub fn shrunk_file(&self) -> Option<String> {
-        self.files.get()?.iter().find_map(Witness::has_shrunk)
+    /// Ends the machine if one of the files has become shorter; whether it has.
+    pub fn check_files(&self) -> bool {
+        let shrunk = self.files().iter().find_map(Witness::has_shrunk);
+        let has_shrunk = shrunk.is_some();
+        if let Some(words) = shrunk {
+            self.end(ExitReason::HostFault, words);
+        }
+        has_shrunk
+    }
+
+    fn files(&self) -> MutexGuard<'_, Vec<Witness>> {
+        self.files.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// How it ended, once it has.

@@ -11,6 +11,7 @@ pub mod lifecycle;
 mod pci_devices;
 mod platform;
 mod plug;
+mod plug_pmem;
 pub mod ports;
 mod taps;
 pub mod unknown_msrs;
@@ -37,11 +38,12 @@ use crate::firmware::FirmwareError;
 use crate::kvm::{KvmError, Vcpu, VcpuState, Vm};
 use crate::memory::{MemoryError, Ram};
 use crate::mp_table::MpTableError;
-use crate::pmem::{PmemFileError, Watching};
+use crate::pmem::PmemFileError;
 use crate::sandbox::SandboxError;
 use counters::ExitCounters;
 use lifecycle::Lifecycle;
 use plug::Plug;
+use plug_pmem::PmemFiles;
 use unknown_msrs::UnknownMsrs;
 use vcpu::Buses;
 
@@ -87,9 +89,9 @@ pub enum BuildError {
 /// A VM that has been started. Dropped, it ends: threads are joined, devices stopped.
 pub struct Machine {
     /// Open as long as vCPUs run and devices signal.
-    _vm: Vm,
-    /// Ends it when a file in its memory becomes shorter.
-    _watching: Option<Watching>,
+    vm: Vm,
+    /// In its address space, beside its memory.
+    pmem_files: PmemFiles,
     /// Serves a debugger, which may hold the vCPUs.
     _debugging: Option<Debugging>,
     ram: Ram,

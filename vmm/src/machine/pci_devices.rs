@@ -17,7 +17,7 @@ use bedplate_devices::virtio::block::{Block, BlockConfig, OpenError};
 use bedplate_devices::virtio::console::{Console, WindowSize};
 use bedplate_devices::virtio::mem::{Mem, MemConfig};
 use bedplate_devices::virtio::mmio::{Place, VirtioMmioWindow, WINDOW_LEN};
-use bedplate_devices::virtio::net::{Net, NetConfig, Seen, TapError, VhostError, VhostNet, VhostUserNet};
+use bedplate_devices::virtio::net::{Net, NetConfig, TapError, VhostError, VhostNet, VhostUserNet};
 use bedplate_devices::virtio::pci::{VirtioPciDevice, VirtioPciError};
 use bedplate_devices::virtio::pmem::{Pmem, PmemConfig};
 use bedplate_devices::virtio::rng::Rng;
@@ -124,6 +124,17 @@ pub enum DeviceError {
         /// Why.
         source: VhostError,
     },
+    /// Frames may lie in the memory of pmem devices.
+    #[error(
+        "network interface {id}, which has vhost, cannot be told of a pmem device's memory: {source}; remove one of the two, \
+         or configure the pmem device before the start"
+    )]
+    VhostMemory {
+        /// `iface_id`.
+        id: String,
+        /// Why.
+        source: VhostError,
+    },
     /// vhost-net is opened before the sandbox only.
     #[error(
         "network interface {id}: a VM that runs cannot get an interface with vhost: configure it before the start, or leave \
@@ -179,7 +190,8 @@ pub(super) enum When {
     Running,
 }
 
-/// What every attachment needs, and what knows the devices afterwards. An attachment that fails leaves nothing behind.
+/// What every attachment needs, and what knows the devices afterwards. An attachment that fails leaves nothing behind, except
+/// where it says so.
 pub(super) struct Attach<'a> {
     pub when: When,
     pub pci: &'a PciRoot,
@@ -231,15 +243,13 @@ impl Attach<'_> {
         };
         let queues = self.taps.open(net, tap)?;
         if net.vhost {
-            let seen = |file: &PmemFile| Seen {
-                guest: file.region.start,
-                len: file.mapping.len() as u64,
-                host: file.mapping.address() as u64,
-            };
-            let files: Vec<_> = self.files.iter().map(seen).collect();
+            let files = self.files.iter().map(PmemFile::seen).collect();
             let device = VhostNet::open(queues, &config, self.memory, &files)
                 .map_err(|source| DeviceError::Vhost { id: net.id.clone(), source })?;
-            return self.virtio(Devices::name_of_net(&net.id), device, Counts::Elsewhere);
+            let control = device.control();
+            let slot = self.virtio(Devices::name_of_net(&net.id), device, Counts::Elsewhere)?;
+            self.devices.vhost_nets.insert(net.id.clone(), control);
+            return Ok(slot);
         }
         let mut device = Net::new(queues, config).map_err(BuildError::Host)?;
         if let Some(address) = net.metadata {
@@ -295,8 +305,9 @@ impl Attach<'_> {
         device.map_err(|source| DeviceError::VhostUser { what, id: id.into(), source })
     }
 
-    /// The file becomes memory of `vm`; what the guest writes to one that it may only read leaves it and is counted.
-    pub fn pmem(&mut self, file: &PmemFile, vm: &mut Vm, mmio: &Bus) -> Result<(), BuildError> {
+    /// The file becomes memory of `vm`, and stays that if this fails later; what the guest writes to one that it may only read
+    /// leaves it and is counted.
+    pub fn pmem(&mut self, file: &PmemFile, vm: &mut Vm, mmio: &Bus) -> Result<Slot, BuildError> {
         let PmemFile { config, region, mapping, file, file_len } = file;
         let (address, len) = (region.start, region.end - region.start);
         let flushed = (!config.read_only).then(|| file.try_clone()).transpose().map_err(BuildError::Host)?;
@@ -307,9 +318,10 @@ impl Attach<'_> {
         if config.read_only {
             mmio.insert(address, len, device.write_counter())?;
         }
-        self.devices.pmems.insert(config.id.clone(), device.control());
-        let counts = Counts::Pmem(Arc::clone(device.pmem_metrics()));
-        self.virtio(format!("pmem_{}", config.id), device, counts).map(drop)
+        let (control, counts) = (device.control(), Counts::Pmem(Arc::clone(device.pmem_metrics())));
+        let slot = self.virtio(Devices::name_of_pmem(&config.id), device, counts)?;
+        self.devices.pmems.insert(config.id.clone(), control);
+        Ok(slot)
     }
 
     pub fn vsock(&mut self, vsock: &config::VsockConfig) -> Result<(), BuildError> {

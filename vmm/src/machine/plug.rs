@@ -4,6 +4,8 @@
 //! told. It goes in two steps. Control asks the guest for it; the guest lets go of it whenever it likes, and the vCPU that
 //! says so takes the device off the bus and stops it. Control is woken, and forgets it: with that its files are closed.
 //!
+//! The memory of a pmem device comes and goes with it: [`super::plug_pmem`].
+//!
 //! A vCPU only comes. Its thread is there from the start and runs nothing until then ([`super::lifecycle`]).
 //!
 //! What the guest lets go of without being asked stays, and the guest is told that it is there: which devices a VM has is
@@ -171,7 +173,10 @@ impl Machine {
     /// Forgets the devices that the guest has let go of, and closes what they had open. Returns their names.
     pub fn settle(&mut self) -> Vec<String> {
         let gone = std::mem::take(&mut self.plug.departures.lock().gone);
-        gone.iter().for_each(|name| self.devices.forget(name));
+        for name in &gone {
+            self.devices.forget(name);
+            self.release_pmem(name);
+        }
         gone
     }
 }

@@ -135,6 +135,9 @@ const SOCKETS: &[c_long] = &[
     libc::SYS_getpeername,
 ];
 
+/// Files of pmem devices that come and go.
+const WATCHES_FILES: &[c_long] = &[libc::SYS_inotify_init1, libc::SYS_inotify_add_watch, libc::SYS_inotify_rm_watch];
+
 const RANDOM: &[c_long] = &[libc::SYS_getrandom];
 
 /// Calls of which an argument counts; [`process_rules`] has the rules.
@@ -148,6 +151,7 @@ const IOCTLS: &[u32] = &[
     0x4008_ae6a, // KVM_SET_GSI_ROUTING
     0x4008_ae61, // KVM_IRQ_LINE
     0xaead,      // KVM_KVMCLOCK_CTRL
+    0x4020_ae46, // KVM_SET_USER_MEMORY_REGION, by which a file in the guest's address space comes and goes
     0x8090_ae81, // KVM_GET_REGS
     0x8138_ae83, // KVM_GET_SREGS
     0x4138_ae84, // KVM_SET_SREGS, by which a vCPU comes
@@ -191,7 +195,9 @@ const DEBUGGER_IOCTLS: &[u32] = &[
 /// The lists of which a kind of thread's is made.
 const fn lists(thread: Thread) -> &'static [&'static [c_long]] {
     match thread {
-        Thread::Control => &[EVERY, WAITS, OPENS_FILES, CHANGES_NAMES, DISKS, SOCKETS, RANDOM, BY_ARGUMENT],
+        Thread::Control => {
+            &[EVERY, WAITS, OPENS_FILES, CHANGES_NAMES, DISKS, WATCHES_FILES, SOCKETS, RANDOM, BY_ARGUMENT]
+        }
         Thread::Worker => &[EVERY, WAITS, OPENS_FILES, DISKS, SETS_ASIDE, SOCKETS, RANDOM, BY_ARGUMENT],
         Thread::Console => &[EVERY, WAITS, OPENS_FILES, CHANGES_NAMES, SOCKETS, BY_ARGUMENT],
         Thread::Debugger => &[EVERY, WAITS, SOCKETS, BY_ARGUMENT],

@@ -22,6 +22,8 @@ pub const SAY_X: [u8; 7] = [0xb0, b'x', 0x66, 0xba, 0xf8, 0x03, 0xee];
 pub const RESET: [u8; 4] = [0xb0, 0xfe, 0xe6, 0x64];
 /// `jmp $`
 pub const SPIN: [u8; 2] = [0xeb, 0xfe];
+/// `mov eax, -1; mov edx, 0x618; out dx, eax; jmp` to the `out`: lets go of every slot's device, for ever.
+pub const EJECT_ALWAYS: [u8; 13] = [0xb8, 0xff, 0xff, 0xff, 0xff, 0xba, 0x18, 0x06, 0, 0, 0xef, 0xeb, 0xfd];
 
 pub const START: &str = r#"{"action_type": "InstanceStart"}"#;
 

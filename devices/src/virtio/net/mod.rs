@@ -35,7 +35,7 @@ use self::registers::Registers;
 #[cfg(any(test, feature = "testing"))]
 pub(crate) use self::tap::tap_features;
 pub use self::tap::{Link, Tap, TapError, TapQueues};
-pub use self::vhost::{Seen, VhostError, VhostNet};
+pub use self::vhost::{Seen, VhostError, VhostNet, VhostNetControl};
 pub use self::vhost_user::VhostUserNet;
 use super::limiter::{Limiter, LimiterConfig, LimiterUpdate, Limits};
 use super::{Active, VirtioDevice, Virtqueue, Worker, read_image};

@@ -64,15 +64,17 @@ pub enum VhostError {
     Host(#[source] io::Error),
 }
 
-/// Memory of this process that the guest sees.
-#[derive(Debug, Clone, Copy)]
+/// Memory of this process that the guest sees, beside RAM.
+#[derive(Clone)]
 pub struct Seen {
     /// Where the guest sees it.
     pub guest: u64,
     /// Bytes.
     pub len: u64,
-    /// Where it is here. Whoever says so keeps it mapped while the device works.
+    /// Where it is here.
     pub host: u64,
+    /// Keeps it mapped for as long as the kernel works with a table that it is in.
+    pub mapping: Arc<dyn Send + Sync>,
 }
 
 /// One `/dev/vhost-net`.
@@ -106,6 +108,24 @@ impl Device {
         Ok(Self { file, memory: Arc::clone(memory) })
     }
 
+    /// What addresses of the guest mean from now on, also to rings that work.
+    fn set_table(&self, seen: &[Seen]) -> Result<(), VhostError> {
+        let ram = self.memory.iter().map(|region| VhostUserMemoryRegionInfo {
+            guest_phys_addr: region.start_addr().raw_value(),
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+            ..Default::default()
+        });
+        let seen = seen.iter().map(|seen| VhostUserMemoryRegionInfo {
+            guest_phys_addr: seen.guest,
+            memory_size: seen.len,
+            userspace_addr: seen.host,
+            ..Default::default()
+        });
+        let table: Vec<_> = ram.chain(seen).collect();
+        self.set_mem_table(&table).map_err(refused("take the table of guest memory"))
+    }
+
     fn set_backend(&self, ring: usize, tap: Option<BorrowedFd<'_>>) -> Result<(), vhost::Error> {
         let request = vhost_vring_file { index: ring as u32, fd: tap.map_or(-1, |fd| fd.as_raw_fd()) };
         // SAFETY: the request reads one `vhost_vring_file`, which `request` is.
@@ -126,7 +146,6 @@ struct VhostPair {
     device: Device,
     tap: Tap,
     is_first: bool,
-    seen: Arc<[VhostUserMemoryRegionInfo]>,
     /// Signalled when vhost gives a ring up.
     broken: EventFd,
     /// Takes signals that nobody wants.
@@ -136,8 +155,9 @@ struct VhostPair {
 
 #[derive(Default)]
 struct State {
-    /// This process's memory is what vhost works in.
+    /// This process's memory is what vhost works in, `seen` included.
     owned: bool,
+    seen: Arc<[Seen]>,
     /// Rings that are set up, receive and transmit, while there is a driver.
     rings: [bool; 2],
     connected: bool,
@@ -146,6 +166,16 @@ struct State {
 impl VhostPair {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The guest sees other memory than before. Where that is refused, the table stays and what is in it stays mapped.
+    fn see(&self, seen: &Arc<[Seen]>) -> Result<(), VhostError> {
+        let mut state = self.lock();
+        if state.owned {
+            self.device.set_table(seen)?;
+        }
+        state.seen = Arc::clone(seen);
+        Ok(())
     }
 
     /// Sets the rings up that the driver has enabled; nothing moves yet.
@@ -158,7 +188,7 @@ impl VhostPair {
         let mut state = self.lock();
         if !state.owned {
             self.device.set_owner().map_err(refused("work for this process"))?;
-            self.device.set_mem_table(&self.seen).map_err(refused("take the table of guest memory"))?;
+            self.device.set_table(&state.seen)?;
             state.owned = true;
         }
         self.device.set_features(features & RING_FEATURES).map_err(refused("take the driver's features"))?;
@@ -236,6 +266,21 @@ impl Pair for VhostPair {
     }
 }
 
+/// Tells the kernel of memory that has come or gone. Outlives the device harmlessly.
+pub struct VhostNetControl {
+    pairs: Arc<Pairs<Arc<VhostPair>>>,
+}
+
+impl VhostNetControl {
+    /// `seen` is all that the guest sees beside RAM. When this returns without an error, the kernel works with nothing else.
+    ///
+    /// # Errors
+    /// The kernel refuses. Some pairs of queues may know of it, and others go on with what was there before.
+    pub fn see(&self, seen: &Arc<[Seen]>) -> Result<(), VhostError> {
+        self.pairs.all().iter().map(|pair| pair.see(seen)).fold(Ok(()), Result::and)
+    }
+}
+
 /// A virtio network device over vhost-net.
 pub struct VhostNet {
     registers: Registers,
@@ -254,25 +299,12 @@ impl VhostNet {
     ///
     /// # Errors
     /// There is no vhost-net, it lacks what is needed, or descriptors have run out.
-    pub fn open(taps: Vec<Tap>, config: &NetConfig, memory: &Memory, more: &[Seen]) -> Result<Self, VhostError> {
+    pub fn open(taps: Vec<Tap>, config: &NetConfig, memory: &Memory, seen: &Arc<[Seen]>) -> Result<Self, VhostError> {
         let count = taps.len();
         if !(1..=MAX_PAIRS).contains(&count) {
             let why = format!("{count} pairs of queues: a network device has 1 to {MAX_PAIRS}");
             return Err(VhostError::Host(io::Error::other(why)));
         }
-        let ram = memory.iter().map(|region| VhostUserMemoryRegionInfo {
-            guest_phys_addr: region.start_addr().raw_value(),
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-            ..Default::default()
-        });
-        let more = more.iter().map(|seen| VhostUserMemoryRegionInfo {
-            guest_phys_addr: seen.guest,
-            memory_size: seen.len,
-            userspace_addr: seen.host,
-            ..Default::default()
-        });
-        let seen: Arc<[_]> = ram.chain(more).collect();
         let mut offered = taps[0].features();
         let mut pairs = Vec::with_capacity(count);
         let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(VhostError::Host);
@@ -288,10 +320,9 @@ impl VhostNet {
                 device,
                 tap,
                 is_first: index == 0,
-                seen: Arc::clone(&seen),
                 broken: event()?,
                 nowhere: event()?,
-                state: Mutex::default(),
+                state: Mutex::new(State { seen: Arc::clone(seen), ..State::default() }),
             }));
         }
         let metrics = Arc::<DeviceMetrics>::default();
@@ -305,6 +336,11 @@ impl VhostNet {
             queues: Vec::new(),
             interrupt: None,
         })
+    }
+
+    /// For changes of memory.
+    pub fn control(&self) -> VhostNetControl {
+        VhostNetControl { pairs: Arc::clone(&self.pairs) }
     }
 
     fn start(&mut self, active: Active) -> Result<(), VhostError> {
