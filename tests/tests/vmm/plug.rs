@@ -274,7 +274,7 @@ pub fn is_asked() -> Result<()> {
 }
 
 /// What comes before the guest has a driver, or even a kernel, is found when it has. Linux hears that something is wanted
-/// back before it knows its slots, and forgets it: it has to be asked again.
+/// back before it knows its slots, and mostly forgets it: it has to be asked again.
 pub fn before_it_listens() -> Result<()> {
     let dir = dir("early")?;
     let guest = GuestSpec::new("early").drive(&file(&dir, "boot")?, false).options(&["--visible", "/run/plug"]);
@@ -287,7 +287,12 @@ pub fn before_it_listens() -> Result<()> {
         "the guest was quicker than this test: look at both"
     );
     guest.ready()?;
-    delete(&guest, "/drives/disk0", 204)?;
+    until("the disk to go", PATIENCE, || {
+        let is_there = ids(&guest, "drives", "drive_id")?.iter().any(|id| id == "disk0");
+        // It goes between the two now and then, where the guest has heard the first time.
+        let _ = is_there.then(|| delete(&guest, "/drives/disk0", 204));
+        Ok((!is_there).then_some(()))
+    })?;
     is_gone(&guest, "block_disk0")?;
     guest.run("until [ \"$(head -c 3 /dev/vd? 2>/dev/null)\" = one ]; do usleep 100000; done")?;
     ensure!(guest.count("block_data", "guest_faults")? + guest.count("block_data", "host_faults")? == 0);

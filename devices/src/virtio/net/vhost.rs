@@ -155,8 +155,9 @@ struct VhostPair {
 
 #[derive(Default)]
 struct State {
-    /// This process's memory is what vhost works in, `seen` included.
+    /// vhost works for this process, which can be said once.
     owned: bool,
+    /// What it works in, beside RAM.
     seen: Arc<[Seen]>,
     /// Rings that are set up, receive and transmit, while there is a driver.
     rings: [bool; 2],
@@ -188,9 +189,9 @@ impl VhostPair {
         let mut state = self.lock();
         if !state.owned {
             self.device.set_owner().map_err(refused("work for this process"))?;
-            self.device.set_table(&state.seen)?;
             state.owned = true;
         }
+        self.device.set_table(&state.seen)?;
         self.device.set_features(features & RING_FEATURES).map_err(refused("take the driver's features"))?;
         for (ring, queue) in queues.into_iter().enumerate() {
             state.rings[ring] = queue.is_some();
