@@ -129,7 +129,7 @@ pub fn come_and_go() -> Result<()> {
         guest.run("dmesg | grep -c -e 'ACPI.*Error' -e 'ACPI BIOS' || true")? == "0",
         "the kernel dislikes our tables"
     );
-    // Its kernel may go on flushing a file system that lies nowhere any more, which takes a minute.
+    // Not by its own power: its kernel may have stumbled over a file system that lies nowhere any more, and wait for it for ever.
     guest.api("PUT", "/bedplate/stop", "", 204)?;
     guest.ended_well("stopped")
 }
