@@ -10,10 +10,15 @@ use serde_json::Value;
 /// # Errors
 /// It is not JSON, not an object, or another object.
 pub fn object<T: DeserializeOwned + Serialize>(text: &[u8]) -> serde_json::Result<T> {
+    read(text, || serde_json::from_slice(text))
+}
+
+/// What `parse` makes of `text`, if that has the form of an object.
+fn read<T: Serialize>(text: &[u8], parse: impl FnOnce() -> serde_json::Result<T>) -> serde_json::Result<T> {
     if text.trim_ascii_start().starts_with(b"[") {
         return Err(Error::custom("an array where an object is expected"));
     }
-    let value = serde_json::from_slice(text)?;
+    let value = parse()?;
     // Arrays are there to be found only if there is a bracket at all.
     if text.contains(&b'[') {
         same_form(&serde_json::from_slice(text)?, &serde_json::to_value(&value)?, "")?;
@@ -27,11 +32,13 @@ pub fn object<T: DeserializeOwned + Serialize>(text: &[u8]) -> serde_json::Resul
 /// # Errors
 /// As [`object`].
 pub fn sections<T: DeserializeOwned + Serialize>(text: &[u8]) -> serde_json::Result<(T, Vec<String>)> {
-    let value = object(text)?;
     let mut unknown = Vec::new();
-    // Nothing else is ignored: what a section describes has no unknown fields.
-    let _: T = serde_ignored::deserialize(&mut serde_json::Deserializer::from_slice(text), |name| {
-        unknown.push(name.to_string());
+    let value = read(text, || {
+        let mut parser = serde_json::Deserializer::from_slice(text);
+        // Nothing else is ignored: what a section describes has no unknown fields.
+        let value = serde_ignored::deserialize(&mut parser, |name| unknown.push(name.to_string()))?;
+        parser.end()?;
+        Ok(value)
     })?;
     if !unknown.is_empty() {
         let sent: Value = serde_json::from_slice(text)?;
@@ -82,6 +89,8 @@ mod tests {
         );
         for refused in [
             "[]",
+            "{} {}",
+            r#"{"none": 1, "boot-source": ["k"]}"#,
             r#"{"machine-config": {"none": null}}"#,
             r#"{"none": 1, "drives": [], "drives": []}"#,
             r#"{"none": 1, "machine-config": {"vcpu_count": 1, "mem_size_mib": 64, "vcpu_count": 2}}"#,

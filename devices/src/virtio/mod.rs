@@ -1,9 +1,9 @@
 //! Virtio devices, and what they stand on.
 //!
-//! A device is split in two. Its [`VirtioDevice`] side has the registers and stays with the transport ([`pci`], [`mmio`]), on vCPU
-//! threads. Its [`Handler`] side has the backend and works through the queues, on a thread of its own that a [`Worker`]
-//! starts at activation and joins at reset. A notification comes to that thread by an ioeventfd, an interrupt leaves it
-//! by an irqfd; no lock is shared with a vCPU but the moment's one of an interrupt vector.
+//! A device is split in two. Its [`VirtioDevice`] side has the registers and stays with the transport ([`pci`], [`mmio`]), on
+//! vCPU threads. Its [`Handler`] side has the backend and works through the queues, on a thread of its own that a
+//! [`Worker`] starts at activation and joins at reset. A notification comes to that thread by an ioeventfd, an interrupt
+//! leaves it by an irqfd; no lock is shared with a vCPU but the moment's one of an interrupt vector.
 //!
 //! Guest faults get the answer of the specification and a count in [`DeviceMetrics`]: a bad request its error status, a
 //! bad chain is returned with length 0, a bad ring stops the device with `DEVICE_NEEDS_RESET`. Nothing is logged.

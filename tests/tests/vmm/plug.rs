@@ -290,7 +290,9 @@ pub fn before_it_listens() -> Result<()> {
     until("the disk to go", PATIENCE, || {
         let is_there = ids(&guest, "drives", "drive_id")?.iter().any(|id| id == "disk0");
         // It goes between the two now and then, where the guest has heard the first time.
-        let _ = is_there.then(|| delete(&guest, "/drives/disk0", 204));
+        if let Some(Err(error)) = is_there.then(|| delete(&guest, "/drives/disk0", 204)) {
+            ensure!(format!("{error:#}").contains("Device not found"), "{error:#}");
+        }
         Ok((!is_there).then_some(()))
     })?;
     is_gone(&guest, "block_disk0")?;

@@ -1,8 +1,8 @@
 //! The virtio transport over memory-mapped registers: Virtio 1.2, 4.2, version 2, without the legacy interface.
 //!
-//! A device that sits on PCI has a window of such registers beside it, for a guest without PCI: `pci=off`, or a kernel that
-//! was built so, as nearly all are that were made for Firecracker. It is the same device with the same registers at
-//! other places. Once a guest has begun to configure what is on PCI, the window is empty as the specification has it, with
+//! A device that sits on PCI has a window of such registers beside it, for a guest without PCI: `pci=off`, as
+//! Firecracker tells its guests, or a kernel that was built so. It is the same device with the same registers at other
+//! places. Once a guest has begun to configure what is on PCI, the window is empty as the specification has it, with
 //! a device number of 0, so that no driver takes the device a second time.
 //!
 //! What it costs beside PCI: one interrupt for all queues, which the guest has to ask for its reason and to

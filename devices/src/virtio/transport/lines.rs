@@ -19,7 +19,8 @@ pub(super) const NO_VECTOR: u16 = 0xffff;
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
 
-/// Status, ISR, and the vectors or the pin. Orderings are sequentially consistent: these are far from the hot path's memory accesses.
+/// Status, ISR, and the vectors or the pin. Orderings are sequentially consistent: these are far from the hot path's
+/// memory accesses.
 pub(in crate::virtio) struct Lines {
     pub(super) status: AtomicU8,
     pub(super) generation: AtomicU8,
@@ -66,7 +67,7 @@ impl Lines {
         self.queue_vectors.iter().for_each(|vector| vector.store(NO_VECTOR, Ordering::SeqCst));
         self.isr.store(0, Ordering::SeqCst);
         self.by_pin.store(false, Ordering::SeqCst);
-        *self.direct() = None;
+        *self.lock_direct() = None;
     }
 
     /// The driver reads PCI's ISR status, which clears it.
@@ -77,7 +78,7 @@ impl Lines {
     /// The driver reads virtio-mmio's interrupt status, which changes nothing. Where somebody else uses buffers it is always
     /// possible that he has.
     pub(in crate::virtio) fn isr(&self) -> u8 {
-        let direct = if self.direct().is_some() { ISR_QUEUE } else { 0 };
+        let direct = if self.lock_direct().is_some() { ISR_QUEUE } else { 0 };
         self.isr.load(Ordering::SeqCst) | direct
     }
 
@@ -104,7 +105,7 @@ impl Lines {
         self.by_pin.load(Ordering::SeqCst)
     }
 
-    fn direct(&self) -> MutexGuard<'_, Option<Box<dyn Pin>>> {
+    fn lock_direct(&self) -> MutexGuard<'_, Option<Box<dyn Pin>>> {
         self.direct.lock().unwrap_or_else(|e| e.into_inner())
     }
 
@@ -133,7 +134,7 @@ impl Interrupt for Lines {
 
     fn direct(&self, queue: u16) -> io::Result<Option<EventFd>> {
         if let Some((gsi, _)) = self.pin.get().filter(|_| self.by_pin()) {
-            let mut direct = self.direct();
+            let mut direct = self.lock_direct();
             let pin = match &mut *direct {
                 Some(pin) => pin,
                 none => none.insert(self.host.pin(*gsi)?),
