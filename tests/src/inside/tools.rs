@@ -39,6 +39,14 @@ pub fn remove_tap(name: &str) -> Result<()> {
     Ok(())
 }
 
+/// Does `work` while there is a tap of this name and address.
+pub fn with_tap(name: &str, address: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    tap(name, Some(address))?;
+    let result = work();
+    remove_tap(name)?;
+    result
+}
+
 /// Writes a file of `mib` MiB in which every 8 bytes are different.
 pub fn numbered_file(path: &Path, mib: u64) -> Result<()> {
     let mut file = std::io::BufWriter::new(File::create(path)?);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use bedplate_tests::inside::guest::{Guest, GuestSpec};
-use bedplate_tests::inside::tools::{numbered_file, remove_tap, same_bytes, tap};
+use bedplate_tests::inside::tools::{numbered_file, same_bytes, with_tap};
 use bedplate_tests::patience::until;
 use serde_json::{Value, json};
 
@@ -39,10 +39,7 @@ fn no_faults(guest: &Guest) -> Result<()> {
 
 /// Every kind of device at work in a guest that was told to do without PCI, as nearly every client of Firecracker does.
 pub fn without_pci() -> Result<()> {
-    tap("tap-w", Some("10.14.0.1/24"))?;
-    let result = all_devices();
-    remove_tap("tap-w")?;
-    result
+    with_tap("tap-w", "10.14.0.1/24", all_devices)
 }
 
 fn all_devices() -> Result<()> {
@@ -91,10 +88,7 @@ fn all_devices() -> Result<()> {
 
 /// The kernel signals the interface's one interrupt itself.
 pub fn with_vhost() -> Result<()> {
-    tap("tap-w", Some("10.14.0.1/24"))?;
-    let result = vhost();
-    remove_tap("tap-w")?;
-    result
+    with_tap("tap-w", "10.14.0.1/24", vhost)
 }
 
 fn vhost() -> Result<()> {

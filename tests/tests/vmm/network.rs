@@ -9,17 +9,14 @@ use anyhow::{Context, Result, ensure};
 use bedplate_lab::Process;
 use bedplate_node::net::tap::create;
 use bedplate_tests::inside::guest::{Guest, GuestSpec};
-use bedplate_tests::inside::tools::{busybox, numbered_file, remove_tap, tap, tun};
+use bedplate_tests::inside::tools::{busybox, numbered_file, remove_tap, tap, tun, with_tap};
 use serde_json::{Value, json};
 
 /// Large enough for segmentation offload to be used, and for a lost packet to show.
 const MIB: u64 = 24;
 
 pub fn host_and_guest() -> Result<()> {
-    tap("tap-a", Some("10.5.0.1/24"))?;
-    let result = with_host();
-    remove_tap("tap-a")?;
-    result
+    with_tap("tap-a", "10.5.0.1/24", with_host)
 }
 
 fn with_host() -> Result<()> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use bedplate_tests::inside::guest::{Guest, GuestSpec};
-use bedplate_tests::inside::tools::{busybox, numbered_file, remove_tap, same_bytes, tap};
+use bedplate_tests::inside::tools::{busybox, numbered_file, remove_tap, same_bytes, tap, with_tap};
 use bedplate_tests::inside::{FIRMWARE, GRUB_DISK};
 use bedplate_tests::patience::until;
 use serde_json::json;
@@ -225,10 +225,7 @@ pub fn fill_the_bus() -> Result<()> {
 
 /// The node's kernel carries frames meanwhile, and is told.
 pub fn beside_vhost() -> Result<()> {
-    tap("tap-v", Some("10.9.0.1/24"))?;
-    let result = with_vhost();
-    remove_tap("tap-v")?;
-    result
+    with_tap("tap-v", "10.9.0.1/24", with_vhost)
 }
 
 fn with_vhost() -> Result<()> {

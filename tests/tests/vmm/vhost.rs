@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use bedplate_tests::inside::guest::{Guest, GuestSpec};
-use bedplate_tests::inside::tools::{remove_tap, tap};
+use bedplate_tests::inside::tools::{remove_tap, tap, with_tap};
 use bedplate_tests::patience::until;
 use serde_json::{Value, json};
 
@@ -36,12 +36,12 @@ pub fn both_ways(pairs: u8) -> Result<()> {
         1 => tap("tap-v", Some("10.9.0.1/24"))?,
         _ => tap_of_several("tap-v", "10.9.0.1/24")?,
     }
-    let result = with_tap(pairs);
+    let result = carries(pairs);
     remove_tap("tap-v")?;
     result
 }
 
-fn with_tap(pairs: u8) -> Result<()> {
+fn carries(pairs: u8) -> Result<()> {
     let mut guest = guest("vhost", "tap-v", pairs).boot()?;
     let ways: &[&str] = if pairs == 1 { &["wget"] } else { &["taskset 1 wget", "taskset 2 wget"] };
     for round in 0..2 {
@@ -102,10 +102,7 @@ fn with_tap(pairs: u8) -> Result<()> {
 
 /// Frames lie in memory that the guest did not begin with.
 pub fn added_memory() -> Result<()> {
-    tap("tap-v", Some("10.9.0.1/24"))?;
-    let result = with_added_memory();
-    remove_tap("tap-v")?;
-    result
+    with_tap("tap-v", "10.9.0.1/24", with_added_memory)
 }
 
 fn with_added_memory() -> Result<()> {
