@@ -14,7 +14,7 @@ const MOUNTS: [(&str, &str, MountFlags, &str); 7] = [
     ("devtmpfs", "/dev", MountFlags::NOSUID, ""),
     ("tmpfs", "/run", HARD, "mode=755,size=64m"),
     ("tmpfs", "/tmp", HARD, "mode=1777,size=64m"),
-    ("cgroup2", "/sys/fs/cgroup", HARD, ""),
+    ("cgroup2", "/sys/fs/cgroup", HARD, "favordynmods"),
     // A diskless node keeps images and disks in memory. The rest is for VMs: the agent counts this off.
     ("tmpfs", "/var/lib/bedplate", HARD, "mode=700,size=40%"),
 ];

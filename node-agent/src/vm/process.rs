@@ -11,10 +11,12 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::thread;
 use std::time::Duration;
 
 use bedplate_api::VmId;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{Interest, Ready};
 
@@ -82,7 +84,7 @@ impl Watched {
 }
 
 /// Starts the VMM `program` for the VM in `dir`: in its own session, so that no signal meant for the agent reaches it,
-/// and in `cgroup` from its first instruction on.
+/// in a pid namespace of its own, and in `cgroup` from its first instruction on.
 ///
 /// # Errors
 /// The program cannot be executed, or its output file not be made.
@@ -112,7 +114,21 @@ pub fn spawn(program: &Path, id: VmId, dir: &VmDir, cgroup: Option<&Cgroup>) -> 
             }
         });
     }
-    watch_or_end(command.spawn()?, open)
+    watch_or_end(spawn_alone(&mut command)?, open)
+}
+
+/// Starts `command` as the only process of a pid namespace. Where this agent is not root it shares ours.
+fn spawn_alone(command: &mut Command) -> io::Result<Child> {
+    if !rustix::process::geteuid().is_root() {
+        return command.spawn();
+    }
+    // A thread of its own: what it unshares holds for whatever it starts from then on.
+    let alone = || {
+        // SAFETY: the flag shares and separates neither memory nor descriptors.
+        unsafe { unshare_unsafe(UnshareFlags::NEWPID) }?;
+        command.spawn()
+    };
+    thread::scope(|scope| scope.spawn(alone).join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
 }
 
 /// Watches `child` by what `open` opens. One that cannot be watched is ended: it would go on beside the next start.

@@ -40,6 +40,26 @@ async fn a_vm_is_started_stopped_by_its_button_started_again_and_removed() {
 }
 
 #[tokio::test]
+async fn a_vmm_is_alone_in_namespaces_of_its_own() {
+    if !kvm() {
+        return;
+    }
+    let node = Node::running(&[]).await;
+    let vm = spec("alone", image(&node.store(), &[SLEEP]));
+    node.put(1, std::slice::from_ref(&vm)).await;
+    let pid = node.until_phase(vm.id, VmPhase::Running).await.pid.unwrap();
+    let is_root = rustix::process::geteuid().is_root();
+    for kind in ["user", "mnt", "net", "ipc", "uts", "pid"] {
+        let of = |who: &str| std::fs::read_link(format!("/proc/{who}/ns/{kind}")).unwrap();
+        // To be born into a pid namespace takes a parent that is root.
+        assert_eq!(of(&pid.to_string()) != of("self"), is_root || kind != "pid", "{kind}");
+    }
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap();
+    assert_eq!(numbers.split_whitespace().last() == Some("1"), is_root, "{numbers}");
+}
+
+#[tokio::test]
 async fn a_guest_that_ignores_its_button_is_stopped_all_the_same() {
     if !kvm() {
         return;

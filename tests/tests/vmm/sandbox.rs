@@ -38,7 +38,7 @@ pub fn walls() -> Result<()> {
         threads.insert(name);
     }
     ensure!(threads.contains("vcpu0") && threads.contains("vcpu1") && threads.contains("console"), "{threads:?}");
-    for namespace in ["mnt", "net", "ipc", "uts"] {
+    for namespace in ["mnt", "net", "ipc", "uts", "user"] {
         let of = |proc: &Path| fs::read_link(proc.join("ns").join(namespace));
         ensure!(of(&proc)? != of(Path::new("/proc/self"))?, "the {namespace} namespace is the node's");
     }

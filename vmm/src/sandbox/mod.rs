@@ -4,13 +4,13 @@
 //! so before the first guest instruction. From then on, in the order in which they are put up ([`Sandbox::enter`]):
 //!
 //! 1. own mount, network, IPC and host-name namespaces; the root holds the directories of this VM and nothing else;
-//! 2. another user, if one was named, and no capabilities, for good;
+//! 2. another user, if one was named, an own user namespace, and no capabilities, for good;
 //! 3. landlock: the same directories, also for descriptors from before;
 //! 4. seccomp: a list of system calls for the process and its vCPUs, and a shorter one for each other kind of thread
 //!    ([`narrow`]).
 //!
-//! Absences: no pid namespace, which would need a second process that waits for this one. What it would take away, to
-//! signal or trace others, seccomp does.
+//! Not here: a pid namespace, into which a process cannot go, only be born. The node's agent has VMMs born into one each. What it
+//! takes away, to signal or trace others, seccomp does for all of them.
 
 mod bpf;
 mod files;
@@ -21,9 +21,17 @@ mod user;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::thread::yield_now;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 pub use syscalls::Thread;
 pub use user::User;
+
+/// For a thread that was joined to be gone for the kernel, too, which tells nobody.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What happens on a system call that is not on the list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,5 +134,17 @@ impl Sandbox {
 pub fn narrow(thread: Thread) {
     if let Some(unlisted) = INSIDE.get() {
         syscalls::restrict_thread(thread, *unlisted);
+    }
+}
+
+/// Leaves namespaces. The one of users refuses while the process has another thread.
+fn unshare(flags: UnshareFlags) -> Result<(), Errno> {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        // SAFETY: no flag among them shares or separates memory or descriptors.
+        match unsafe { unshare_unsafe(flags) } {
+            Err(Errno::INVAL) if flags.contains(UnshareFlags::NEWUSER) && Instant::now() < deadline => yield_now(),
+            done => return done,
+        }
     }
 }

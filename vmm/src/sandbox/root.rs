@@ -4,8 +4,6 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::thread::yield_now;
-use std::time::{Duration, Instant};
 
 use rustix::fs::{StatVfsMountFlags, statvfs};
 use rustix::io::Errno;
@@ -13,28 +11,13 @@ use rustix::mount::{
     MountFlags, MountPropagationFlags, mount, mount_bind, mount_bind_recursive, mount_change, mount_move, mount_remount,
 };
 use rustix::process::{chroot, getegid, geteuid, pivot_root};
-use rustix::thread::{UnshareFlags, unshare_unsafe};
+use rustix::thread::UnshareFlags;
 
-use super::{Access, SandboxError};
+use super::{Access, SandboxError, unshare};
 
 /// Where the new root is mounted while it is put together: a directory that every Linux has, and below which no VM's
 /// files are.
 const STAGE: &str = "/sys";
-
-/// For a thread that was joined to be gone for the kernel, too, which tells nobody.
-const PATIENCE: Duration = Duration::from_secs(1);
-
-/// Leaves namespaces. The one of users refuses while the process has another thread.
-fn unshare(flags: UnshareFlags) -> Result<(), Errno> {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        // SAFETY: no flag among them shares or separates memory or descriptors.
-        match unsafe { unshare_unsafe(flags) } {
-            Err(Errno::INVAL) if flags.contains(UnshareFlags::NEWUSER) && Instant::now() < deadline => yield_now(),
-            done => return done,
-        }
-    }
-}
 
 /// Leaves the host's namespaces and file tree.
 pub(super) fn close(dirs: &[(PathBuf, Access)]) -> Result<(), SandboxError> {
