@@ -14,6 +14,7 @@ const MOUNTS: [(&str, &str, MountFlags, &str); 7] = [
     ("devtmpfs", "/dev", MountFlags::NOSUID, ""),
     ("tmpfs", "/run", HARD, "mode=755,size=64m"),
     ("tmpfs", "/tmp", HARD, "mode=1777,size=64m"),
+    // Moving a thread into a group waits for no grace period then, which is most of what KVM takes to make a VM.
     ("cgroup2", "/sys/fs/cgroup", HARD, "favordynmods"),
     // A diskless node keeps images and disks in memory. The rest is for VMs: the agent counts this off.
     ("tmpfs", "/var/lib/bedplate", HARD, "mode=700,size=40%"),
