@@ -52,7 +52,13 @@ pub fn baselines() -> Result<()> {
     let names: Vec<_> = offered.iter().map(|(name, _)| name.as_str()).collect();
     ensure!(names == ["x86-64-v2", "x86-64-v3", "x86-64-v4"], "--cpu-baselines says {names:?}");
     ensure!(offered[0].1 == "yes", "{offered:?}");
-    let xsave = if flags(&spec("plain", None).boot()?)?.contains("xsave") { V3_XSAVE } else { "" };
+    let plain = spec("plain", None).boot()?;
+    let xsave = if flags(&plain)?.contains("xsave") { V3_XSAVE } else { "" };
+    let host = fs::read_to_string("/proc/cpuinfo")?;
+    let host = host.lines().find(|line| line.starts_with("model name")).context("the node's processor has no name")?;
+    let model = plain.run("grep -m 1 '^model name' /proc/cpuinfo")?;
+    ensure!(model == host, "{model:?} on {host:?}");
+    drop(plain);
     for (name, said) in &offered {
         let Some(missing) = said.strip_prefix("no: this host lacks ") else {
             let guest = spec("baseline", Some(name)).boot()?;

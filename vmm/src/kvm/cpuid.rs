@@ -2,6 +2,8 @@
 //!
 //! Leaf numbers: Intel SDM vol. 2A, `CPUID`; AMD APM vol. 3, appendix E.
 
+use std::arch::x86_64::__cpuid;
+
 use bedplate_api::vmm::{CpuidModifier, CpuidRegister};
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
@@ -33,6 +35,17 @@ const DEFAULT_ADDRESS_BITS: u8 = 36;
 pub(super) fn address_bits(supported: &CpuId) -> u8 {
     let leaf = supported.as_slice().iter().find(|entry| entry.function == 0x8000_0008);
     leaf.map_or(DEFAULT_ADDRESS_BITS, |entry| entry.eax as u8)
+}
+
+/// Fills in what KVM leaves empty although it is the processor's as it stands: its name, and AMD's caches of level 1.
+pub(super) fn complete(supported: &mut CpuId) {
+    for entry in supported.as_mut_slice() {
+        let is_empty = [entry.eax, entry.ebx, entry.ecx, entry.edx] == [0; 4];
+        if is_empty && matches!(entry.function, 0x8000_0002..=0x8000_0005) {
+            let host = __cpuid(entry.function);
+            (entry.eax, entry.ebx, entry.ecx, entry.edx) = (host.eax, host.ebx, host.ecx, host.edx);
+        }
+    }
 }
 
 /// What is supported, with the changes of a template.
@@ -163,6 +176,8 @@ fn levels(index: u8, topology: Topology) -> [kvm_cpuid_entry2; 3] {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn leaf(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {
@@ -199,6 +214,20 @@ mod tests {
         }
         assert_eq!((leaf(&cpuid, 1, 0).ecx & 0x8004, leaf(&cpuid, 1, 0).edx >> 21 & 1), (0, 0));
         assert_eq!((leaf(&cpuid, 7, 0).edx >> 19 & 1, leaf(&cpuid, 0x8000_0001, 0).ecx >> 23 & 0b11_0011), (0, 0));
+    }
+
+    #[test]
+    fn the_processor_has_its_name_unless_kvm_gives_another() {
+        let empty = |function| kvm_cpuid_entry2 { function, ..Default::default() };
+        let named = kvm_cpuid_entry2 { eax: 1, ..empty(0x8000_0003) };
+        let mut cpuid = CpuId::from_entries(&[empty(0x8000_0002), named, empty(0x8000_0006)]).unwrap();
+        complete(&mut cpuid);
+        let (first, name) = (leaf(&cpuid, 0x8000_0002, 0), fs::read_to_string("/proc/cpuinfo").unwrap());
+        let name = name.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap();
+        let bytes = [first.eax, first.ebx, first.ecx, first.edx].map(u32::to_le_bytes);
+        assert!(bytes.as_flattened().trim_ascii_start().starts_with(&name.as_bytes()[..12]), "{bytes:?} of {name}");
+        assert_eq!((leaf(&cpuid, 0x8000_0003, 0).eax, leaf(&cpuid, 0x8000_0003, 0).ebx), (1, 0));
+        assert_eq!(leaf(&cpuid, 0x8000_0006, 0).eax, 0, "KVM's to say");
     }
 
     #[test]

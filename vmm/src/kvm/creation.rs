@@ -32,6 +32,8 @@ impl Creation {
                 return Err(KvmError::Baseline { baseline, missing: missing.clone(), best: None });
             }
             supported = baseline::apply(&supported, baseline)?;
+        } else {
+            cpuid::complete(&mut supported);
         }
         let supported = cpuid::templated(&supported, &config.cpu.cpuid_modifiers)?;
         let theirs = Arc::clone(&kvm);
