@@ -1,4 +1,4 @@
-//! Virtio devices from the driver's side: what a request costs on its way through a queue and through the block device.
+//! Virtio devices from the driver's side: what a request costs on its way through a queue and through each device.
 //!
 //! The driver is in this process and writes into guest memory that no guest runs in. A notification is a write to the
 //! event descriptor that an ioeventfd would signal, and an interrupt is waited for on the one that an irqfd would take: the
@@ -9,7 +9,11 @@
 mod block;
 mod disks;
 mod driver;
+mod flight;
+mod net;
+mod others;
 mod ring;
+mod vsock;
 mod wake;
 
 use std::time::Duration;
@@ -28,5 +32,8 @@ fn main() {
     ring::benchmark(&mut criterion);
     wake::benchmark(&mut criterion);
     block::benchmark(&mut criterion);
+    others::benchmark(&mut criterion);
+    vsock::benchmark(&mut criterion);
+    net::benchmark(&mut criterion);
     criterion.final_summary();
 }
