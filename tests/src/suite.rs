@@ -43,6 +43,9 @@ const MODULES: [&str; 10] =
 /// In the environment: how many times a scenario that measures takes each figure. Once is enough to see that it works.
 pub const ROUNDS: &str = "BEDPLATE_TEST_ROUNDS";
 
+/// In the environment, if it is `1`: the system calls of each thread are counted, and said at the end.
+const CALLS: &str = "BEDPLATE_TEST_CALLS";
+
 /// In the environment: programs of others to compare with, `NAME=PATH` with commas between them. The node has no libraries,
 /// so they are linked statically.
 pub const PEERS: &str = "BEDPLATE_TEST_PEERS";
@@ -198,7 +201,9 @@ fn boot(name: &str, node: &NodeSpec, artifacts: &Artifacts, chosen: &[&Scenario]
     std::fs::write(&initrd, archive.bytes())?;
     let rounds = std::env::var(ROUNDS).unwrap_or_default();
     let stagger = std::hash::BuildHasher::hash_one(&std::hash::RandomState::new(), name) >> 32;
-    let cmdline = format!("console=ttyS0 panic=-1 quiet {}{rounds} {}{stagger}", inside::ROUNDS, inside::STAGGER);
+    let calls = if std::env::var(CALLS).is_ok_and(|value| value == "1") { inside::CALLS } else { "" };
+    let cmdline =
+        format!("console=ttyS0 panic=-1 quiet {calls} {}{rounds} {}{stagger}", inside::ROUNDS, inside::STAGGER);
     let spec = MachineSpec::new(format!("node-of-{name}"), &artifacts.logs).memory_mib(node.memory_mib);
     let machine = spec.kernel(&artifacts.vmm_kernel, &initrd, &cmdline).start()?;
     machine.wait_for(inside::UP, BOOT)?;

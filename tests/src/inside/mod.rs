@@ -1,5 +1,6 @@
 //! The life of a suite inside its node: process 1 of an emulated machine with working KVM.
 
+mod calls;
 pub mod guest;
 pub mod tools;
 pub mod unix_http;
@@ -47,28 +48,38 @@ pub(crate) const CHOICE: &str = "/scenarios";
 pub(crate) const STAGGER: &str = "stagger=";
 /// On the kernel's command line: how many times a figure is taken.
 pub(crate) const ROUNDS: &str = "rounds=";
+/// On the kernel's command line: system calls are counted, and said with the last scenario.
+pub(crate) const CALLS: &str = "count-calls";
 
 /// Prepares the node, runs the chosen scenarios one after the other, powers off.
 pub(crate) fn run(scenarios: &[Scenario]) -> ! {
-    match prepare() {
-        Ok(chosen) => {
-            say(UP);
-            for name in chosen {
-                if let Some(scenario) = scenarios.iter().find(|scenario| scenario.name == name) {
-                    say(&format!("INSIDE begins {name}"));
-                    let result =
-                        std::panic::catch_unwind(scenario.run).unwrap_or_else(|_| Err(anyhow::anyhow!("panicked")));
-                    let words =
-                        result.map_or_else(|error| format!("{error:#}").replace('\n', " | "), |()| "ok".to_owned());
-                    say(&format!("{DONE}{name} {words}"));
-                }
-            }
-        }
-        Err(error) => say(&format!("INSIDE cannot start: {error:#}")),
+    if let Err(error) = try_run(scenarios) {
+        say(&format!("INSIDE cannot start: {error:#}"));
     }
     let off = reboot(RebootCommand::PowerOff);
     // Ending process 1 panics the kernel, which ends the machine, too.
     panic!("cannot power off: {off:?}");
+}
+
+fn try_run(scenarios: &[Scenario]) -> Result<()> {
+    let chosen = prepare()?;
+    let counts = fs::read_to_string("/proc/cmdline")?.split_whitespace().any(|word| word == CALLS);
+    if counts {
+        calls::count()?;
+    }
+    say(UP);
+    for (number, name) in (1..).zip(&chosen) {
+        if let Some(scenario) = scenarios.iter().find(|scenario| scenario.name == *name) {
+            say(&format!("INSIDE begins {name}"));
+            let result = std::panic::catch_unwind(scenario.run).unwrap_or_else(|_| Err(anyhow::anyhow!("panicked")));
+            if counts && number == chosen.len() {
+                calls::counted()?.iter().for_each(|line| figure(line));
+            }
+            let words = result.map_or_else(|error| format!("{error:#}").replace('\n', " | "), |()| "ok".to_owned());
+            say(&format!("{DONE}{name} {words}"));
+        }
+    }
+    Ok(())
 }
 
 /// Mounts, modules, a home for sockets; returns the names on the command line.
