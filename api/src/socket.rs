@@ -1,11 +1,13 @@
 //! Listening on a Unix socket, as each of our programs does.
 
 use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, fchmod};
+use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socket_with};
 
 /// `sun_path` has 108 bytes, and the last ends it.
@@ -32,6 +34,65 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     bind(&socket, &SocketAddrUnix::new(path)?)?;
     rustix::net::listen(&socket, BACKLOG)?;
     Ok(socket.into())
+}
+
+/// Where others connect. Whoever comes when the process has no descriptor left is sent away: they would stay at the door, and
+/// whoever waits for the door would never sleep again.
+#[derive(Debug)]
+pub struct Door {
+    listener: UnixListener,
+    path: PathBuf,
+    /// To be let go of for the one who is sent away.
+    spare: Option<UnixListener>,
+}
+
+impl Door {
+    /// As [`listen`]. The socket file goes with this.
+    ///
+    /// # Errors
+    /// As [`listen`].
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let listener = listen(path)?;
+        let spare = Some(listener.try_clone()?);
+        Ok(Self { listener, path: path.into(), spare })
+    }
+
+    /// Who has come.
+    ///
+    /// # Errors
+    /// Nobody, as a rule.
+    pub fn accept(&mut self) -> io::Result<UnixStream> {
+        loop {
+            match self.listener.accept() {
+                Ok((stream, _)) => return Ok(stream),
+                Err(e) if e.raw_os_error() == Some(Errno::MFILE.raw_os_error()) && self.spare.take().is_some() => {
+                    drop(self.listener.accept());
+                    self.spare = self.listener.try_clone().ok();
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+}
+
+impl AsFd for Door {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.listener.as_fd()
+    }
+}
+
+impl Drop for Door {
+    fn drop(&mut self) {
+        remove(&self.path);
+    }
+}
+
+/// Removes the socket file `path`, if it is one.
+pub fn remove(path: &Path) {
+    if is_socket(path) {
+        // Somebody else has done it.
+        let _gone = std::fs::remove_file(path);
+    }
 }
 
 /// Removes a socket file that nobody listens on. What is no socket stays, and is in the way.

@@ -1,6 +1,7 @@
 //! `bedplate-vmm`: one VM.
 
-use std::io::IsTerminal;
+use std::fs::File;
+use std::io::{IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -15,11 +16,12 @@ use bedplate_vmm::json;
 use bedplate_vmm::kvm;
 use bedplate_vmm::sandbox::{Access, Sandbox, Unlisted, User};
 use clap::Parser;
+use clap::builder::RangedU64ValueParser;
 
 /// Run one virtual machine.
 ///
-/// SIGTERM presses its power button, and ends it after a minute; a second one, or SIGINT, ends it at once. On a terminal,
-/// Ctrl-A X does, too.
+/// SIGTERM presses its power button, and ends it after a minute; a second one, or SIGINT, ends it at once, and so does
+/// Ctrl-A X on a terminal.
 #[derive(Parser)]
 #[command(version, name = "bedplate-vmm")]
 struct Args {
@@ -51,10 +53,10 @@ struct Args {
     #[arg(long, value_name = "PATH")]
     gdb: Option<PathBuf>,
     /// Become this user before the guest runs (as root only)
-    #[arg(long, value_name = "UID", requires = "gid", conflicts_with = "no_sandbox")]
+    #[arg(long, value_name = "UID", requires = "gid", conflicts_with = "no_sandbox", value_parser = a_user())]
     uid: Option<u32>,
     /// Become this group before the guest runs (as root only)
-    #[arg(long, value_name = "GID", requires = "uid")]
+    #[arg(long, value_name = "GID", requires = "uid", value_parser = a_user())]
     gid: Option<u32>,
     /// Leave this directory visible inside of the sandbox, for files that are named later; may be repeated
     #[arg(long, value_name = "DIR", conflicts_with = "no_sandbox")]
@@ -124,6 +126,11 @@ struct Args {
 /// Where Firecracker serves its API if nobody says where.
 const DEFAULT_API_SOCK: &str = "/run/firecracker.socket";
 
+/// All ones are nobody's number: to the kernel they mean that nothing shall change.
+fn a_user() -> RangedU64ValueParser<u32> {
+    RangedU64ValueParser::new().range(..u64::from(u32::MAX))
+}
+
 fn instance_id(id: &str) -> Result<String, String> {
     // As Firecracker has it: the length in bytes, letters of any alphabet.
     let good = (1..=64).contains(&id.len()) && id.chars().all(|c| c == '-' || c.is_alphanumeric());
@@ -177,20 +184,27 @@ fn say_baselines() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    for (baseline, missing) in baselines {
-        if missing.is_empty() {
-            println!("{baseline}  yes");
-        } else {
-            println!("{baseline}  no: this host lacks {}", missing.join(", "));
+    let line = |(baseline, missing): (_, Vec<String>)| match &missing[..] {
+        [] => format!("{baseline}  yes\n"),
+        missing => format!("{baseline}  no: this host lacks {}\n", missing.join(", ")),
+    };
+    let text: String = baselines.into_iter().map(line).collect();
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads it has read enough.
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("bedplate-vmm: stdout: {error}");
+            ExitCode::FAILURE
         }
     }
-    ExitCode::SUCCESS
 }
 
 fn run(args: &Args) -> Result<Exit> {
+    refuse_unoffered(args)?;
+    let config = args.config_file.as_deref().map(read_config).transpose()?;
     // Before any thread: all of them inherit which signals are blocked.
     let signals = Signals::take_over().context("signals cannot be taken over")?;
-    refuse_unoffered(args)?;
     let console = Console::open(&args.serial, args.serial_log.as_deref())?;
     let start = StartTimes {
         monotonic_us: args.start_time_us,
@@ -214,8 +228,7 @@ fn run(args: &Args) -> Result<Exit> {
     let default_sock = args.config_file.is_none().then_some(Path::new(DEFAULT_API_SOCK));
     let api_sock = args.api_sock.as_deref().or(default_sock).filter(|_| !args.no_api);
     let server = api_sock.map(|path| Server::listen(path, args.http_api_max_payload_size)).transpose()?;
-    if let Some(path) = &args.config_file {
-        let (config, unknown) = read_config(path)?;
+    if let (Some(path), Some((config, unknown))) = (&args.config_file, config) {
         let file = path.display();
         session.warn(unknown.iter().map(|section| {
             format!("config file {file}: there is no section {section}, and what is in it has no effect")
@@ -228,8 +241,11 @@ fn run(args: &Args) -> Result<Exit> {
     Ok(control::run(session, server, &signals)?)
 }
 
-/// What Firecracker has and this version has not: said, not ignored.
+/// What cannot be had, or Firecracker has and this version has not: said, not ignored.
 fn refuse_unoffered(args: &Args) -> Result<()> {
+    if let Some(dir) = args.visible.iter().find(|dir| !dir.is_dir()) {
+        bail!("--visible {}: there is no such directory; make it, or correct its name", dir.display());
+    }
     if args.snapshot_version || args.describe_snapshot.is_some() {
         bail!("snapshots are not offered by this version: the state of vCPUs and devices cannot be saved yet");
     }
@@ -266,18 +282,29 @@ fn sandbox(args: &Args) -> Option<Sandbox> {
     // Not that of the API's default socket: it is everybody's. What is left of that socket, the next process replaces.
     let socket = if let Target::Socket(path) = &args.serial { Some(path) } else { None };
     let api = args.api_sock.as_ref().filter(|_| !args.no_api);
-    let places = [&args.exit_file, &args.serial_log, &args.gdb].map(Option::as_ref);
-    let places = places.into_iter().chain([api, socket]);
     if args.gdb.is_some() {
         sandbox.permit_debugger();
     }
-    places.flatten().for_each(|file| sandbox.keep_place_of(file));
+    // A socket that cannot be removed at the end is replaced by the next process.
+    let sockets = [args.gdb.as_ref(), api, socket];
+    sockets.into_iter().flatten().for_each(|path| sandbox.keep_place_of(path, Access::Write));
+    let files = [&args.exit_file, &args.serial_log];
+    files.into_iter().flatten().for_each(|path| sandbox.keep_place_of(path, Access::MustWrite));
     Some(sandbox)
 }
 
+/// Bytes of a configuration file, at most: no VM has as many devices.
+const CONFIG_LIMIT: u64 = 16 << 20;
+
 /// And the names of sections that there are not.
 fn read_config(path: &Path) -> Result<(VmConfig, Vec<String>)> {
-    let text = std::fs::read(path).with_context(|| format!("config file {} cannot be read", path.display()))?;
+    let read = || -> std::io::Result<Vec<u8>> {
+        let mut text = Vec::new();
+        // Also from a pipe, as shells make them.
+        let len = File::open(path)?.take(CONFIG_LIMIT + 1).read_to_end(&mut text)?;
+        if len as u64 > CONFIG_LIMIT { Err(std::io::ErrorKind::FileTooLarge.into()) } else { Ok(text) }
+    };
+    let text = read().with_context(|| format!("config file {} cannot be read", path.display()))?;
     json::sections(&text)
         .with_context(|| format!("config file {} is not a VM's configuration; correct it", path.display()))
 }

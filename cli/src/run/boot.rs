@@ -160,14 +160,16 @@ pub(super) fn config(args: &Args, start: Start, disk: PathBuf, net: Option<&Net>
         },
         Start::Firmware(path) => BootSource { firmware_path: Some(text(path)), ..BootSource::default() },
     };
+    let words = boot_source.boot_args.as_deref().unwrap_or_default();
+    let names_root = words.split_ascii_whitespace().any(|word| word.starts_with("root="));
     VmConfig {
         boot_source: Some(boot_source),
         drives: vec![Drive {
             drive_id: "disk".to_owned(),
             path_on_host: Some(text(disk)),
             socket: None,
-            // Where the command line has no root= the VMM adds the whole disk.
-            is_root_device: true,
+            // The VMM adds `root=` for a root device; an image that names its root itself knows better.
+            is_root_device: !names_root,
             partuuid: None,
             is_read_only: None,
             cache_type: Default::default(),

@@ -28,7 +28,7 @@ pub enum CmdlineError {
     Line(#[from] linux_loader::cmdline::Error),
 }
 
-/// The whole line: `args`, or [`DEFAULT`], and where there is a root device, `root=` unless `args` has it already.
+/// The whole line: `args`, or [`DEFAULT`], and where there is a root device, `root=`. The kernel takes the last one.
 ///
 /// # Errors
 /// Too long, or not printable ASCII.
@@ -39,8 +39,7 @@ pub fn compose(args: Option<&str>, root: Option<&RootDevice>) -> Result<String, 
     }
     // The crate counts the terminator.
     let mut line = Cmdline::try_from(given, MAX_LEN + 1)?;
-    let names_root = args.is_some_and(|args| args.split_whitespace().any(|arg| arg.starts_with("root=")));
-    if let Some(root) = root.filter(|_| !names_root) {
+    if let Some(root) = root {
         line.insert("root", &root.name)?;
         line.insert_str(if root.read_only { "ro" } else { "rw" })?;
     }
@@ -82,10 +81,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_root_device_is_added_once() {
+    fn the_root_device_is_the_one_that_was_configured() {
         let root = RootDevice { name: "/dev/vda".into(), read_only: true };
         assert_eq!(compose(Some("quiet"), Some(&root)).unwrap(), "quiet root=/dev/vda ro");
-        assert_eq!(compose(Some("root=/dev/vdb1"), Some(&root)).unwrap(), "root=/dev/vdb1");
+        assert_eq!(compose(Some("root=/dev/vdb1"), Some(&root)).unwrap(), "root=/dev/vdb1 root=/dev/vda ro");
         let root = RootDevice { name: "PARTUUID=ab-01".into(), read_only: false };
         assert_eq!(compose(None, Some(&root)).unwrap(), format!("{DEFAULT} root=PARTUUID=ab-01 rw"));
         assert_eq!(compose(Some("quiet -- single"), None).unwrap(), "quiet -- single");

@@ -3,10 +3,10 @@
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
 
-use bedplate_api::socket;
+use bedplate_api::socket::Door;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::backlog::Backlog;
@@ -19,8 +19,7 @@ const MAX_WAITING: usize = 256 << 10;
 const MAX_CLIENTS: usize = 16;
 
 pub(super) struct Clients {
-    listener: UnixListener,
-    path: PathBuf,
+    door: Door,
     connected: Vec<Client>,
     replay: Backlog,
 }
@@ -38,13 +37,12 @@ struct Client {
 
 impl Clients {
     pub fn listen(path: &Path) -> io::Result<Self> {
-        let listener = socket::listen(path)?;
-        Ok(Self { listener, path: path.into(), connected: Vec::new(), replay: Backlog::new(REPLAY) })
+        Ok(Self { door: Door::open(path)?, connected: Vec::new(), replay: Backlog::new(REPLAY) })
     }
 
     pub fn poll_fds<'a>(&'a self, wants_input: bool, fds: &mut Vec<PollFd<'a>>) {
         if self.connected.len() < MAX_CLIENTS || self.expendable().is_some() {
-            fds.push(PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN));
+            fds.push(PollFd::from_borrowed_fd(self.door.as_fd(), PollFlags::IN));
         }
         for client in &self.connected {
             let input = if wants_input && !client.silent { PollFlags::IN } else { PollFlags::empty() };
@@ -89,7 +87,7 @@ impl Clients {
             if full && expendable.is_none() {
                 return;
             }
-            let Ok((stream, _)) = self.listener.accept() else { return };
+            let Ok(stream) = self.door.accept() else { return };
             if stream.set_nonblocking(true).is_err() {
                 continue;
             }
@@ -158,6 +156,5 @@ impl Drop for Clients {
         for client in &mut self.connected {
             client.send();
         }
-        let _ = std::fs::remove_file(&self.path);
     }
 }

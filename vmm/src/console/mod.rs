@@ -14,7 +14,7 @@ mod terminal;
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
@@ -23,6 +23,7 @@ use std::time::Duration;
 use bedplate_devices::threads;
 use bedplate_devices::virtio::console::ConsoleControl;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::files;
@@ -300,7 +301,9 @@ impl<L: Line> Server<L> {
             return;
         }
         let mut bytes = [0; 512];
-        match io::stdin().read(&mut bytes) {
+        // Not through the standard library, which reads ahead, and nobody would be told of what it has.
+        match rustix::io::read(rustix::stdio::stdin(), &mut bytes) {
+            Err(Errno::INTR | Errno::AGAIN) => {}
             Ok(0) | Err(_) => self.stdin_open = false,
             Ok(len) => {
                 if self.keys.pass(&bytes[..len], &mut self.pending) {

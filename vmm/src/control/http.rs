@@ -8,7 +8,7 @@ use std::convert::Infallible;
 use std::future::Future;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::rc::Rc;
@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 
-use bedplate_api::socket;
+use bedplate_api::socket::Door;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Body, Incoming};
@@ -49,8 +49,7 @@ pub struct ListenError {
 
 /// The listening socket and its connections.
 pub struct Server {
-    listener: UnixListener,
-    path: PathBuf,
+    door: Door,
     max_body: usize,
     connections: Vec<Connection>,
 }
@@ -84,13 +83,13 @@ impl Server {
     /// # Errors
     /// Somebody else does, or the host refuses.
     pub fn listen(path: &Path, max_body: usize) -> Result<Self, ListenError> {
-        let listener = socket::listen(path).map_err(|source| ListenError { path: path.into(), source })?;
-        Ok(Self { listener, path: path.into(), max_body, connections: Vec::new() })
+        let door = Door::open(path).map_err(|source| ListenError { path: path.into(), source })?;
+        Ok(Self { door, max_body, connections: Vec::new() })
     }
 
     /// What to wait for.
     pub(super) fn poll_fds<'a>(&'a self, fds: &mut Vec<PollFd<'a>>) {
-        fds.push(PollFd::from_borrowed_fd(self.listener.as_fd(), PollFlags::IN));
+        fds.push(PollFd::from_borrowed_fd(self.door.as_fd(), PollFlags::IN));
         for connection in &self.connections {
             let mut flags = PollFlags::empty();
             flags.set(PollFlags::IN, connection.stream.wants_read.get());
@@ -101,7 +100,7 @@ impl Server {
 
     /// Accepts who waits and lets every connection go as far as it can.
     pub(super) fn serve(&mut self, session: &Rc<RefCell<Session>>) {
-        while let Ok((socket, _)) = self.listener.accept() {
+        while let Ok(socket) = self.door.accept() {
             if self.connections.len() == MAX_CONNECTIONS {
                 self.connections.remove(0);
             }
@@ -110,12 +109,6 @@ impl Server {
             }
         }
         self.connections.retain_mut(Connection::advance);
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
     }
 }
 

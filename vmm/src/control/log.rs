@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::BorrowedFd;
 use std::panic::Location;
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -13,6 +14,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use bedplate_api::vmm::{LogLevel, Logger};
 use bedplate_devices::platform::calendar::Moment;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::files;
 
@@ -72,9 +74,17 @@ impl Log {
         // A log that cannot be written stops nothing.
         let _ = match &mut state.file {
             Some(file) => file.write_all(line.as_bytes()),
+            // Nor one that nobody reads: what it has no room for is lost.
+            None if !has_room(rustix::stdio::stderr()) => Ok(()),
             None => io::stderr().write_all(line.as_bytes()),
         };
     }
+}
+
+/// Whether a write of a line would not wait.
+fn has_room(file: BorrowedFd<'_>) -> bool {
+    let mut fds = [PollFd::from_borrowed_fd(file, PollFlags::OUT)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok_and(|ready| ready > 0)
 }
 
 impl State {

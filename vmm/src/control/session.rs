@@ -2,7 +2,7 @@
 //! when stands here; what the commands do, in `configure` before the start, and in `change` after it.
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -39,7 +39,7 @@ const VERSION: &str = env!("CARGO_PKG_VERSION");
 const AFTER_START: &str = "The requested operation is not supported after starting the microVM.";
 const BEFORE_START: &str = "The requested operation is not supported before starting the microVM.";
 
-/// From a start until the guest's own is under way, and what our part of it has used of the program is not used any more.
+/// After the start of a VM: by then the code that starts it is not used any more, and its memory can go back.
 const SETTLED: Duration = Duration::from_secs(1);
 
 /// From the power button, when it was SIGTERM, to the end of a guest that does not listen. Whoever sends that wants an end.
@@ -63,7 +63,7 @@ pub enum StartError {
     Console(#[from] ConsoleError),
     #[error("{what} {path}: {source}; {}", files::remedy(.source))]
     File { what: &'static str, path: String, source: io::Error },
-    #[error("metadata file {}: {source}; correct it, or raise --mmds-size-limit", path.display())]
+    #[error("metadata file {}: {source}; {}", path.display(), remedy_for_metadata(.source))]
     Metadata { path: PathBuf, source: io::Error },
     #[error("the host cannot give what the process needs: {0}")]
     Host(#[from] io::Error),
@@ -87,6 +87,8 @@ pub struct Settings {
 /// The process's state, owned by the control thread.
 pub struct Session {
     settings: Settings,
+    /// By the numbers of the host, also where this process has a pid namespace of its own.
+    pid: u32,
     startup: StartupTimes,
     pub(super) spec: VmConfig,
     /// Until the start.
@@ -133,6 +135,7 @@ impl Session {
             log: Log::new(&settings.id),
             metadata: Metadata::new(settings.mmds_size_limit)?,
             settings,
+            pid: pid(),
             startup: StartupTimes::default(),
             spec: VmConfig::default(),
             console: Some(console),
@@ -211,8 +214,11 @@ impl Session {
         let mut machine = match builder::start(&config, outlets) {
             Ok(machine) => machine,
             Err(error) => {
-                // To be tried again after a correction.
+                // To be tried again after a correction; but a process that is half inside of its sandbox is of no use.
                 self.console = Some(console);
+                if let BuildError::Sandbox(error) = &error {
+                    self.early_exit = Some(Exit { reason: ExitReason::HostFault, detail: error.to_string() });
+                }
                 return Err(error.into());
             }
         };
@@ -441,7 +447,7 @@ impl Session {
         Status {
             id: self.settings.id.clone(),
             state: self.state(),
-            pid: std::process::id(),
+            pid: self.pid,
             process_startup_time_us: self.startup.elapsed_us,
             process_startup_time_cpu_us: self.startup.cpu_us,
             uptime_seconds: self.vm.as_ref().map_or(0, |vm| vm.machine.uptime().as_secs()),
@@ -470,6 +476,20 @@ impl Running {
     }
 }
 
+/// What the host calls this process: its `/proc` is of its numbers, and can be seen before the sandbox.
+fn pid() -> u32 {
+    let own = std::fs::read_link("/proc/self").ok();
+    own.and_then(|own| own.to_str()?.parse().ok()).unwrap_or_else(std::process::id)
+}
+
+/// What to do about a metadata file.
+fn remedy_for_metadata(error: &io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::NotFound | ErrorKind::PermissionDenied => "check the path and who may read it",
+        _ => "correct it, or raise --mmds-size-limit if it is too long",
+    }
+}
+
 /// What this VM uses by name while it runs.
 fn around(mut sandbox: Sandbox, config: &Config) -> Sandbox {
     for drive in config.files() {
@@ -481,15 +501,15 @@ fn around(mut sandbox: Sandbox, config: &Config) -> Sandbox {
             sandbox.keep(&spec.store, Access::Read);
             // Connected to when a chunk is not there, and again when who serves it was started again.
             if let Some(source) = &drive.chunk_source {
-                sandbox.keep_place_of(Path::new(&source.socket));
+                sandbox.keep_place_of(Path::new(&source.socket), Access::Write);
             }
         }
     }
     if let Some(config::ConsoleConfig { target: Target::Socket(path), .. }) = &config.console {
-        sandbox.keep_place_of(path);
+        sandbox.keep_place_of(path, Access::Write);
     }
     if let Some(vsock) = &config.vsock {
-        sandbox.keep_place_of(&vsock.path);
+        sandbox.keep_place_of(&vsock.path, Access::Write);
     }
     sandbox
 }

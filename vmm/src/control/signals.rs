@@ -24,6 +24,9 @@ impl Signals {
     /// # Errors
     /// The host refuses.
     pub fn take_over() -> io::Result<Self> {
+        // A file that may not grow is an error of a write then, like a full disk, and not the end.
+        // SAFETY: to ignore a signal takes no handler.
+        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
         let mut set = MaybeUninit::<libc::sigset_t>::uninit();
         // SAFETY: `sigemptyset` initialises the set, the others are given initialised ones; the signal numbers exist.
         let fd = unsafe {

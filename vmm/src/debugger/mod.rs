@@ -63,8 +63,7 @@ impl DebugSocket {
 
 impl Drop for DebugSocket {
     fn drop(&mut self) {
-        // Somebody may have removed it.
-        let _ = std::fs::remove_file(&self.path);
+        socket::remove(&self.path);
     }
 }
 

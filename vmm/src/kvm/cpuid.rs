@@ -225,7 +225,10 @@ mod tests {
         let (first, name) = (leaf(&cpuid, 0x8000_0002, 0), fs::read_to_string("/proc/cpuinfo").unwrap());
         let name = name.lines().find_map(|line| line.strip_prefix("model name\t: ")).unwrap();
         let bytes = [first.eax, first.ebx, first.ecx, first.edx].map(u32::to_le_bytes);
-        assert!(bytes.as_flattened().trim_ascii_start().starts_with(&name.as_bytes()[..12]), "{bytes:?} of {name}");
+        assert!(
+            bytes.as_flattened().trim_ascii_start().starts_with(&name.as_bytes()[..name.len().min(12)]),
+            "{bytes:?} of {name}"
+        );
         assert_eq!((leaf(&cpuid, 0x8000_0003, 0).eax, leaf(&cpuid, 0x8000_0003, 0).ebx), (1, 0));
         assert_eq!(leaf(&cpuid, 0x8000_0006, 0).eax, 0, "KVM's to say");
     }

@@ -55,6 +55,11 @@ pub enum KvmError {
     /// `/dev/kvm` may not be opened.
     #[error("/dev/kvm cannot be opened: permission denied; run as root or join the group that owns it (usually kvm)")]
     Permission,
+    /// `KVM_RUN` has come back with nothing done.
+    #[error(
+        "KVM cannot get a thread of its own for this VM: permit more processes (`ulimit -u`, `pids.max` of its cgroup)"
+    )]
+    NoThread,
     /// `/dev/kvm` does not open for another reason.
     #[error("/dev/kvm cannot be opened: {0}")]
     Open(std::io::Error),

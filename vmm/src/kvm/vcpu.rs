@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use bedplate_api::vmm::Registers;
-use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_bindings::{KVM_MP_STATE_UNINITIALIZED, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
@@ -184,6 +184,12 @@ impl Vcpu {
         self.fd.get_sregs().is_ok_and(|sregs| sregs.idt.limit == 0)
     }
 
+    /// Why KVM has not run it, if that is not because it waits for another vCPU to start it.
+    pub fn why_not_run(&self) -> Option<KvmError> {
+        let waits = self.fd.get_mp_state().is_ok_and(|state| state.mp_state == KVM_MP_STATE_UNINITIALIZED);
+        (!waits).then_some(KvmError::NoThread)
+    }
+
     /// Runs the guest until it exits.
     ///
     /// # Errors
@@ -192,7 +198,8 @@ impl Vcpu {
     pub fn run(&mut self) -> Result<Exit<'_>, KvmError> {
         let exit = match self.fd.run() {
             Ok(exit) => exit,
-            Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => return Ok(Exit::Interrupted),
+            Err(e) if e.errno() == libc::EINTR => return Ok(Exit::Interrupted),
+            Err(e) if e.errno() == libc::EAGAIN => return Ok(Exit::NotRun),
             Err(e) if e.errno() == libc::EFAULT => return Err(KvmError::Unbacked),
             Err(e) => return Err(call("run a vCPU")(e)),
         };

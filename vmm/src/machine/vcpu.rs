@@ -81,6 +81,16 @@ pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCoun
                 counters.interrupted();
                 goes_on = life.checkpoint(vcpu, &kicker);
             }
+            Ok(Exit::NotRun) => {
+                counters.interrupted();
+                match vcpu.why_not_run() {
+                    None => goes_on = life.checkpoint(vcpu, &kicker),
+                    Some(error) => {
+                        finish(vcpu, life, End::Host(error.to_string()));
+                        goes_on = false;
+                    }
+                }
+            }
             Ok(Exit::Debug(exit)) => {
                 counters.other();
                 match vcpu.sort_out(exit) {

@@ -25,12 +25,13 @@ use std::thread::yield_now;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
+use rustix::process::geteuid;
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 pub use syscalls::Thread;
 pub use user::User;
 
-/// For a thread that was joined to be gone for the kernel, too, which tells nobody.
+/// A thread that was joined is still counted by the kernel for a moment, and a user namespace is refused until then.
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What happens on a system call that is not on the list.
@@ -64,8 +65,20 @@ impl SandboxError {
 pub enum Access {
     /// Files in it are read.
     Read,
-    /// Files in it are made, changed, renamed and removed.
+    /// Files in it are made, changed, renamed and removed, as far as who the process is then may do that.
     Write,
+    /// The same, and whoever the process is then has to be able to.
+    MustWrite,
+}
+
+/// A directory that stays visible.
+#[derive(Debug, Clone)]
+struct Kept {
+    /// Where it is, without links.
+    dir: PathBuf,
+    /// How it is going to be named: absolute, with whatever links are in it.
+    names: Vec<PathBuf>,
+    access: Access,
 }
 
 /// A sandbox that is being planned.
@@ -74,7 +87,7 @@ pub struct Sandbox {
     unlisted: Unlisted,
     user: Option<User>,
     debugger: bool,
-    dirs: Vec<(PathBuf, Access)>,
+    dirs: Vec<Kept>,
 }
 
 /// Set once the process is inside; threads that start later take their lists from it.
@@ -91,32 +104,37 @@ impl Sandbox {
         self.debugger = true;
     }
 
-    /// Leaves `dir` visible.
+    /// Leaves `dir` visible, if there is one: to complain is for whoever uses it.
     pub fn keep(&mut self, dir: &Path, access: Access) {
-        // A path that cannot be made absolute is not there, and then there is nothing to keep.
-        let Ok(dir) = std::path::absolute(dir).and_then(|dir| dir.canonicalize()) else { return };
-        match self.dirs.iter_mut().find(|(kept, _)| *kept == dir) {
-            Some((_, kept)) => *kept = access.max(*kept),
-            None => self.dirs.push((dir, access)),
+        let Ok(name) = std::path::absolute(dir) else { return };
+        let Ok(dir) = name.canonicalize() else { return };
+        match self.dirs.iter_mut().find(|kept| kept.dir == dir) {
+            Some(kept) => {
+                kept.access = access.max(kept.access);
+                kept.names.push(name);
+            }
+            None => self.dirs.push(Kept { dir, names: vec![name], access }),
         }
     }
 
     /// Leaves the directory visible in which `file` is made, renamed or removed while the VM runs.
-    pub fn keep_place_of(&mut self, file: &Path) {
+    pub fn keep_place_of(&mut self, file: &Path, access: Access) {
         if let Ok(file) = std::path::absolute(file)
             && let Some(dir) = file.parent()
         {
-            self.keep(dir, Access::Write);
+            self.keep(dir, access);
         }
     }
 
     /// Goes inside, for good. Must be called while the process has one thread.
     ///
     /// # Errors
-    /// The host refuses a wall; some may stand already, so the process has to end.
+    /// The host refuses a wall. Others stand already, so that the process is of no use any more.
     pub fn enter(&self) -> Result<(), SandboxError> {
+        let uid = self.user.map_or(geteuid().as_raw(), |user| user.uid);
         root::close(&self.dirs)?;
-        user::become_nobody(self.user)?;
+        user::drop_privileges(self.user)?;
+        files::try_writing(&self.dirs, uid)?;
         files::restrict(&self.dirs)?;
         syscalls::restrict_process(self.unlisted, self.debugger)?;
         // A second call would be our bug; the walls stand either way.

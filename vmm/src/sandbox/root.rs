@@ -1,26 +1,36 @@
 //! Namespaces, and a root in which there is nothing but the directories of this VM.
 
 use std::fs;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{StatVfsMountFlags, statvfs};
 use rustix::io::Errno;
 use rustix::mount::{
-    MountFlags, MountPropagationFlags, mount, mount_bind, mount_bind_recursive, mount_change, mount_move, mount_remount,
+    MountFlags, MountPropagationFlags, mount, mount_bind_recursive, mount_change, mount_move, mount_remount,
 };
 use rustix::process::{chroot, getegid, geteuid, pivot_root};
 use rustix::thread::UnshareFlags;
 
-use super::{Access, SandboxError, unshare};
+use super::{Access, Kept, SandboxError, unshare};
 
 /// Where the new root is mounted while it is put together: a directory that every Linux has, and below which no VM's
 /// files are.
 const STAGE: &str = "/sys";
 
-/// Leaves the host's namespaces and file tree.
-pub(super) fn close(dirs: &[(PathBuf, Access)]) -> Result<(), SandboxError> {
+/// As many links as the kernel follows.
+const MAX_LINKS: usize = 40;
+
+/// Leaves the host's namespaces, and its file tree but for `dirs`.
+pub(super) fn close(dirs: &[Kept]) -> Result<(), SandboxError> {
+    if let Some(name) = dirs.iter().find(|kept| kept.dir == Path::new("/")).and_then(|kept| kept.names.first()) {
+        return Err(SandboxError::new(
+            format!("cannot keep {} visible", name.display()),
+            io::Error::other("it is the root, and everything would be"),
+            "put the VM's files and sockets into a directory of their own",
+        ));
+    }
     let here = std::env::current_dir().ok();
     let mut flags = UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
     let is_root = geteuid().is_root();
@@ -32,58 +42,89 @@ pub(super) fn close(dirs: &[(PathBuf, Access)]) -> Result<(), SandboxError> {
         let remedy = if is_root {
             "a container needs the capability SYS_ADMIN for it"
         } else {
-            "allow user namespaces (`sysctl kernel.unprivileged_userns_clone=1`, or your distribution's way) or run as root"
+            "allow user namespaces (`sysctl kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000`, or your \
+             distribution's way)"
         };
         SandboxError::new("cannot get namespaces of its own", e, remedy)
     })?;
     if !is_root {
-        map_ourselves(uid, gid).map_err(|e| SandboxError::new("cannot set up the user namespace", e, "run as root"))?;
+        keep_ids(uid, gid).map_err(|e| SandboxError::new("cannot set up the user namespace", e, "run as root"))?;
     }
     let failed =
-        |what: String| move |e: io::Error| SandboxError::new(what, e, "check that it is there, or run as root");
+        |what: String| move |e: io::Error| SandboxError::new(what, e, "check that it is there and may be entered");
     mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)
         .map_err(|e| failed("cannot leave the host's mounts".into())(e.into()))?;
     let stage = Path::new(STAGE);
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount("sandbox", stage, "tmpfs", flags, c"size=64k,mode=755")
         .map_err(|e| failed(format!("cannot mount an empty root at {STAGE}"))(e.into()))?;
-    let mut dirs = dirs.to_vec();
-    // Outer ones first, so that what is inside one is not hidden by it.
-    dirs.sort();
-    for (dir, access) in &dirs {
-        show(stage, dir, *access, is_root).map_err(failed(format!("cannot keep {} visible", dir.display())))?;
+    // Ways first: below a directory that is shown they would be made on the host.
+    let names = dirs.iter().flat_map(|kept| kept.names.iter().chain([&kept.dir])).chain(&here);
+    for name in names {
+        lead_to(stage, name).map_err(failed(format!("cannot make a way to {}", name.display())))?;
+    }
+    // Outer ones before what is in them, which they would hide.
+    let mut dirs: Vec<_> = dirs.iter().collect();
+    dirs.sort_by(|a, b| a.dir.cmp(&b.dir));
+    for kept in dirs {
+        show(stage, kept).map_err(failed(format!("cannot keep {} visible", kept.dir.display())))?;
     }
     enter(stage, here.as_deref()).map_err(failed("cannot leave the host's file tree".into()))
 }
 
-/// Inside, we are who we were outside.
-fn map_ourselves(uid: u32, gid: u32) -> io::Result<()> {
+/// Inside of the user namespace the process has the numbers that it has outside.
+fn keep_ids(uid: u32, gid: u32) -> io::Result<()> {
     fs::write("/proc/self/setgroups", "deny")?;
     fs::write("/proc/self/uid_map", format!("{uid} {uid} 1"))?;
     fs::write("/proc/self/gid_map", format!("{gid} {gid} 1"))
 }
 
-/// Makes `dir` appear at its own path below `stage`.
-fn show(stage: &Path, dir: &Path, access: Access, is_root: bool) -> io::Result<()> {
-    let place = stage.join(dir.strip_prefix("/").unwrap_or(dir));
-    if !place.is_dir() {
-        fs::DirBuilder::new().recursive(true).mode(0o755).create(&place)?;
+/// Makes directories and links below `stage` by which `path` leads where it leads on the host. What is no directory there
+/// any more has none here.
+fn lead_to(stage: &Path, path: &Path) -> io::Result<()> {
+    let mut rest: Vec<PathBuf> = vec![path.into()];
+    let (mut at, mut links) = (PathBuf::from("/"), 0);
+    while let Some(next) = rest.pop() {
+        let mut parts = next.components();
+        let Some(part) = parts.next() else { continue };
+        rest.push(parts.as_path().into());
+        match part {
+            Component::RootDir => at = "/".into(),
+            Component::ParentDir => drop(at.pop()),
+            Component::CurDir | Component::Prefix(_) => {}
+            Component::Normal(name) => {
+                at.push(name);
+                let place = stage.join(at.strip_prefix("/").unwrap_or(&at));
+                let target = fs::read_link(&at).ok().filter(|_| links < MAX_LINKS);
+                let made = match &target {
+                    Some(target) => std::os::unix::fs::symlink(target, &place),
+                    None => fs::DirBuilder::new().mode(0o755).create(&place),
+                };
+                made.or_else(|e| if e.kind() == ErrorKind::AlreadyExists { Ok(()) } else { Err(e) })?;
+                if let Some(target) = target {
+                    links += 1;
+                    at.pop();
+                    rest.push(target);
+                }
+            }
+        }
     }
-    // Without privileges over the host, what is mounted below cannot be uncovered by leaving it away.
-    if is_root {
-        mount_bind(dir, &place)?
-    } else {
-        mount_bind_recursive(dir, &place)?
-    };
-    let mut flags = MountFlags::BIND | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | kept(&place)?;
-    if access == Access::Read {
+    Ok(())
+}
+
+/// Makes a directory, with all that is mounted in it, appear at its own path below `stage`.
+fn show(stage: &Path, kept: &Kept) -> io::Result<()> {
+    let place = stage.join(kept.dir.strip_prefix("/").unwrap_or(&kept.dir));
+    mount_bind_recursive(&kept.dir, &place)?;
+    let mut flags = MountFlags::BIND | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | had(&place)?;
+    if kept.access == Access::Read {
         flags |= MountFlags::RDONLY;
     }
     Ok(mount_remount(&place, flags, c"")?)
 }
 
 /// What a mount says of times of access: a user namespace may not take that back.
-fn kept(place: &Path) -> io::Result<MountFlags> {
+fn had(place: &Path) -> io::Result<MountFlags> {
     let there = statvfs(place)?.f_flag;
     let mut flags = MountFlags::empty();
     for (is, flag) in [
@@ -101,8 +142,9 @@ fn kept(place: &Path) -> io::Result<MountFlags> {
 
 /// Makes `stage` the root and lets go of the old one. `here` stays the working directory if it is to be seen.
 fn enter(stage: &Path, here: Option<&Path>) -> io::Result<()> {
-    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::RDONLY;
-    mount_remount(stage, flags, c"size=64k,mode=755")?;
+    // Of this mount only, whatever is mounted there.
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::RDONLY | MountFlags::BIND;
+    mount_remount(stage, flags, c"")?;
     std::env::set_current_dir(stage)?;
     match pivot_root(".", ".") {
         // The old root lies over the new one now.

@@ -18,21 +18,30 @@ pub struct User {
     pub gid: u32,
 }
 
-/// Becomes `user`, if that is another one, and gives up every capability. There is one thread, so it is the process.
-pub(super) fn become_nobody(user: Option<User>) -> Result<(), SandboxError> {
+/// Becomes `user`, if that is another one, and gives up every capability, for good. The process has one thread.
+pub(super) fn drop_privileges(user: Option<User>) -> Result<(), SandboxError> {
     let was_root = geteuid().is_root();
+    if was_root {
+        // Whatever groups root is in. Refused in the user namespace of a container, where they are its own.
+        let left = set_thread_groups(&[]);
+        if user.is_some() {
+            left.map_err(|e| SandboxError::new("cannot leave root's groups", e, "leave --uid and --gid away"))?;
+        }
+    }
     if let Some(user) = user.filter(|user| user.uid != geteuid().as_raw() || user.gid != getegid().as_raw()) {
         become_user(user).map_err(|e| {
             SandboxError::new(
                 format!("cannot become user {} and group {}", user.uid, user.gid),
                 e,
-                "only root can; leave --uid and --gid away",
+                "only root can, and in a container only become who is known there; leave --uid and --gid away",
             )
         })?;
     }
-    // Anybody else has one since the other namespaces.
+    // An ordinary user is in one already, without which there are no other namespaces. In this one no user has a number, and
+    // capabilities that somebody gets hold of in it count for nothing in the other namespaces, which belong to the host's.
+    // To the host the process stays the user that it is.
     if was_root {
-        leave_users().map_err(|e| {
+        unshare(UnshareFlags::NEWUSER).map_err(|e| {
             SandboxError::new(
                 "cannot get a user namespace of its own",
                 e,
@@ -49,17 +58,10 @@ pub(super) fn become_nobody(user: Option<User>) -> Result<(), SandboxError> {
 /// Keeps what it takes to get a user namespace where they are not for everybody.
 fn become_user(user: User) -> Result<(), Errno> {
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
-    set_thread_groups(&[])?;
     set_thread_res_gid(gid, gid, gid)?;
     set_keep_capabilities(true)?;
     set_thread_res_uid(uid, uid, uid)?;
     set_capabilities(None, only(CapabilitySet::SYS_ADMIN))
-}
-
-/// Goes into a user namespace in which no user has a number: what privileges somebody may find there hold for nothing outside, and
-/// the other namespaces are outside. To the host the process stays who it is.
-fn leave_users() -> Result<(), Errno> {
-    unshare(UnshareFlags::NEWUSER)
 }
 
 fn only(capabilities: CapabilitySet) -> CapabilitySets {
