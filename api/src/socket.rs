@@ -65,9 +65,11 @@ impl Door {
         loop {
             match self.listener.accept() {
                 Ok((stream, _)) => return Ok(stream),
+                // So it is also if nobody is there.
                 Err(e) if e.raw_os_error() == Some(Errno::MFILE.raw_os_error()) && self.spare.take().is_some() => {
-                    drop(self.listener.accept());
+                    let sent_away = self.listener.accept().map(drop);
                     self.spare = self.listener.try_clone().ok();
+                    sent_away?;
                 }
                 Err(e) => return Err(e),
             }
