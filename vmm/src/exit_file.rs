@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use bedplate_api::vmm::Exit;
 use bedplate_devices::files::kind;
 
+use crate::files;
+
 /// The place is not one for an exit file.
 #[derive(Debug, thiserror::Error)]
 pub enum ExitFileError {
@@ -20,7 +22,7 @@ pub enum ExitFileError {
         found: &'static str,
     },
     /// The host refuses.
-    #[error("exit file {path}: {source}; give a path in a directory that exists and that you may write")]
+    #[error("exit file {path}: {source}; {}", files::remedy(.source))]
     Write {
         /// As given.
         path: PathBuf,
@@ -65,7 +67,11 @@ impl ExitFile {
             .and_then(|text| file.write_all(&text))
             .and_then(|()| file.sync_all())
             .and_then(|()| fs::rename(&self.aside, &self.path));
-        written.map_err(|source| self.cannot(source))
+        written.map_err(|source| {
+            // What is there of it says nothing.
+            let _ = fs::remove_file(&self.aside);
+            self.cannot(source)
+        })
     }
 
     /// The file aside, empty.

@@ -84,6 +84,8 @@ pub fn remedy(error: &io::Error) -> &'static str {
         ErrorKind::AddrInUse if error.raw_os_error().is_none() => "end that process, or choose another path",
         ErrorKind::AddrInUse => "remove what is there, or choose another path",
         ErrorKind::InvalidFilename => "choose a shorter path",
+        _ if error.raw_os_error() == Some(libc::EMFILE) => "permit more open files (`ulimit -n`)",
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "make room there, or choose another place",
         _ => "give a path in a directory that exists and that you may write",
     }
 }

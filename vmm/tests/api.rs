@@ -245,6 +245,20 @@ fn what_cannot_be_is_refused_when_it_is_said() {
 }
 
 #[test]
+fn what_a_logger_leaves_out_goes_on_and_a_vsock_may_be_named() {
+    let api = Api::new();
+    let (log, vsock) = (api.rig.path("messages"), api.rig.path("v"));
+    api.put("/logger", &format!(r#"{{"log_path": {log:?}, "level": "Info"}}"#));
+    api.put("/logger", r#"{"show_level": true}"#);
+    api.put("/vsock/vsock0", &format!(r#"{{"vsock_id": "vsock0", "guest_cid": 3, "uds_path": {vsock:?}}}"#));
+    let (status, config) = api.ask("GET", "/vm/config", "");
+    let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    assert_eq!((status, &config["vsock"]["guest_cid"]), (200, &3.into()));
+    assert_eq!(config["logger"], serde_json::json!({"log_path": log, "show_level": true}));
+    api.stop();
+}
+
+#[test]
 fn log_and_metrics_may_go_to_fifos_that_are_read_later() {
     let api = Api::new();
     let [log, metrics] = ["log.fifo", "metrics.fifo"].map(|name| api.rig.fifo(name));

@@ -72,7 +72,15 @@ impl Session {
             }
             Command::SetLogger(logger) => {
                 self.set_logger(&logger).map_err(Fault::bad_request)?;
-                self.spec.logger = Some(logger);
+                // What it leaves out, but for the level, goes on as it was.
+                let before = self.spec.logger.take().unwrap_or_default();
+                self.spec.logger = Some(Logger {
+                    log_path: logger.log_path.or(before.log_path),
+                    level: logger.level,
+                    show_level: logger.show_level.or(before.show_level),
+                    show_log_origin: logger.show_log_origin.or(before.show_log_origin),
+                    module: logger.module.or(before.module),
+                });
             }
             Command::SetMetrics(metrics) => {
                 self.set_metrics(&metrics).map_err(Fault::bad_request)?;
