@@ -117,6 +117,9 @@ fn clock(boot: &Boot, ram: &Ram) -> Rtc {
 
 /// Builds and starts the VM that `config` describes.
 ///
+/// The order matters in three places: devices are attached in the order in which the guest shall see them; whatever is opened by
+/// name is opened before the sandbox is entered; and no thread is started before that, but the one that has KVM make the VM.
+///
 /// # Errors
 /// The host cannot give what is asked, or a file is not what it should be. Nothing is left running.
 pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildError> {

@@ -303,8 +303,9 @@ impl Lifecycle {
         }
     }
 
-    /// For the thread of a vCPU that begins or was kicked: does what it is asked for, and stands still as long as it must,
-    /// which one that has not come does; true when it shall run.
+    /// For the thread of a vCPU that begins or was kicked: does what it is asked for, and waits while the VM is paused, a
+    /// debugger holds it, or the vCPU is one that the guest does not have yet. True when it shall run, false when its thread
+    /// shall end.
     pub fn checkpoint(&self, vcpu: &mut Vcpu, kicker: &Kicker) -> bool {
         // Before the look at what is wanted: what is wanted after it comes with a kick of its own.
         kicker.clear();

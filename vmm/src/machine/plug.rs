@@ -6,10 +6,11 @@
 //!
 //! The memory of a pmem device comes and goes with it: [`super::plug_pmem`].
 //!
-//! A vCPU only comes. Its thread is there from the start and runs nothing until then ([`super::lifecycle`]).
+//! vCPUs can come and never go. The thread of one is there from the start and runs nothing until it comes ([`super::lifecycle`]).
 //!
 //! What the guest lets go of without being asked stays, and the guest is told that it is there: which devices a VM has is
-//! its owner's to say. A guest that was asked twice may let go twice, of what is in the slot by then; it gets that back.
+//! its owner's to say. A guest that was asked twice may let go twice, the second time of a device that has come to the slot
+//! since: it is told that this one is there, too.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
