@@ -51,7 +51,7 @@ pub enum Exit<'a> {
     Debug(DebugExit),
     /// A signal or a [`super::Kicker`] interrupted the run.
     Interrupted,
-    /// KVM has not run it: it waits for another vCPU to start it, or KVM lacks something.
+    /// KVM has not run it: another vCPU is about to start it, or KVM lacks something.
     NotRun,
     /// The guest executed `HLT` on a VM without interrupt controller.
     Halted,

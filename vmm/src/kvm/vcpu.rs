@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use bedplate_api::vmm::Registers;
-use kvm_bindings::{KVM_MP_STATE_UNINITIALIZED, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_bindings::{KVM_MP_STATE_RUNNABLE, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
@@ -184,10 +184,9 @@ impl Vcpu {
         self.fd.get_sregs().is_ok_and(|sregs| sregs.idt.limit == 0)
     }
 
-    /// Why KVM has not run it, if that is not because it waits for another vCPU to start it.
-    pub fn why_not_run(&self) -> Option<KvmError> {
-        let waits = self.fd.get_mp_state().is_ok_and(|state| state.mp_state == KVM_MP_STATE_UNINITIALIZED);
-        (!waits).then_some(KvmError::NoThread)
+    /// Whether it does not wait for another vCPU to start it.
+    pub fn is_started(&self) -> bool {
+        self.fd.get_mp_state().is_ok_and(|state| state.mp_state == KVM_MP_STATE_RUNNABLE)
     }
 
     /// Runs the guest until it exits.

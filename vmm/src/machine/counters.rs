@@ -127,6 +127,11 @@ impl ExitCounters {
         self.kept[self.all.count() as usize % KEPT].store(word, Ordering::Relaxed);
     }
 
+    /// How many exits there were.
+    pub fn all(&self) -> u64 {
+        self.all.value()
+    }
+
     /// The last exits, the newest first. One that happens meanwhile may stand for one that was overwritten.
     pub fn last(&self) -> Vec<ExitRecord> {
         let next = self.all.value() as usize;

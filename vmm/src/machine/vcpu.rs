@@ -1,6 +1,7 @@
 //! The loop of a vCPU thread: every exit is dispatched here, in one `match`.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::ExitReason;
 use bedplate_devices::bus::Bus;
@@ -41,6 +42,7 @@ pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCoun
     vcpu.attach();
     // One that has not come stands still there.
     let mut goes_on = life.checkpoint(vcpu, &kicker);
+    let mut refusals = Refusals { begun: Instant::now(), last: 0, count: 0 };
     while goes_on {
         match vcpu.run() {
             Ok(Exit::PortRead { port, width, data }) => {
@@ -83,12 +85,11 @@ pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCoun
             }
             Ok(Exit::NotRun) => {
                 counters.interrupted();
-                match vcpu.why_not_run() {
-                    None => goes_on = life.checkpoint(vcpu, &kicker),
-                    Some(error) => {
-                        finish(vcpu, life, End::Host(error.to_string()));
-                        goes_on = false;
-                    }
+                if refusals.are_too_many(counters.all()) && vcpu.is_started() {
+                    finish(vcpu, life, End::Host(KvmError::NoThread.to_string()));
+                    goes_on = false;
+                } else {
+                    goes_on = life.checkpoint(vcpu, &kicker);
                 }
             }
             Ok(Exit::Debug(exit)) => {
@@ -117,6 +118,30 @@ pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCoun
     }
     vcpu.detach();
     life.leave(vcpu.index().into());
+}
+
+/// Runs in a row that were none. A vCPU that is started by another one, and again after the guest has switched it off, has a few.
+struct Refusals {
+    begun: Instant,
+    /// The number of the last one, among all exits.
+    last: u64,
+    count: u32,
+}
+
+impl Refusals {
+    /// So many within so short a time are no guest's doing.
+    const MOST: u32 = 1000;
+    const TIME: Duration = Duration::from_secs(1);
+
+    /// Counts one, which is exit number `exit`.
+    #[cold]
+    fn are_too_many(&mut self, exit: u64) -> bool {
+        if exit != self.last + 1 || self.begun.elapsed() > Self::TIME {
+            (self.begun, self.count) = (Instant::now(), 0);
+        }
+        (self.last, self.count) = (exit, self.count + 1);
+        self.count >= Self::MOST
+    }
 }
 
 /// An exit after which this vCPU runs no more.
