@@ -1,13 +1,11 @@
 //! Listening on a Unix socket, as each of our programs does.
 
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use rustix::fs::{Mode, fchmod};
-use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socket_with};
 
 /// `sun_path` has 108 bytes, and the last ends it.
@@ -34,59 +32,6 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     bind(&socket, &SocketAddrUnix::new(path)?)?;
     rustix::net::listen(&socket, BACKLOG)?;
     Ok(socket.into())
-}
-
-/// Where others connect. Whoever comes when the process has no descriptor left is sent away: they would stay at the door, and
-/// whoever waits for the door would never sleep again.
-#[derive(Debug)]
-pub struct Door {
-    listener: UnixListener,
-    path: PathBuf,
-    /// To be let go of for the one who is sent away.
-    spare: Option<UnixListener>,
-}
-
-impl Door {
-    /// As [`listen`]. The socket file goes with this.
-    ///
-    /// # Errors
-    /// As [`listen`].
-    pub fn open(path: &Path) -> io::Result<Self> {
-        let listener = listen(path)?;
-        let spare = Some(listener.try_clone()?);
-        Ok(Self { listener, path: path.into(), spare })
-    }
-
-    /// Who has come.
-    ///
-    /// # Errors
-    /// Nobody, as a rule.
-    pub fn accept(&mut self) -> io::Result<UnixStream> {
-        loop {
-            match self.listener.accept() {
-                Ok((stream, _)) => return Ok(stream),
-                // So it is also if nobody is there.
-                Err(e) if e.raw_os_error() == Some(Errno::MFILE.raw_os_error()) && self.spare.take().is_some() => {
-                    let sent_away = self.listener.accept().map(drop);
-                    self.spare = self.listener.try_clone().ok();
-                    sent_away?;
-                }
-                Err(e) => return Err(e),
-            }
-        }
-    }
-}
-
-impl AsFd for Door {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.listener.as_fd()
-    }
-}
-
-impl Drop for Door {
-    fn drop(&mut self) {
-        remove(&self.path);
-    }
 }
 
 /// Removes the socket file `path`, if it is one.

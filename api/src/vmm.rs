@@ -164,6 +164,14 @@ pub struct BootSource {
     pub boot_args: Option<String>,
 }
 
+impl BootSource {
+    /// Whether the command line says itself what the guest mounts as `/`. A root device would override that.
+    pub fn names_root(&self) -> bool {
+        let mut words = self.boot_args.as_deref().unwrap_or_default().split_ascii_whitespace();
+        words.any(|word| word.starts_with("root="))
+    }
+}
+
 /// vCPUs and memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

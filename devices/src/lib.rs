@@ -9,6 +9,7 @@
 use std::sync::Arc;
 
 pub mod bus;
+pub mod door;
 pub mod files;
 pub mod host;
 pub mod metadata;

@@ -160,8 +160,7 @@ pub(super) fn config(args: &Args, start: Start, disk: PathBuf, net: Option<&Net>
         },
         Start::Firmware(path) => BootSource { firmware_path: Some(text(path)), ..BootSource::default() },
     };
-    let words = boot_source.boot_args.as_deref().unwrap_or_default();
-    let names_root = words.split_ascii_whitespace().any(|word| word.starts_with("root="));
+    let names_root = boot_source.names_root();
     VmConfig {
         boot_source: Some(boot_source),
         drives: vec![Drive {

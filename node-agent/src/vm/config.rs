@@ -25,15 +25,15 @@ pub fn vm_config(
     chunk_source: Option<ChunkSource>,
 ) -> VmConfig {
     let text = |path: &Path| path.to_string_lossy().into_owned();
-    let cmdline = cmdline(spec, &boot.cmdline);
-    let names_root = cmdline.split_ascii_whitespace().any(|word| word.starts_with("root="));
+    let boot_source = BootSource {
+        kernel_image_path: Some(text(&boot.kernel)),
+        initrd_path: boot.initrd.as_deref().map(text),
+        boot_args: Some(cmdline(spec, &boot.cmdline)),
+        ..BootSource::default()
+    };
+    let names_root = boot_source.names_root();
     VmConfig {
-        boot_source: Some(BootSource {
-            kernel_image_path: Some(text(&boot.kernel)),
-            initrd_path: boot.initrd.as_deref().map(text),
-            boot_args: Some(cmdline),
-            ..BootSource::default()
-        }),
+        boot_source: Some(boot_source),
         drives: vec![Drive {
             drive_id: "disk".to_owned(),
             path_on_host: Some(text(disk)),

@@ -4,9 +4,10 @@ use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use bedplate_api::socket::Door;
+use bedplate_api::socket;
+use bedplate_devices::door::Door;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::backlog::Backlog;
@@ -20,6 +21,7 @@ const MAX_CLIENTS: usize = 16;
 
 pub(super) struct Clients {
     door: Door,
+    path: PathBuf,
     connected: Vec<Client>,
     replay: Backlog,
 }
@@ -37,7 +39,12 @@ struct Client {
 
 impl Clients {
     pub fn listen(path: &Path) -> io::Result<Self> {
-        Ok(Self { door: Door::open(path)?, connected: Vec::new(), replay: Backlog::new(REPLAY) })
+        Ok(Self {
+            door: Door::new(socket::listen(path)?),
+            path: path.into(),
+            connected: Vec::new(),
+            replay: Backlog::new(REPLAY),
+        })
     }
 
     pub fn poll_fds<'a>(&'a self, wants_input: bool, fds: &mut Vec<PollFd<'a>>) {
@@ -156,5 +163,6 @@ impl Drop for Clients {
         for client in &mut self.connected {
             client.send();
         }
+        socket::remove(&self.path);
     }
 }

@@ -16,7 +16,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 
-use bedplate_api::socket::Door;
+use bedplate_api::socket;
+use bedplate_devices::door::Door;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::body::{Body, Incoming};
@@ -50,6 +51,7 @@ pub struct ListenError {
 /// The listening socket and its connections.
 pub struct Server {
     door: Door,
+    path: PathBuf,
     max_body: usize,
     connections: Vec<Connection>,
 }
@@ -83,8 +85,8 @@ impl Server {
     /// # Errors
     /// Somebody else does, or the host refuses.
     pub fn listen(path: &Path, max_body: usize) -> Result<Self, ListenError> {
-        let door = Door::open(path).map_err(|source| ListenError { path: path.into(), source })?;
-        Ok(Self { door, max_body, connections: Vec::new() })
+        let listener = socket::listen(path).map_err(|source| ListenError { path: path.into(), source })?;
+        Ok(Self { door: Door::new(listener), path: path.into(), max_body, connections: Vec::new() })
     }
 
     /// What to wait for.
@@ -109,6 +111,12 @@ impl Server {
             }
         }
         self.connections.retain_mut(Connection::advance);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        socket::remove(&self.path);
     }
 }
 

@@ -111,7 +111,9 @@ impl Sandbox {
         match self.dirs.iter_mut().find(|kept| kept.dir == dir) {
             Some(kept) => {
                 kept.access = access.max(kept.access);
-                kept.names.push(name);
+                if !kept.names.contains(&name) {
+                    kept.names.push(name);
+                }
             }
             None => self.dirs.push(Kept { dir, names: vec![name], access }),
         }

@@ -2,7 +2,7 @@
 //! `{path}_{port}` for the guest. Nothing here knows of queues or of epoll; it is told of events and asked for packets.
 
 use std::collections::{HashMap, VecDeque};
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -13,6 +13,7 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use super::connection::Connection;
 use super::handshake::{Handshake, Progress};
 use super::packet::{HEADER_LEN, HOST_CID, Header, Ports, TYPE_STREAM, op};
+use crate::door::Door;
 use crate::metrics::DeviceMetrics;
 use crate::virtio::{Answer, Chain, MAX_TOKEN, View};
 
@@ -34,9 +35,7 @@ pub(super) enum Client {
 pub(super) struct Hub {
     guest_cid: u64,
     path: PathBuf,
-    pub(super) listener: UnixListener,
-    /// A descriptor in reserve.
-    spare: Option<UnixListener>,
+    pub(super) door: Door,
     /// By token, in the order of their coming as long as tokens have not been used up.
     pub(super) clients: HashMap<u32, Client>,
     by_ports: HashMap<Ports, u32>,
@@ -55,8 +54,7 @@ impl Hub {
         Self {
             guest_cid,
             path,
-            spare: listener.try_clone().ok(),
-            listener,
+            door: Door::new(listener),
             clients: HashMap::new(),
             by_ports: HashMap::new(),
             line: VecDeque::new(),
@@ -132,23 +130,18 @@ impl Hub {
 
     /// Takes one waiting client. Returns false if there is none.
     pub(super) fn accept(&mut self) -> io::Result<bool> {
-        match self.listener.accept() {
-            Ok((stream, _)) => {
+        match self.door.accept() {
+            Ok(stream) => {
                 stream.set_nonblocking(true)?;
                 self.add(Client::Handshake(Handshake::new(stream)));
                 Ok(true)
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
-            // The client has gone again.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ECONNABORTED | libc::EINTR)) => Ok(true),
-            Err(error) => {
-                // Out of descriptors: the client is turned away by the one that was kept for this, or it would be
-                // reported again and again.
-                self.spare = None;
-                drop(self.listener.accept());
-                self.spare = self.listener.try_clone().ok();
-                Err(error)
-            }
+            Err(error) => match error.kind() {
+                ErrorKind::WouldBlock => Ok(false),
+                // The client has gone again.
+                ErrorKind::ConnectionAborted | ErrorKind::Interrupted => Ok(true),
+                _ => Err(error),
+            },
         }
     }
 

@@ -210,7 +210,7 @@ impl VsockHandler {
         if wanted == self.listening {
             return;
         }
-        let fd = self.hub.listener.as_fd();
+        let fd = self.hub.door.as_fd();
         if wanted {
             if let Err(error) = session.watch(&fd, LISTENER, EventSet::IN) {
                 return session.metrics.host_fault(|| format!("cannot watch a vsock listener: {error}"));
