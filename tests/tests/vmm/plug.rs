@@ -210,6 +210,13 @@ fn with_taps() -> Result<()> {
         guest.run("dmesg | grep -c -e 'ACPI.*Error' -e 'ACPI BIOS' || true")? == "0",
         "the kernel dislikes our tables"
     );
+    // The tap goes and is made again: to that one there is no way.
+    delete(&guest, "/network-interfaces/net", 204)?;
+    is_gone(&guest, "net_net")?;
+    remove_tap("tap-plug")?;
+    tap_of_several("tap-plug", "10.7.0.1/24")?;
+    let said = put_net(&guest, "net", "tap-plug", 400)?;
+    ensure!(said.contains("was deleted"), "{said}");
     // A disk that was there from the start goes, too.
     delete(&guest, "/drives/disk0", 204)?;
     disappears(&guest, "/sys/block/vda")?;

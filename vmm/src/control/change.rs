@@ -1,5 +1,9 @@
 //! Commands that change the machine that runs, and the guest's metadata, which changes before and after the start.
 
+use std::error::Error;
+use std::io::{self, ErrorKind};
+use std::iter::successors;
+
 use bedplate_api::vmm::{DrivePatch, LogLevel, NetworkInterfacePatch, RateLimiter, TokenBucket};
 use bedplate_devices::virtio::vhost_user::VhostUserBlockControl;
 use hyper::StatusCode;
@@ -13,9 +17,11 @@ use crate::config::{self, ConfigError};
 use crate::machine::DeviceError;
 use crate::metadata::StoreError;
 
-/// Why a file that is there may not be found.
-pub(super) const ONLY_VISIBLE: &str =
-    " (a VM that runs sees the files below the directories that --visible names, and no block devices)";
+/// Why a file that is there may not be found,
+const ONLY_VISIBLE: &str = " (a VM that runs sees the files below the directories that --visible names)";
+/// and one that root may open may not be opened.
+const ONLY_OWN: &str =
+    " (a VM that runs opens what the user that it runs as may open, without root's rights, and no block devices)";
 
 impl Session {
     pub(super) fn described_metadata(&self) -> Value {
@@ -56,10 +62,8 @@ impl Session {
             let pmems: Result<Vec<_>, _> = self.spec.pmem.iter().map(config::pmem).collect();
             let pmems = pmems.map_err(Fault::bad_request)?;
             config::separate(&configs, &pmems).map_err(Fault::bad_request)?;
-            let seen = if self.sandbox.is_some() { ONLY_VISIBLE } else { "" };
             let Some(config) = configs[at].file() else { return Err(unknown("drive", id)) };
-            let (medium, warning) =
-                block::open(config).map_err(|error| Fault::bad_request(format!("{error}{seen}")))?;
+            let (medium, warning) = block::open(config).map_err(|error| self.fault_of_file(&error))?;
             disk.replace(medium);
             for warning in warning.into_iter().chain(warning_of_length(config)) {
                 self.log.write(LogLevel::Warning, &warning);
@@ -96,6 +100,18 @@ impl Session {
             interface.tx_rate_limiter = changed(interface.tx_rate_limiter, limiter);
         }
         Ok(())
+    }
+
+    /// What is wrong with a file that was named while the VM runs.
+    pub(super) fn fault_of_file(&self, error: &(dyn Error + 'static)) -> Fault {
+        let mut causes = successors(Some(error), |error| (*error).source());
+        let host = causes.find_map(|cause| cause.downcast_ref::<io::Error>());
+        let hint = match host.map(io::Error::kind) {
+            Some(ErrorKind::NotFound) if self.sandbox.is_some() => ONLY_VISIBLE,
+            Some(ErrorKind::PermissionDenied) if self.sandbox.is_some() => ONLY_OWN,
+            _ => "",
+        };
+        Fault::bad_request(format!("{error}{hint}"))
     }
 
     pub(super) fn no_snapshots(&mut self, verb: &str) -> Result<(), Fault> {

@@ -3,13 +3,11 @@
 
 use bedplate_api::vmm::{Drive, LogLevel, NetworkInterface, Pmem};
 
-use super::change::ONLY_VISIBLE;
 use super::configure::warning_of_length;
 use super::fault::Fault;
 use super::session::Session;
 use crate::config;
-use crate::machine::{BuildError, DeviceError, Devices};
-use crate::pmem::PmemFileError;
+use crate::machine::Devices;
 
 /// A device that is to go.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,10 +61,10 @@ impl Session {
         drives.push(drive);
         separate(&drives, &self.spec.pmem)?;
         let length = config.file().and_then(warning_of_length);
-        let is_walled = self.sandbox.is_some();
         let machine = &mut self.running()?.machine;
-        machine.plug_disk(&config).map_err(|error| fault_of_file(&error, is_walled))?;
+        let plugged = machine.plug_disk(&config);
         let warnings = machine.devices_mut().take_warnings();
+        plugged.map_err(|error| self.fault_of_file(&error))?;
         self.spec.drives = drives;
         self.warn(length.into_iter().chain(warnings));
         self.log.write(LogLevel::Info, &format!("drive {:?} was plugged in", config.id()));
@@ -86,12 +84,11 @@ impl Session {
         let mut pmems = self.spec.pmem.clone();
         pmems.push(pmem);
         separate(&self.spec.drives, &pmems)?;
-        let is_walled = self.sandbox.is_some();
         let machine = &mut self.running()?.machine;
-        let plugged = machine.plug_pmem(&config).map_err(|error| fault_of_file(&error, is_walled));
+        let plugged = machine.plug_pmem(&config);
         let warnings = machine.devices_mut().take_warnings();
         self.warn(warnings);
-        plugged?;
+        plugged.map_err(|error| self.fault_of_file(&error))?;
         self.spec.pmem = pmems;
         self.log.write(LogLevel::Info, &format!("pmem device {:?} was plugged in", config.id));
         Ok(())
@@ -168,14 +165,4 @@ fn separate(drives: &[Drive], pmems: &[Pmem]) -> Result<(), Fault> {
     let drives: Vec<_> = drives.iter().map(config::disk).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
     let pmems: Vec<_> = pmems.iter().map(config::pmem).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
     config::separate(&drives, &pmems).map_err(Fault::bad_request)
-}
-
-/// A file that is there may not be seen from inside of the sandbox.
-fn fault_of_file(error: &BuildError, is_walled: bool) -> Fault {
-    let is_about_file = matches!(
-        error,
-        BuildError::Device(DeviceError::Drive { .. } | DeviceError::ImageDisk { .. } | DeviceError::Path { .. })
-            | BuildError::Pmem(PmemFileError::Open { .. })
-    );
-    Fault::bad_request(format!("{error}{}", if is_about_file && is_walled { ONLY_VISIBLE } else { "" }))
 }

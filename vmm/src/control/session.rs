@@ -14,7 +14,6 @@ use bedplate_devices::platform::{Booted, DebugLine};
 use bedplate_images::disk::Disk;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::change::ONLY_VISIBLE;
 use super::commands::{Answer, Command};
 use super::configure::warning_of_length;
 use super::describe;
@@ -368,17 +367,13 @@ impl Session {
 
     /// The VM stands still meanwhile, and so does the API.
     fn dump_core(&mut self, dump: &CoreDump) -> Result<(), Fault> {
-        let seen = if self.sandbox.is_some() { ONLY_VISIBLE } else { "" };
         let vm = self.running()?;
         let stood = vm.paused;
         let dumped = vm.machine.dump_core(Path::new(&dump.path), INSPECT_PATIENCE);
         if !stood {
             vm.machine.resume();
         }
-        dumped.map_err(|error| {
-            let hint = if error.is_of_place() { seen } else { "" };
-            Fault::bad_request(format!("{error}{hint}"))
-        })
+        dumped.map_err(|error| self.fault_of_file(&error))
     }
 
     pub(super) fn before_start(&mut self) -> Result<&mut Self, Fault> {

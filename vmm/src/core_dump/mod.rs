@@ -42,13 +42,6 @@ pub enum CoreDumpError {
     Ended,
 }
 
-impl CoreDumpError {
-    /// Whether it is the path that is wrong.
-    pub fn is_of_place(&self) -> bool {
-        matches!(self, Self::Write { source, .. } if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied))
-    }
-}
-
 fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {

@@ -38,7 +38,7 @@ impl Creation {
         let supported = cpuid::templated(&supported, &config.cpu.cpuid_modifiers)?;
         let theirs = Arc::clone(&kvm);
         let thread = threads::named("create-vm").spawn(move || theirs.create_vm());
-        let thread = thread.map_err(|source| KvmError::Call { what: "create a VM", source })?;
+        let thread = thread.map_err(KvmError::Thread)?;
         Ok(Self { kvm, supported, thread: Some(thread) })
     }
 

@@ -60,6 +60,9 @@ pub enum KvmError {
         "KVM cannot get a thread of its own for this VM: permit more processes (`ulimit -u`, `pids.max` of its cgroup)"
     )]
     NoThread,
+    /// There is no thread that could wait for it.
+    #[error("cannot start a thread: {0}; permit more processes (`ulimit -u`, `pids.max` of the cgroup)")]
+    Thread(std::io::Error),
     /// `/dev/kvm` does not open for another reason.
     #[error("/dev/kvm cannot be opened: {0}")]
     Open(std::io::Error),

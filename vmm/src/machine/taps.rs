@@ -1,7 +1,7 @@
 //! Taps: those that were named at the start stay attached for as long as the VM runs, so that interfaces can have them
 //! later, when the process reaches no other.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CString;
 
 use bedplate_devices::virtio::net::{Link, MAX_PAIRS, Tap, TapError, TapQueues};
@@ -38,7 +38,8 @@ impl Taps {
     pub fn keep(names: &[String], vcpus: u8) -> Result<Self, KeepError> {
         let usual = usize::from(vcpus).min(MAX_PAIRS);
         let mut kept = BTreeMap::new();
-        for name in names {
+        // One that is named twice could not be attached to again.
+        for name in BTreeSet::from_iter(names) {
             if !interface_exists(name) {
                 return Err(KeepError::None(name.clone()));
             }

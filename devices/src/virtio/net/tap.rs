@@ -76,7 +76,7 @@ pub enum TapError {
     #[error("tap name {0:?} is not 1 to 15 bytes long")]
     Name(String),
     /// No access to the tun driver.
-    #[error("cannot open /dev/net/tun: {0}; load the module tun, and run with the right to use it")]
+    #[error("cannot open /dev/net/tun: {0}; {remedy}", remedy = open_remedy(.0))]
     Open(#[source] io::Error),
     /// The device has one queue.
     #[error(
@@ -100,9 +100,19 @@ pub enum TapError {
     /// The descriptor is not a tap with virtio headers.
     #[error("descriptor is not a tap device with a virtio header and without packet information")]
     Kind,
+    /// It was there.
+    #[error("the tap was deleted: make it again, and start the VM anew, which has no way to another one")]
+    Gone,
     /// Header length or blocking mode cannot be set.
     #[error("cannot set a tap device up: {0}")]
     Setup(#[source] io::Error),
+}
+
+fn open_remedy(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EMFILE) => "permit more open files (`ulimit -n`)",
+        _ => "load the module tun, and run with the right to use it",
+    }
 }
 
 /// One queue of a tap device with virtio headers.
@@ -181,7 +191,7 @@ impl Tap {
     /// The same tap once more, for another device than the one that has had it: what came in between is thrown away.
     ///
     /// # Errors
-    /// The host has no descriptors left.
+    /// The host has no descriptors left, or the tap is not there any more.
     pub fn again(&self) -> Result<Self, TapError> {
         let mut file = File::from(self.file.try_clone().map_err(TapError::Setup)?);
         // A frame that does not fit is cut, and thrown away all the same.
@@ -190,7 +200,8 @@ impl Tap {
             match file.read(&mut frame) {
                 Ok(0) => break,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                // Also one that the kernel cannot describe. Should the tap be gone, the device will notice.
+                Err(error) if error.raw_os_error() == Some(libc::EBADFD) => return Err(TapError::Gone),
+                // Also one that the kernel cannot describe.
                 Ok(_) | Err(_) => {}
             }
         }
