@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::path::{Path, absolute};
 use std::time::Duration;
 
 use bedplate_api::vmm::IoEngine;
@@ -13,6 +14,7 @@ use vmm_sys_util::timerfd::TimerFd;
 use crate::chunks::{ChunkClient, Verdict};
 use crate::config::DriveConfig;
 use crate::machine::DeviceError;
+use crate::sandbox::is_inside;
 
 /// Any kind of disk.
 pub type AnyMedium = Medium<Box<dyn Backend>>;
@@ -25,20 +27,35 @@ pub fn open(drive: &DriveConfig) -> Result<(AnyMedium, Option<String>), DeviceEr
     let (id, path) = (|| drive.id.clone(), &drive.path);
     let metadata =
         std::fs::metadata(path).map_err(|source| DeviceError::Path { id: id(), path: path.clone(), source })?;
+    let failed = |path: &Path| {
+        let (id, path) = (drive.id.clone(), path.to_owned());
+        |source| DeviceError::Path { id, path, source }
+    };
     if metadata.is_dir() {
+        if is_inside() && Disk::spec_of(path).is_ok_and(|spec| spec.shared) {
+            return Err(DeviceError::SharedLater { id: id() });
+        }
         let disk = Disk::open(path).map_err(|source| DeviceError::ImageDisk { id: id(), source: Box::new(source) })?;
-        let failed = |source| DeviceError::Path { id: id(), path: path.clone(), source };
         if let Some(period) = disk.renewal() {
             if drive.chunk_source.is_some() {
                 return Err(DeviceError::SharedChunks { id: id() });
             }
             return Ok((
-                AnyMedium::from(Box::new(SharedDisk::new(disk, period).map_err(failed)?) as Box<dyn Backend>),
+                AnyMedium::from(Box::new(SharedDisk::new(disk, period).map_err(failed(path))?) as Box<dyn Backend>),
                 None,
             ));
         }
-        let client = drive.chunk_source.as_ref().map(ChunkClient::open).transpose().map_err(failed)?;
+        if let Some(source) = &drive.chunk_source {
+            // Connected to when a chunk lacks, which may be long after this.
+            let socket = absolute(&source.socket).map_err(failed(path))?;
+            let place = socket.parent().unwrap_or(&socket);
+            std::fs::metadata(place).map_err(failed(place))?;
+        }
+        let client = drive.chunk_source.as_ref().map(ChunkClient::open).transpose().map_err(failed(path))?;
         return Ok((AnyMedium::from(Box::new(ImageDisk::new(disk, client)) as Box<dyn Backend>), None));
+    }
+    if drive.chunk_source.is_some() {
+        return Err(DeviceError::FileChunks { id: id() });
     }
     let file = RawFile::open(path, drive.read_only).map_err(|source| DeviceError::Drive { id: id(), source })?;
     let (ring, warning) = match drive.engine {

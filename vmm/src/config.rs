@@ -30,7 +30,7 @@ pub use self::hotplug::{HotplugConfig, HotplugError, memory_hotplug};
 use self::net::MIN_MTU;
 pub use self::net::{MMDS_ADDRESS, NetConfig, NetLink, apart, mmds_address, net, nets};
 pub use self::pmem::{PmemConfig, PmemError, pmem, root_device};
-pub use self::separate::separate;
+pub use self::separate::{Held, separate};
 pub use self::vhost_user::{BackendDriveConfig, DiskConfig, FileSystemConfig, VhostUserConfigError, disk, file_system};
 use crate::boot::Boot;
 use crate::files;

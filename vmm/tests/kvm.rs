@@ -5,15 +5,20 @@
 #![allow(clippy::unwrap_used)]
 
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::ExitReason;
 use bedplate_devices::bus::BusDevice;
 use bedplate_devices::host::{Doorbell, TransportHost};
+use bedplate_vmm::machine::PauseError;
 use bedplate_vmm::machine::bare::BareMachine;
 use bedplate_vmm::machine::lifecycle::Lifecycle;
 use vmm_sys_util::eventfd::EventFd;
+
+/// Longer than anything here takes.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Port whose first write ends the machine with what was written.
 const END_PORT: u64 = 0xe0;
@@ -178,7 +183,7 @@ fn a_paused_vcpu_stands_still_and_a_resumed_one_goes_on() {
     };
     moved_from(0);
     for _ in 0..50 {
-        assert!(life.pause());
+        life.pause(PATIENCE).unwrap();
         let still = ticks.load(Ordering::SeqCst);
         (0..100).for_each(|_| std::thread::yield_now());
         assert_eq!(ticks.load(Ordering::SeqCst), still);
@@ -186,12 +191,53 @@ fn a_paused_vcpu_stands_still_and_a_resumed_one_goes_on() {
         moved_from(still);
     }
     // An end reaches a paused vCPU, too, and one in a busy loop without exits would be kicked by signal.
-    assert!(life.pause());
+    life.pause(PATIENCE).unwrap();
     life.end(ExitReason::Stopped, "enough");
     let (exit, counts) = vcpu.join().unwrap();
     assert_eq!(exit.detail, "enough");
     assert!(counts.interrupted >= 51, "{counts:?}");
-    assert!(!life.pause(), "it has ended");
+    assert_eq!(life.pause(PATIENCE), Err(PauseError::Ended));
+}
+
+#[test]
+fn a_vcpu_that_a_device_holds_up_is_not_paused_and_goes_on() {
+    /// Says that it is called, and goes on when it is told to.
+    struct Stall(Sender<()>, Receiver<()>);
+    impl BusDevice for Stall {
+        fn read(&mut self, _: u64, _: &mut [u8]) {}
+        fn write(&mut self, _: u64, _: &[u8]) {
+            self.0.send(()).unwrap();
+            self.1.recv_timeout(PATIENCE).unwrap();
+        }
+    }
+    let Some(machine) = machine(&[0xe6, 0x10, 0xe6, 0xe0]) else { return }; // out 0x10, al; out 0xe0, al
+    let ((calls, called), (go, goes)) = (channel(), channel());
+    machine.buses.ports.insert(0x10, 1, Arc::new(Mutex::new(Stall(calls, goes)))).unwrap();
+    let life = machine.lifecycle();
+    let vcpu = std::thread::spawn(move || machine.run());
+    called.recv_timeout(PATIENCE).unwrap();
+    assert_eq!(life.pause(Duration::from_secs(1)), Err(PauseError::Busy(1)));
+    go.send(()).unwrap();
+    assert_eq!(vcpu.join().unwrap().0.detail, "[0]", "it has not gone on");
+}
+
+#[test]
+fn a_vcpu_whose_thread_dies_ends_the_machine() {
+    struct Fault;
+    impl BusDevice for Fault {
+        fn read(&mut self, _: u64, _: &mut [u8]) {}
+        fn write(&mut self, _: u64, _: &[u8]) {
+            panic!("as if");
+        }
+    }
+    let Some(machine) = machine(&[0xe6, 0x10, 0xeb, 0xfe]) else { return }; // out 0x10, al; then spin
+    machine.buses.ports.insert(0x10, 1, Arc::new(Mutex::new(Fault))).unwrap();
+    let life = machine.lifecycle();
+    assert!(std::thread::spawn(move || machine.run()).join().is_err());
+    let exit = life.exit().unwrap();
+    assert_eq!(exit.reason, ExitReason::HostFault);
+    assert!(exit.detail.contains("the thread of vCPU 0 has died"), "{}", exit.detail);
+    assert_eq!(life.pause(PATIENCE), Err(PauseError::Ended));
 }
 
 #[test]

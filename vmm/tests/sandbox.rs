@@ -8,9 +8,11 @@ mod rig;
 use std::io::{Read, Write};
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
+use bedplate_api::vmm::ExitReason;
 use rig::{Api, RESET, Rig, Running, SPIN, START, eventually, has_kvm, request, vmm};
 use rustix::process::{Pid, Resource, Rlimit, geteuid, prlimit};
 
@@ -65,6 +67,24 @@ fn what_cannot_be_kept_is_refused() {
 }
 
 #[test]
+fn a_source_of_chunks_has_to_be_of_use_and_within_reach() {
+    if !has_kvm() {
+        return;
+    }
+    let api = Api::new();
+    let (disk, socket) = (api.rig.path("disk"), api.rig.path("chunks"));
+    std::fs::write(&disk, [0; 4096]).unwrap();
+    let drive = |path: &Path| {
+        let source = format!(r#"{{"socket": {socket:?}}}"#);
+        format!(r#"{{"drive_id": "d", "path_on_host": {path:?}, "is_root_device": false, "chunk_source": {source}}}"#)
+    };
+    api.start();
+    let said = api.refusal("PUT", "/drives/d", &drive(&disk));
+    assert!(said.contains("leave chunk_source out"), "{said}");
+    api.stop();
+}
+
+#[test]
 fn a_process_that_is_half_inside_ends() {
     if !has_kvm() {
         return;
@@ -81,6 +101,30 @@ fn a_process_that_is_half_inside_ends() {
     assert!(status == 400 && body.contains("shown") && body.contains("check that it is there"), "{body}");
     assert_eq!(process.wait(), 1);
     assert!(!rig.path("shown").exists(), "it was made again");
+}
+
+#[test]
+fn a_process_that_is_inside_and_gets_no_thread_ends() {
+    // Of root nobody counts the threads, so that it has to become somebody else.
+    if !has_kvm() || !geteuid().is_root() {
+        return;
+    }
+    const USER: u32 = 54321;
+    let rig = Rig::new(&[&SPIN]);
+    let dir = rig.path("");
+    std::os::unix::fs::chown(&dir, Some(USER), Some(USER)).unwrap();
+    let (uid, gid) = (USER.to_string(), USER.to_string());
+    let mut command = rig.command();
+    command.arg("--api-sock").arg(rig.path("api")).args(["--uid", &uid, "--gid", &gid]);
+    let mut process = Running(command.spawn().unwrap());
+    let ask = |path: &str, body: &str| request(&rig.path("api"), "PUT", path, body);
+    assert_eq!(ask("/boot-source", &format!(r#"{{"kernel_image_path": {:?}}}"#, rig.path("kernel"))).0, 204);
+    let pid = Pid::from_raw(process.0.id().try_into().unwrap());
+    prlimit(pid, Resource::Nproc, Rlimit { current: Some(1), maximum: Some(1) }).unwrap();
+    let (status, body) = ask("/actions", START);
+    assert!(status == 400 && body.contains("threads"), "{body}");
+    assert_eq!(process.wait(), 1);
+    assert_eq!(rig.exit().reason, ExitReason::HostFault);
 }
 
 #[test]

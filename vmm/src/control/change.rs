@@ -57,14 +57,12 @@ impl Session {
         let mut drives = self.spec.drives.clone();
         if let Some(path) = &patch.path_on_host {
             drives[at].path_on_host = Some(path.clone());
-            let configs: Vec<_> =
-                drives.iter().map(config::disk).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
-            let pmems: Result<Vec<_>, _> = self.spec.pmem.iter().map(config::pmem).collect();
-            let pmems = pmems.map_err(Fault::bad_request)?;
-            config::separate(&configs, &pmems).map_err(Fault::bad_request)?;
-            let Some(config) = configs[at].file() else { return Err(unknown("drive", id)) };
+            let held = self.separate(&drives, &self.spec.pmem, (false, id))?;
+            let config = config::disk(&drives[at]).map_err(Fault::bad_request)?;
+            let Some(config) = config.file() else { return Err(unknown("drive", id)) };
             let (medium, warning) = block::open(config).map_err(|error| self.fault_of_file(&error))?;
             disk.replace(medium);
+            self.held = held;
             for warning in warning.into_iter().chain(warning_of_length(config)) {
                 self.log.write(LogLevel::Warning, &warning);
             }

@@ -39,6 +39,8 @@ use crate::files;
 pub const DEFAULT_MAX_BODY: usize = 51_200;
 /// Connections at once: with more, the oldest is closed.
 const MAX_CONNECTIONS: usize = 16;
+/// Turns of a connection before others, signals and the VM are looked at again.
+const TURNS: usize = 4;
 
 /// The API's socket cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -100,6 +102,11 @@ impl Server {
         }
     }
 
+    /// Whether a connection goes on without anything to wait for.
+    pub(super) fn is_busy(&self) -> bool {
+        self.connections.iter().any(|connection| connection.woken.0.load(Ordering::SeqCst))
+    }
+
     /// Accepts who waits and lets every connection go as far as it can.
     pub(super) fn serve(&mut self, session: &Rc<RefCell<Session>>) {
         while let Ok(socket) = self.door.accept() {
@@ -139,20 +146,21 @@ impl Connection {
         Self { stream, future, woken: Arc::new(Woken(AtomicBool::new(true))) }
     }
 
-    /// True while the connection lives.
+    /// True while the connection lives. One that always has a next request gets a few turns.
     fn advance(&mut self) -> bool {
         self.stream.wants_read.set(false);
         self.stream.wants_write.set(false);
         let waker = Waker::from(Arc::clone(&self.woken));
-        loop {
+        for _ in 0..TURNS {
             self.woken.0.store(false, Ordering::SeqCst);
             if self.future.as_mut().poll(&mut Context::from_waker(&waker)).is_ready() {
                 return false;
             }
             if !self.woken.0.load(Ordering::SeqCst) {
-                return true;
+                break;
             }
         }
+        true
     }
 }
 

@@ -25,6 +25,7 @@ use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::rc::Rc;
+use std::time::Duration;
 
 use bedplate_api::vmm::Exit;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -60,7 +61,9 @@ pub fn run(mut session: Session, mut server: Option<Server>, signals: &Signals) 
             if let Some(server) = &server {
                 server.poll_fds(&mut fds);
             }
-            let timeout = session.borrow().until_due().map(|until| Timespec {
+            let is_busy = server.as_ref().is_some_and(Server::is_busy);
+            let due = if is_busy { Some(Duration::ZERO) } else { session.borrow().until_due() };
+            let timeout = due.map(|until| Timespec {
                 // At most a minute.
                 tv_sec: until.as_secs() as i64,
                 tv_nsec: until.subsec_nanos().into(),
@@ -73,6 +76,8 @@ pub fn run(mut session: Session, mut server: Option<Server>, signals: &Signals) 
         while let Some(signal) = signals.next() {
             session.borrow_mut().signal(signal);
         }
+        // What ended is asked below; an attempt to start that failed has signalled it, too.
+        let _signals = ended.read();
         if leave.read().is_ok() {
             session.borrow_mut().stop("left by Ctrl-A X");
         }

@@ -6,7 +6,7 @@ use bedplate_api::vmm::{Drive, LogLevel, NetworkInterface, Pmem};
 use super::configure::warning_of_length;
 use super::fault::Fault;
 use super::session::Session;
-use crate::config;
+use crate::config::{self, Held};
 use crate::machine::Devices;
 
 /// A device that is to go.
@@ -59,13 +59,13 @@ impl Session {
         }
         let mut drives = self.spec.drives.clone();
         drives.push(drive);
-        separate(&drives, &self.spec.pmem)?;
+        let held = self.separate(&drives, &self.spec.pmem, (false, config.id()))?;
         let length = config.file().and_then(warning_of_length);
         let machine = &mut self.running()?.machine;
         let plugged = machine.plug_disk(&config);
         let warnings = machine.devices_mut().take_warnings();
         plugged.map_err(|error| self.fault_of_file(&error))?;
-        self.spec.drives = drives;
+        (self.spec.drives, self.held) = (drives, held);
         self.warn(length.into_iter().chain(warnings));
         self.log.write(LogLevel::Info, &format!("drive {:?} was plugged in", config.id()));
         Ok(())
@@ -83,13 +83,13 @@ impl Session {
         }
         let mut pmems = self.spec.pmem.clone();
         pmems.push(pmem);
-        separate(&self.spec.drives, &pmems)?;
+        let held = self.separate(&self.spec.drives, &pmems, (true, &config.id))?;
         let machine = &mut self.running()?.machine;
         let plugged = machine.plug_pmem(&config);
         let warnings = machine.devices_mut().take_warnings();
         self.warn(warnings);
         plugged.map_err(|error| self.fault_of_file(&error))?;
-        self.spec.pmem = pmems;
+        (self.spec.pmem, self.held) = (pmems, held);
         self.log.write(LogLevel::Info, &format!("pmem device {:?} was plugged in", config.id));
         Ok(())
     }
@@ -158,11 +158,14 @@ impl Session {
             format!("Device ID in use: there is {what} {id:?} already. Give another one, or DELETE it first")
         })
     }
-}
 
-/// No file is changed by two devices.
-fn separate(drives: &[Drive], pmems: &[Pmem]) -> Result<(), Fault> {
-    let drives: Vec<_> = drives.iter().map(config::disk).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
-    let pmems: Vec<_> = pmems.iter().map(config::pmem).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
-    config::separate(&drives, &pmems).map_err(Fault::bad_request)
+    /// No file is changed by two devices, of which one (a pmem device or not, its id) is to get another file: what all of them
+    /// have then.
+    pub(super) fn separate(&self, drives: &[Drive], pmems: &[Pmem], other: (bool, &str)) -> Result<Held, Fault> {
+        let mut held = self.held.clone();
+        held.forget(other.0, other.1);
+        let drives: Vec<_> = drives.iter().map(config::disk).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
+        let pmems: Vec<_> = pmems.iter().map(config::pmem).collect::<Result<_, _>>().map_err(Fault::bad_request)?;
+        config::separate(&drives, &pmems, &held).map_err(Fault::bad_request)
+    }
 }

@@ -1,6 +1,7 @@
 //! What a VM process knows: a configuration that is being put together, then a machine that runs. Which command may come
 //! when stands here; what the commands do, in `configure` before the start, and in `change` after it.
 
+use std::error::Error;
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
@@ -22,13 +23,13 @@ use super::log::Log;
 use super::metrics;
 use super::signals::Signal;
 use super::startup::{StartTimes, StartupTimes, cpu_time};
-use crate::config::{self, Config, ConfigError};
+use crate::config::{self, Config, ConfigError, Held};
 use crate::console::{Console, ConsoleError, Serving, Target};
 use crate::debugger::{DebugSocket, Words};
 use crate::files;
 use crate::machine::builder::Outlets;
 use crate::machine::unknown_msrs::Warn;
-use crate::machine::{BuildError, Machine, builder};
+use crate::machine::{BuildError, Machine, PauseError, builder};
 use crate::metadata::Metadata;
 use crate::residence;
 use crate::sandbox::{self, Access, Sandbox};
@@ -105,6 +106,8 @@ pub struct Session {
     /// What the process goes into at the start, with what must stay visible whatever the VM is; none if a person wants
     /// none.
     pub(super) sandbox: Option<Sandbox>,
+    /// The files that the devices of the VM have.
+    pub(super) held: Held,
     debugger: Option<DebugSocket>,
     leave: EventFd,
     ended: EventFd,
@@ -148,6 +151,7 @@ impl Session {
             leave: event()?,
             ended: event()?,
             departed: event()?,
+            held: Held::default(),
             early_exit: None,
         })
     }
@@ -188,7 +192,7 @@ impl Session {
     fn start(&mut self) -> Result<(), StartError> {
         let booted = self.settings.boot_timer.then(|| boot_timer(self.log.clone()));
         let config = config::validate(&self.spec)?;
-        config::separate(&config.drives, &config.pmems)?;
+        self.held = config::separate(&config.drives, &config.pmems, &Held::default())?;
         let second = config.console.as_ref().map(|console| Console::open(&console.target, None));
         let second = second.transpose()?;
         let console = match self.console.take() {
@@ -213,10 +217,10 @@ impl Session {
         let mut machine = match builder::start(&config, outlets) {
             Ok(machine) => machine,
             Err(error) => {
-                // To be tried again after a correction; but a process that is half inside of its sandbox is of no use.
+                // To be tried again after a correction; but a process that is inside of its sandbox, or half, is of no use.
                 self.console = Some(console);
-                if let BuildError::Sandbox(error) = &error {
-                    self.early_exit = Some(Exit { reason: ExitReason::HostFault, detail: error.to_string() });
+                if sandbox::is_inside() || matches!(error, BuildError::Sandbox(_)) {
+                    self.give_up(&error);
                 }
                 return Err(error.into());
             }
@@ -224,13 +228,17 @@ impl Session {
         for warning in lengths.into_iter().chain(machine.devices_mut().take_warnings()) {
             self.log.write(LogLevel::Warning, &warning);
         }
-        let console = console.serve(machine.serial().try_clone()?, &self.leave)?;
         let second = second.zip(machine.devices().console().cloned());
-        let _second = second.map(|(console, line)| console.serve(line, &self.leave)).transpose()?;
+        let serve = || -> io::Result<_> {
+            let console = console.serve(machine.serial().try_clone()?, &self.leave)?;
+            Ok((console, second.map(|(console, line)| console.serve(line, &self.leave)).transpose()?))
+        };
+        // The guest has run: there is no second try.
+        let (_console, _second) = serve().inspect_err(|error| self.give_up(error))?;
         self.flushed = Instant::now();
         sandbox::narrow(sandbox::Thread::Control);
         self.shed = Some(Instant::now() + SETTLED);
-        self.vm = Some(Running { machine, paused: false, _console: console, _second });
+        self.vm = Some(Running { machine, paused: false, _console, _second });
         match &self.debugger {
             None => self.log.write(LogLevel::Info, "the VM runs"),
             Some(socket) => {
@@ -241,6 +249,11 @@ impl Session {
             }
         }
         Ok(())
+    }
+
+    /// The process ends without a VM.
+    fn give_up(&mut self, error: &dyn Error) {
+        self.early_exit = Some(Exit { reason: ExitReason::HostFault, detail: error.to_string() });
     }
 
     /// The process can be used from now on.
@@ -461,7 +474,11 @@ impl Running {
 
     fn change_state(&mut self, target: TargetState) -> Result<(), Fault> {
         self.paused = match target {
-            TargetState::Paused => self.machine.pause(),
+            TargetState::Paused => match self.machine.pause() {
+                Ok(()) => true,
+                Err(PauseError::Ended) => false,
+                Err(error) => return Err(Fault::bad_request(format!("Failed to pause the VM: {error}."))),
+            },
             TargetState::Resumed => {
                 self.machine.resume();
                 false

@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::kvm::VcpuState;
+use crate::machine::PauseError;
 use crate::memory::Ram;
 use elf::Segment;
 
@@ -38,8 +39,8 @@ pub enum CoreDumpError {
         "core dump: vCPU {0} does not show its registers: the VM ends, or the host is short of processors; try again"
     )]
     Vcpu(usize),
-    #[error("core dump: the VM has ended")]
-    Ended,
+    #[error("core dump: {0}")]
+    Pause(#[from] PauseError),
 }
 
 fn remedy(error: &io::Error) -> &'static str {

@@ -4,8 +4,9 @@
 
 use std::collections::VecDeque;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
-use std::sync::{Condvar, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::{Exit, ExitReason, Registers};
@@ -61,6 +62,19 @@ pub struct Stop {
     pub vcpu: usize,
     /// At what.
     pub trap: Trap,
+}
+
+/// The vCPUs do not stand still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PauseError {
+    /// There are none any more.
+    #[error("the VM has ended")]
+    Ended,
+    /// After so many seconds.
+    #[error(
+        "a vCPU has not stopped for {0} s: its device waits for the host's storage, or the host is short of processors; try again"
+    )]
+    Busy(u64),
 }
 
 /// Shared by the vCPU threads, the devices that can end the machine, and control.
@@ -155,21 +169,38 @@ impl Lifecycle {
         }
     }
 
-    /// Stops all vCPUs; returns when none runs. False where the machine has ended.
-    pub fn pause(&self) -> bool {
+    /// Stops all vCPUs; returns when none runs.
+    ///
+    /// # Errors
+    /// The machine has ended; or one has not stopped within `patience`, and all go on.
+    pub fn pause(&self, patience: Duration) -> Result<(), PauseError> {
         self.aim(Target::Pause);
         let state = self.lock();
         let wait = |state: &mut State| state.target == Target::Pause && state.parked < state.alive();
-        let state = self.changed.wait_while(state, wait).unwrap_or_else(|e| e.into_inner());
-        state.target == Target::Pause
+        let (state, waited) = self.changed.wait_timeout_while(state, patience, wait).unwrap_or_else(|e| e.into_inner());
+        let has_ended = state.target != Target::Pause;
+        drop(state);
+        if has_ended {
+            return Err(PauseError::Ended);
+        }
+        if waited.timed_out() {
+            self.resume();
+            return Err(PauseError::Busy(patience.as_secs()));
+        }
+        Ok(())
     }
 
     /// Has these vCPUs, which stand still since the start, be there; returns when they are, and false if that takes longer
     /// than `patience` or the machine has ended.
     pub fn plug(&self, vcpus: Range<usize>, patience: Duration) -> bool {
-        let answers: Vec<_> = vcpus.map(|vcpu| self.ask(vcpu, Vcpu::come)).collect();
+        let is_wanted = Arc::new(AtomicBool::new(true));
+        let come = |vcpu| {
+            let is_wanted = Arc::clone(&is_wanted);
+            self.ask(vcpu, move |vcpu| if is_wanted.load(Ordering::SeqCst) { vcpu.come() } else { Ok(()) })
+        };
+        let answers: Vec<_> = vcpus.map(come).collect();
         let deadline = Instant::now() + patience;
-        answers.into_iter().all(|answer| {
+        let all = answers.into_iter().all(|answer| {
             match answer.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(Ok(())) => true,
                 Ok(Err(error)) => {
@@ -178,7 +209,10 @@ impl Lifecycle {
                 }
                 Err(_) => false,
             }
-        })
+        });
+        // Who is late shall not come after this was refused.
+        is_wanted.store(false, Ordering::SeqCst);
+        all
     }
 
     /// Lets them go on.

@@ -48,6 +48,7 @@ use unknown_msrs::UnknownMsrs;
 use vcpu::Buses;
 
 pub use devices::{Devices, DiskControl};
+pub use lifecycle::PauseError;
 pub use pci_devices::DeviceError;
 pub use platform::SerialLine;
 pub use taps::KeepError;
@@ -85,6 +86,9 @@ pub enum BuildError {
     #[error("the host cannot give what the VM needs: {0}; raise its limits on open files and threads (ulimit -n, -u)")]
     Host(io::Error),
 }
+
+/// How long a vCPU may take to stop. One that resets a disk waits until it is flushed.
+const PAUSE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// A VM that has been started. Dropped, it ends: threads are joined, devices stopped.
 pub struct Machine {
@@ -144,9 +148,12 @@ impl Machine {
         self.life.end(ExitReason::Stopped, detail);
     }
 
-    /// Stops all vCPUs; false where the machine has ended.
-    pub fn pause(&self) -> bool {
-        self.life.pause()
+    /// Stops all vCPUs.
+    ///
+    /// # Errors
+    /// The machine has ended, or one does not stop.
+    pub fn pause(&self) -> Result<(), PauseError> {
+        self.life.pause(PAUSE_PATIENCE)
     }
 
     /// Lets the vCPUs go on.
@@ -217,9 +224,7 @@ impl Machine {
     /// # Errors
     /// It cannot be written, or the machine has ended.
     pub fn dump_core(&self, path: &Path, patience: Duration) -> Result<(), CoreDumpError> {
-        if !self.pause() {
-            return Err(CoreDumpError::Ended);
-        }
+        self.pause()?;
         let states = self.life.ask_each(patience, |vcpu| vcpu.state().ok());
         let known =
             |(index, state): (usize, Option<Option<VcpuState>>)| state.flatten().ok_or(CoreDumpError::Vcpu(index));

@@ -62,6 +62,20 @@ pub enum DeviceError {
         /// `drive_id`.
         id: String,
     },
+    /// A file has no chunks.
+    #[error("drive {id}: path_on_host is a file, which lacks nothing that somebody could get: leave chunk_source out")]
+    FileChunks {
+        /// `drive_id`.
+        id: String,
+    },
+    /// What tells the nodes apart cannot be seen from inside of the sandbox.
+    #[error(
+        "drive {id}: a disk that several nodes share can only be there from the start: name it before InstanceStart"
+    )]
+    SharedLater {
+        /// `drive_id`.
+        id: String,
+    },
     /// Nothing is at the path.
     #[error("drive {id}: {path}: {source}; check the path and who may read it")]
     Path {

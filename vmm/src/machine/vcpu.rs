@@ -1,6 +1,7 @@
 //! The loop of a vCPU thread: every exit is dispatched here, in one `match`.
 
 use std::sync::Arc;
+use std::thread::panicking;
 use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::ExitReason;
@@ -39,7 +40,8 @@ impl Default for Buses {
 /// named to `unknown` first.
 pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCounters, unknown: &UnknownMsrs) {
     let kicker = vcpu.kicker();
-    vcpu.attach();
+    let seat = Seat::take(vcpu, life);
+    let vcpu = &mut *seat.vcpu;
     // One that has not come stands still there.
     let mut goes_on = life.checkpoint(vcpu, &kicker);
     let mut refusals = Refusals { begun: Instant::now(), last: 0, count: 0 };
@@ -116,8 +118,31 @@ pub fn run(vcpu: &mut Vcpu, buses: &Buses, life: &Lifecycle, counters: &ExitCoun
             }
         }
     }
-    vcpu.detach();
-    life.leave(vcpu.index().into());
+}
+
+/// The calling thread's, as that of a vCPU.
+struct Seat<'a> {
+    vcpu: &'a mut Vcpu,
+    life: &'a Lifecycle,
+}
+
+impl<'a> Seat<'a> {
+    fn take(vcpu: &'a mut Vcpu, life: &'a Lifecycle) -> Self {
+        vcpu.attach();
+        Self { vcpu, life }
+    }
+}
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        self.vcpu.detach();
+        let index = self.vcpu.index();
+        if panicking() {
+            self.life
+                .end(ExitReason::HostFault, format!("the thread of vCPU {index} has died: a fault of bedplate-vmm"));
+        }
+        self.life.leave(index.into());
+    }
 }
 
 /// Runs in a row that were none. A vCPU that is started by another one, and again after the guest has switched it off, has a few.

@@ -146,6 +146,11 @@ impl Sandbox {
     }
 }
 
+/// Whether the process is inside of its sandbox.
+pub fn is_inside() -> bool {
+    INSIDE.get().is_some()
+}
+
 /// Leaves the calling thread only what its kind needs. Called first thing by every thread but vCPUs'; does nothing outside
 /// of a sandbox.
 ///

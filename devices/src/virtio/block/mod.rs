@@ -302,8 +302,12 @@ impl<B: Backend + 'static> BlockHandler<B> {
     fn drain(&mut self, index: usize, session: &mut Session<'_, '_>) {
         let (disk, bit) = (&mut self.disk, 1 << index);
         let Some(queue) = session.queue(index) else { return };
+        disk.begin_turn();
         if queue.drain(|chain| disk.serve(index as u16, chain)) != Drained::Waiting {
             return;
+        }
+        if disk.has_had_its_turn() {
+            return queue.poke();
         }
         match disk.ring() {
             Some(ring) if !ring.has_room() => self.crowded |= bit,

@@ -23,6 +23,8 @@ pub(super) const MAX_RANGE_SECTORS: u32 = 1 << 21;
 pub(super) const MAX_RANGES: u32 = 16;
 /// Copies to and from backends that need them are made in pieces of this size.
 const BOUNCE_LEN: usize = 256 << 10;
+/// Bytes that a queue may move before the worker looks at its other events: requests of any size cannot keep a reset waiting.
+const TURN: u64 = 64 << 20;
 
 /// Requests that may wait for their backend at a time; what comes beyond that stays in the queues. Enough for a guest that
 /// reads ahead, and little enough to try all of them again whenever something has arrived.
@@ -142,6 +144,8 @@ pub(super) struct Disk<B> {
     bounce: Vec<u8>,
     /// In the order in which they came. They have passed the limiter.
     parked: Vec<Parked>,
+    /// Bytes in this turn.
+    moved: u64,
     /// Every write is flushed before it is answered.
     write_through: bool,
     /// How often the disk was changed, and how many of these changes a flush has covered.
@@ -171,6 +175,7 @@ impl<B: Backend> Disk<B> {
             limiter,
             bounce: vec![0; BOUNCE_LEN],
             parked: Vec::new(),
+            moved: 0,
             write_through: false,
             changes: 0,
             flushed: 0,
@@ -215,6 +220,16 @@ impl<B: Backend> Disk<B> {
         }
     }
 
+    /// A queue gets a turn.
+    pub(super) const fn begin_turn(&mut self) {
+        self.moved = 0;
+    }
+
+    /// So much was moved that the worker has to look at its other events first.
+    pub(super) const fn has_had_its_turn(&self) -> bool {
+        self.moved >= TURN
+    }
+
     /// Executes the request in `chain`, which is of queue `queue`, or hands it to the ring. Its status, the last writable
     /// byte, is written whatever happens.
     pub(super) fn serve(&mut self, queue: u16, chain: &mut Chain) -> Answer {
@@ -234,13 +249,17 @@ impl<B: Backend> Disk<B> {
             Ok(request) => request,
             Err(failure) => return self.books.answer(Err(failure), data.len(), status),
         };
-        if self.ring.as_ref().is_some_and(|ring| !ring.has_room()) || self.parked.len() >= MAX_PARKED {
+        if self.has_had_its_turn()
+            || self.ring.as_ref().is_some_and(|ring| !ring.has_room())
+            || self.parked.len() >= MAX_PARKED
+        {
             return Answer::Wait;
         }
         if !self.limiter.admit(request.bytes()) {
             self.books.counts.throttled.increment();
             return Answer::Wait;
         }
+        self.moved += request.bytes();
         match self.start(queue, &request) {
             Some(slot) => {
                 if let Some(ring) = &mut self.ring {
@@ -378,8 +397,10 @@ impl<B: Backend> Disk<B> {
             Request::Flush => self.flush(),
             Request::Id(writable) => Ok(writable.copy_from(&self.serial)),
             // Discarding knows no flags.
-            Request::Discard(data) => self.for_ranges(data, 0, |backend, offset, len, _| backend.discard(offset, len)),
-            Request::WriteZeroes(data) => self.for_ranges(data, FLAG_UNMAP, |backend, offset, len, flags| {
+            Request::Discard(data) => {
+                self.for_ranges(data, false, |backend, offset, len, _| backend.discard(offset, len))
+            }
+            Request::WriteZeroes(data) => self.for_ranges(data, true, |backend, offset, len, flags| {
                 backend.write_zeroes(offset, len, flags & FLAG_UNMAP != 0)
             }),
         }
@@ -421,7 +442,7 @@ impl<B: Backend> Disk<B> {
     fn for_ranges(
         &mut self,
         data: View<'_>,
-        known_flags: u32,
+        are_zeroed: bool,
         act: fn(&mut B, offset: u64, len: u64, flags: u32) -> io::Result<()>,
     ) -> Outcome {
         // 5.2.6: `sector` as u64, `num_sectors` and `flags` as u32.
@@ -437,7 +458,7 @@ impl<B: Backend> Disk<B> {
             let (sector, after) = rest.split_value::<u64>().ok_or(Failure::Guest)?;
             let ([count, flags], after) = after.split_value::<[u32; 2]>().ok_or(Failure::Guest)?;
             let (count, flags) = (u32::from_le(count), u32::from_le(flags));
-            if flags & !known_flags != 0 {
+            if flags & !(if are_zeroed { FLAG_UNMAP } else { 0 }) != 0 {
                 return Err(Failure::Unsupported);
             }
             let len = u64::from(count) * SECTOR;
@@ -450,6 +471,12 @@ impl<B: Backend> Disk<B> {
         self.changes += 1;
         for (offset, len, flags) in ranges.iter().filter(|(_, len, _)| *len > 0) {
             act(&mut self.backend, *offset, *len, *flags).map_err(|e| Failure::Host("discard or zero a part of", e))?;
+        }
+        if are_zeroed {
+            // Written, for all that the device knows: it is owed for afterwards, as is a large read.
+            let bytes = ranges.iter().filter(|(.., flags)| flags & FLAG_UNMAP == 0).map(|(_, len, _)| len).sum();
+            self.limiter.pay(bytes);
+            self.moved += bytes;
         }
         self.after_change()
     }

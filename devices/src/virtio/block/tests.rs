@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::testing::{Driver, DriverQueue, Piece};
+use crate::virtio::limiter::BucketConfig;
 
 pub(super) const HEADER: u64 = Driver::BUFFERS;
 pub(super) const STATUS: u64 = Driver::BUFFERS + 0x100;
@@ -138,6 +139,63 @@ fn a_raw_file_is_read_written_and_flushed() {
     assert_eq!(bytes.len(), 4196);
     assert_eq!((&bytes[..512], &bytes[512..514]), (&[0; 512][..], &[7, 7][..]));
     assert_eq!(&bytes[1536..1556], b"written by the guest");
+}
+
+#[test]
+fn large_requests_take_turns_and_all_are_done() {
+    const PIECE: u32 = 700 << 10;
+    const PIECES: usize = 100;
+    let len = u64::from(PIECE) * PIECES as u64;
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(len).unwrap();
+    for with_ring in [false, true] {
+        let file = RawFile::new(file.try_clone().unwrap()).unwrap();
+        let ring = if with_ring { file.ring().ok() } else { None };
+        let block = Block::over(Medium { backend: file, ring }, BlockConfig::default()).unwrap();
+        let counts = Arc::clone(block.block_metrics());
+        let mut driver = Driver::attach(block);
+        let mut queue = driver.up().remove(0);
+        header(&driver, IN, 0);
+        // More than one turn, and more than a ring takes at once; all to the same place in memory.
+        for _ in 0..5 {
+            let mut chain = vec![Piece::Read(HEADER, 16)];
+            chain.extend([Piece::Write(DATA, PIECE); PIECES]);
+            chain.push(Piece::Write(STATUS, 1));
+            queue.add(&chain);
+        }
+        driver.kick(&queue);
+        for _ in 0..5 {
+            assert_eq!(u64::from(queue.wait().1), len + 1);
+        }
+        assert_eq!((counts.reads.value(), counts.failures.value()), (5, 0));
+    }
+}
+
+#[test]
+fn zeroing_is_owed_for() {
+    let disk = Notes::new(1 << 20);
+    let bucket = BucketConfig { size: 1 << 20, one_time_burst: 0, refill_time: Duration::from_secs(3600) };
+    let limits = LimiterConfig { bandwidth: Some(bucket), ..LimiterConfig::NONE };
+    let block = Block::new(disk, BlockConfig { limits, ..Default::default() }).unwrap();
+    let counts = Arc::clone(block.block_metrics());
+    let mut driver = Driver::attach(block);
+    let mut queue = driver.up().remove(0);
+    driver.put(DATA, &0u64.to_le_bytes());
+    // 1 MiB, first as what may be discarded, then not: only that is paid for.
+    for flags in [1, 0] {
+        driver.put(DATA + 8, &[2048, flags].map(u32::to_le_bytes).concat());
+        assert_eq!(request(&driver, &mut queue, WRITE_ZEROES, 0, &[Piece::Read(DATA, 16)]), (0, 1));
+        assert_eq!(counts.throttled.value(), 0);
+    }
+    header(&driver, IN, 0);
+    queue.add(&[Piece::Read(HEADER, 16), Piece::Write(DATA, 512), Piece::Write(STATUS, 1)]);
+    driver.kick(&queue);
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while counts.throttled.value() == 0 {
+        assert!(Instant::now() < deadline, "there is credit left");
+        std::thread::yield_now();
+    }
+    assert!(queue.take().is_none());
 }
 
 #[test]

@@ -19,6 +19,8 @@ use crate::virtio::{Buffers, Chain, View};
 
 /// Requests in flight, of all queues of a disk together.
 const SLOTS: u16 = 256;
+/// In flight: no more is begun. They are waited for when the device stops.
+const MOST_BYTES: usize = 256 << 20;
 /// `IOSQE_FIXED_FILE`: the entry's file is a place in the kernel's table.
 const FIXED_FILE: u8 = 1;
 /// The file's place in the kernel's table.
@@ -77,6 +79,8 @@ pub struct Uring {
     queued: usize,
     /// Slots with the kernel, or queued for it.
     in_flight: usize,
+    /// Bytes of data of those.
+    bytes: usize,
 }
 
 impl Uring {
@@ -95,7 +99,7 @@ impl Uring {
         submitter.register_files(&[file.as_raw_fd()])?;
         submitter.register_restrictions(&mut restrictions())?;
         submitter.register_enable_rings()?;
-        Ok(Self { ring, slots: Vec::new(), free: Vec::new(), queued: 0, in_flight: 0 })
+        Ok(Self { ring, slots: Vec::new(), free: Vec::new(), queued: 0, in_flight: 0, bytes: 0 })
     }
 
     /// A session begins, with queues in `memory`. Nothing is in flight.
@@ -115,7 +119,7 @@ impl Uring {
 
     /// Whether one more request can be taken.
     pub(super) fn has_room(&self) -> bool {
-        !self.free.is_empty()
+        !self.free.is_empty() && self.bytes < MOST_BYTES
     }
 
     /// Requests in flight.
@@ -134,6 +138,7 @@ impl Uring {
         }
         (slot.queue, slot.job, slot.offset, slot.len) = (queue, job, offset, slot.rest.len());
         self.in_flight += 1;
+        self.bytes += slot.len;
         self.queue(index);
         index
     }
@@ -151,6 +156,7 @@ impl Uring {
     /// The request has been answered.
     pub(super) fn release(&mut self, index: usize) {
         self.in_flight -= 1;
+        self.bytes -= self.slots[index].len;
         self.free.push(index);
     }
 

@@ -127,6 +127,8 @@ impl Receiver {
                 Ok(len) => limiter.pay(len as u64),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // A frame that the kernel cannot describe in a header, and has thrown away.
+                Err(error) if error.kind() == io::ErrorKind::InvalidInput => counts.rx_dropped.increment(),
                 Err(error) => {
                     metrics.host_fault(|| format!("cannot read from a tap device: {error}"));
                     next = Next::Nothing;

@@ -131,6 +131,10 @@ impl Connection {
         self.guest_taken = Wrapping(header.fwd_cnt);
     }
 
+    fn host_reads(&self) -> bool {
+        self.host_closed & SHUTDOWN_RECEIVE == 0 && !self.hung_up
+    }
+
     fn may_read(&self) -> bool {
         self.state == State::Established
             && self.host_closed & SHUTDOWN_SEND == 0
@@ -182,6 +186,16 @@ impl Connection {
         } else if !self.may_read() {
             self.close();
         }
+    }
+
+    /// The host reads no more, which need not be its end: that is said by the socket itself. The guest is told, and what is on
+    /// its way is thrown away.
+    fn lose_reader(&mut self) {
+        self.count_forwarded(self.backlog.len());
+        self.backlog = VecDeque::new();
+        self.host_closed |= SHUTDOWN_RECEIVE;
+        self.pending.shutdown = true;
+        self.after_backlog();
     }
 
     /// The guest will be told that the connection is over, at once.
@@ -242,17 +256,17 @@ impl Connection {
             return Err(Violation);
         }
         let mut rest = data;
-        if self.backlog.is_empty() && !data.is_empty() {
+        if self.host_reads() && self.backlog.is_empty() && !data.is_empty() {
             match data.write_once(self.stream.as_fd()) {
                 Ok(len) => {
                     self.count_forwarded(len);
                     rest = data.split_at(len).map_or(rest, |(_, rest)| rest);
                 }
                 Err(error) if is_transient(&error) => {}
-                Err(_) => self.lose_host(),
+                Err(_) => self.lose_reader(),
             }
         }
-        if self.hung_up {
+        if !self.host_reads() {
             self.count_forwarded(rest.len());
         } else if !rest.is_empty() {
             let start = self.backlog.len();
@@ -277,7 +291,7 @@ impl Connection {
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return self.lose_host(),
+                Err(_) => return self.lose_reader(),
             }
         }
         // What a stalled connection had grown to is given back.

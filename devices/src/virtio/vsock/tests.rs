@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::connection::BUFFER_LEN;
 use super::hub::MAX_CLIENTS;
-use super::packet::{HEADER_LEN, Header, SHUTDOWN_BOTH, SHUTDOWN_SEND, TYPE_STREAM, op};
+use super::packet::{HEADER_LEN, Header, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND, TYPE_STREAM, op};
 use super::*;
 use crate::testing::{Driver, DriverQueue, Piece};
 
@@ -153,6 +153,22 @@ fn the_host_connects_and_both_sides_talk_and_close() {
     client.read_to_string(&mut rest).unwrap();
     assert_eq!(rest, "bye");
     guest.expect(ports, op::RESET);
+    assert_eq!(guest.metrics.guest_faults.value(), 0);
+}
+
+#[test]
+fn a_host_that_reads_no_more_may_still_write_and_its_end_is_seen() {
+    let mut guest = Guest::new();
+    let (mut client, ports) = guest.connected();
+    client.shutdown(std::net::Shutdown::Read).unwrap();
+    guest.send(guest.header(ports, op::DATA), b"nobody reads this");
+    assert_eq!(guest.expect(ports, op::SHUTDOWN).flags, SHUTDOWN_RECEIVE);
+    guest.send(guest.header(ports, op::DATA), b"nor this");
+    client.write_all(b"still here").unwrap();
+    let (header, data) = guest.next();
+    assert_eq!((header.op, &data[..]), (op::DATA, &b"still here"[..]));
+    drop(client);
+    assert_eq!(guest.expect(ports, op::SHUTDOWN).flags, SHUTDOWN_BOTH);
     assert_eq!(guest.metrics.guest_faults.value(), 0);
 }
 
