@@ -172,8 +172,9 @@ impl Lifecycle {
     /// Stops all vCPUs; returns when none runs.
     ///
     /// # Errors
-    /// The machine has ended; or one has not stopped within `patience`, and all go on.
+    /// The machine has ended; or one has not stopped within `patience`, and all go on if they ran.
     pub fn pause(&self, patience: Duration) -> Result<(), PauseError> {
+        let ran = self.lock().target == Target::Run;
         self.aim(Target::Pause);
         let state = self.lock();
         let wait = |state: &mut State| state.target == Target::Pause && state.parked < state.alive();
@@ -184,7 +185,9 @@ impl Lifecycle {
             return Err(PauseError::Ended);
         }
         if waited.timed_out() {
-            self.resume();
+            if ran {
+                self.resume();
+            }
             return Err(PauseError::Busy(patience.as_secs()));
         }
         Ok(())
