@@ -396,7 +396,6 @@ impl<B: Backend> Disk<B> {
             Request::Write { offset, from } => self.write(offset, from),
             Request::Flush => self.flush(),
             Request::Id(writable) => Ok(writable.copy_from(&self.serial)),
-            // Discarding knows no flags.
             Request::Discard(data) => {
                 self.for_ranges(data, false, |backend, offset, len, _| backend.discard(offset, len))
             }
@@ -450,6 +449,8 @@ impl<B: Backend> Disk<B> {
         if data.is_empty() || !data.len().is_multiple_of(RANGE_LEN) || data.len() / RANGE_LEN > MAX_RANGES as usize {
             return Err(Failure::Guest);
         }
+        // Discarding knows none.
+        let known_flags = if are_zeroed { FLAG_UNMAP } else { 0 };
         // Read once: the guest may change its memory between the check and the act.
         let mut ranges = [(0, 0, 0); MAX_RANGES as usize];
         let ranges = &mut ranges[..data.len() / RANGE_LEN];
@@ -458,7 +459,7 @@ impl<B: Backend> Disk<B> {
             let (sector, after) = rest.split_value::<u64>().ok_or(Failure::Guest)?;
             let ([count, flags], after) = after.split_value::<[u32; 2]>().ok_or(Failure::Guest)?;
             let (count, flags) = (u32::from_le(count), u32::from_le(flags));
-            if flags & !(if are_zeroed { FLAG_UNMAP } else { 0 }) != 0 {
+            if flags & !known_flags != 0 {
                 return Err(Failure::Unsupported);
             }
             let len = u64::from(count) * SECTOR;
