@@ -19,6 +19,7 @@
 //! is: see [`layout::MMIO32_FIRMWARE`] and [`Above::rest`]. So may they where the guest puts them itself and shall not believe
 //! what it is told of windows. That is why the room for files is not the lowest: there Linux puts BARs then.
 
+mod absent;
 mod file;
 mod room;
 
@@ -33,6 +34,7 @@ use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
 };
 
+pub use absent::Absent;
 pub use room::Room;
 
 /// Fixed addresses.
@@ -262,6 +264,18 @@ impl Ram {
         Ok(self)
     }
 
+    /// Has `parts` of what lies below 4 GiB be filled later. They are whole pages, and nobody has touched them.
+    ///
+    /// # Errors
+    /// The kernel cannot do it, or others have this memory: their touch would not wait.
+    pub fn without(&self, parts: &[Range<u64>]) -> std::io::Result<Absent> {
+        if self.sharing != Sharing::Nobody {
+            return Err(std::io::ErrorKind::Unsupported.into());
+        }
+        let low = self.memory.iter().next().ok_or(std::io::ErrorKind::Unsupported)?;
+        Absent::new(low.as_ptr() as usize, &self.file, self.low_end() as usize, parts)
+    }
+
     /// A place for `len` bytes of memory of another kind, above all that there is.
     ///
     /// # Errors
@@ -294,6 +308,13 @@ impl Ram {
     /// Where RAM below 4 GiB ends.
     pub fn low_end(&self) -> u64 {
         self.len.min(layout::LOW_RAM_END)
+    }
+
+    /// Which address below 4 GiB the guest has for `pointer`, if it leads there.
+    pub fn low_address(&self, pointer: *const u8) -> Option<u64> {
+        let low = self.memory.iter().next()?;
+        let address = (pointer as usize).checked_sub(low.as_ptr() as usize)? as u64;
+        (address < self.low_end()).then_some(address)
     }
 
     /// What lies above all memory, for a processor of `bits` address bits. The window for BARs is at a multiple of `align`.

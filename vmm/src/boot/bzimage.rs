@@ -7,6 +7,7 @@ use linux_loader::loader::bzimage::BzImage;
 use linux_loader::loader::{KernelLoader, bootparam};
 use vm_memory::GuestAddress;
 
+use super::contents::{Contents, Noting};
 use super::{BootError, LoadedKernel, Protocol, no_room};
 use crate::memory::Ram;
 use crate::memory::layout::FIRST_MIB;
@@ -20,7 +21,13 @@ const FLAGS_VERSION: u16 = 0x20c;
 const XLF_KERNEL_64: u16 = 1;
 const SECTOR: u64 = 512;
 
-pub(super) fn load(ram: &Ram, path: &Path, mut file: File, len: u64) -> Result<LoadedKernel, BootError> {
+pub(super) fn load(
+    contents: &mut Contents,
+    ram: &Ram,
+    path: &Path,
+    file: File,
+    len: u64,
+) -> Result<LoadedKernel, BootError> {
     let damaged = |damage: String| BootError::Damaged { path: path.into(), damage };
     let header =
         read_header(&file, len).ok_or_else(|| damaged(format!("it ends after {len} bytes, inside its header")))?;
@@ -48,8 +55,8 @@ pub(super) fn load(ram: &Ram, path: &Path, mut file: File, len: u64) -> Result<L
     if end > ram.low_end() {
         return Err(no_room("kernel", path, ram));
     }
-    let loaded = BzImage::load(&*ram.memory, Some(GuestAddress(address)), &mut file, None)
-        .map_err(|e| damaged(e.to_string()))?;
+    let load = |file: &mut Noting<'_>| BzImage::load(&*ram.memory, Some(GuestAddress(address)), file, None);
+    let loaded = contents.note(("kernel", path), file, len, ram, load).map_err(|e| damaged(e.to_string()))?;
     let header = loaded.setup_header.ok_or_else(|| damaged("it has no header".into()))?;
     let protocol = match u32::try_from(address) {
         _ if is_64 => Protocol::Linux64 { rip: address + ENTRY_64, header },

@@ -8,14 +8,22 @@ use linux_loader::loader::KernelLoader;
 use linux_loader::loader::elf::{Elf, Error as ElfError, PvhBootCapability};
 use vm_memory::{Address, GuestAddress};
 
+use super::contents::{Contents, Noting};
 use super::{BootError, LoadedKernel, Protocol, cmdline, no_room, params};
 use crate::memory::Ram;
 use crate::memory::layout::{FIRST_MIB, HIGH_RAM};
 
-pub(super) fn load(ram: &Ram, path: &Path, mut file: File, len: u64) -> Result<LoadedKernel, BootError> {
+pub(super) fn load(
+    contents: &mut Contents,
+    ram: &Ram,
+    path: &Path,
+    file: File,
+    len: u64,
+) -> Result<LoadedKernel, BootError> {
     let damaged = |damage: String| BootError::Damaged { path: path.into(), damage };
     check(&file, path, len, ram)?;
-    let loaded = Elf::load(&*ram.memory, None, &mut file, Some(GuestAddress(FIRST_MIB))).map_err(|e| match e {
+    let load = |file: &mut Noting<'_>| Elf::load(&*ram.memory, None, file, Some(GuestAddress(FIRST_MIB)));
+    let loaded = contents.note(("kernel", path), file, len, ram, load).map_err(|e| match e {
         LoaderError::Elf(ElfError::ReadKernelImage) => damaged("a segment lies outside of guest memory".into()),
         e => damaged(e.to_string()),
     })?;

@@ -6,7 +6,9 @@
 
 mod bzimage;
 mod cmdline;
+mod contents;
 mod elf;
+mod loading;
 mod params;
 pub mod start;
 
@@ -19,8 +21,10 @@ use bedplate_devices::Memory;
 use bedplate_devices::virtio::mmio::Place;
 use vm_memory::{Bytes, GuestAddress};
 
+pub use self::loading::Loading;
 pub use cmdline::{CmdlineError, DEFAULT as DEFAULT_CMDLINE, RootDevice, compose as compose_cmdline, is_without_pci};
 
+use self::contents::Contents;
 use crate::files;
 use crate::memory::Ram;
 
@@ -133,6 +137,9 @@ pub enum BootError {
         /// The kernel.
         path: PathBuf,
     },
+    /// The host takes back what it gave ([`Loading`]).
+    #[error("the guest cannot have what was read for it: {0}")]
+    Present(io::Error),
     /// The boot structures do not fit into the first MiB: our bug, or RAM of less than a MiB.
     #[error("boot structures cannot be written to guest memory: {0}")]
     Structures(String),
@@ -154,6 +161,16 @@ enum Protocol {
     Pvh { rip: u32 },
 }
 
+impl Protocol {
+    /// Where the first instruction is.
+    fn rip(&self) -> u64 {
+        match *self {
+            Self::Linux64 { rip, .. } => rip,
+            Self::Linux32 { rip, .. } | Self::Pvh { rip } => rip.into(),
+        }
+    }
+}
+
 /// Address and length of the initial RAM disk.
 #[derive(Clone, Copy)]
 struct Initrd {
@@ -161,13 +178,19 @@ struct Initrd {
     len: u64,
 }
 
-/// Loads all of `config` into `ram`, beside the ACPI tables that lie there already, with their root at `rsdp`. A kernel
-/// that shall do without PCI is told of `virtio`.
+/// Loads `config` into `ram`, beside the ACPI tables that lie there already, with their root at `rsdp`. A kernel
+/// that shall do without PCI is told of `virtio`. The guest can begin; what is still to be read then comes with the entry.
 ///
 /// # Errors
 /// A file is missing, of a wrong format or damaged, or there is no room for it.
-pub fn load(ram: &Ram, config: &BootConfig, rsdp: u64, virtio: &[Place]) -> Result<Entry, BootError> {
-    let kernel = load_kernel(ram, &config.kernel)?;
+pub fn load(
+    ram: &Ram,
+    config: &BootConfig,
+    rsdp: u64,
+    virtio: &[Place],
+) -> Result<(Entry, Option<Loading>), BootError> {
+    let mut contents = Contents::default();
+    let kernel = load_kernel(&mut contents, ram, &config.kernel)?;
     let mut line = config.cmdline.clone();
     if is_without_pci(&line) {
         line = cmdline::with_virtio(&line, virtio);
@@ -177,36 +200,39 @@ pub fn load(ram: &Ram, config: &BootConfig, rsdp: u64, virtio: &[Place]) -> Resu
         let (len, given) = (line.len(), config.cmdline.len());
         return Err(BootError::Cmdline { len, virtio: len - given, limit, path: config.kernel.clone() });
     }
-    let initrd = config.initrd.as_deref().map(|path| load_initrd(ram, path, &kernel)).transpose()?;
+    let initrd = config.initrd.as_deref();
+    let initrd = initrd.map(|path| place_initrd(&mut contents, ram, path, &kernel)).transpose()?;
     write_cmdline(&ram.memory, &line)?;
     let is_32 = matches!(kernel.protocol, Protocol::Linux32 { .. });
     start::write(&ram.memory, if is_32 { &start::GDT_32 } else { &start::GDT })?;
-    match kernel.protocol {
+    let entry = match kernel.protocol {
         Protocol::Linux64 { rip, header } => {
             params::write_zero_page(ram, header, line.len(), initrd, rsdp)?;
-            Ok(Entry::Linux64 { rip, zero_page: start::ZERO_PAGE })
+            Entry::Linux64 { rip, zero_page: start::ZERO_PAGE }
         }
         Protocol::Linux32 { rip, header } => {
             params::write_zero_page(ram, header, line.len(), initrd, rsdp)?;
             // The address is a constant below 1 MiB.
-            Ok(Entry::Linux32 { rip, zero_page: start::ZERO_PAGE as u32 })
+            Entry::Linux32 { rip, zero_page: start::ZERO_PAGE as u32 }
         }
         Protocol::Pvh { rip } => {
             params::write_start_info(ram, initrd, rsdp)?;
             // The address is a constant below 1 MiB.
-            Ok(Entry::Pvh { rip, start_info: start::PVH_INFO as u32 })
+            Entry::Pvh { rip, start_info: start::PVH_INFO as u32 }
         }
-    }
+    };
+    let loading = Loading::begin(contents, ram, kernel.protocol.rip())?;
+    Ok((entry, loading))
 }
 
-fn load_kernel(ram: &Ram, path: &Path) -> Result<LoadedKernel, BootError> {
+fn load_kernel(contents: &mut Contents, ram: &Ram, path: &Path) -> Result<LoadedKernel, BootError> {
     let (file, len) = open("kernel", path)?;
     let mut head = vec![0; 4096.min(usize::try_from(len).unwrap_or(4096))];
     file.read_exact_at(&mut head, 0).map_err(|source| read_error("kernel", path, source))?;
     if head.starts_with(b"\x7fELF") {
-        elf::load(ram, path, file, len)
+        elf::load(contents, ram, path, file, len)
     } else if head.get(0x202..0x206) == Some(b"HdrS") {
-        bzimage::load(ram, path, file, len)
+        bzimage::load(contents, ram, path, file, len)
     } else {
         let (found, remedy) = recognise(&head);
         Err(BootError::Format { path: path.into(), found, remedy })
@@ -229,9 +255,9 @@ fn recognise(head: &[u8]) -> (&'static str, &'static str) {
     }
 }
 
-fn load_initrd(ram: &Ram, path: &Path, kernel: &LoadedKernel) -> Result<Initrd, BootError> {
+fn place_initrd(contents: &mut Contents, ram: &Ram, path: &Path, kernel: &LoadedKernel) -> Result<Initrd, BootError> {
     const PAGE: u64 = 4096;
-    let (mut file, len) = open("initrd", path)?;
+    let (file, len) = open("initrd", path)?;
     let no_room = || no_room("initrd", path, ram);
     // As high as it may lie, so that the kernel has room to grow.
     let top = ram.low_end().min(kernel.initrd_max.saturating_add(1));
@@ -239,10 +265,7 @@ fn load_initrd(ram: &Ram, path: &Path, kernel: &LoadedKernel) -> Result<Initrd, 
     if address < kernel.end {
         return Err(no_room());
     }
-    let len_usize = usize::try_from(len).map_err(|_| no_room())?;
-    ram.memory
-        .read_exact_volatile_from(GuestAddress(address), &mut file, len_usize)
-        .map_err(|e| read_error("initrd", path, io::Error::other(e.to_string())))?;
+    contents.add("initrd", path, file, len, address);
     Ok(Initrd { address, len })
 }
 

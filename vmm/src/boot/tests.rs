@@ -1,10 +1,14 @@
 //! Kernels that are not what they should be; a real one boots in the lab tests.
 
 use std::io::Write;
+use std::sync::Arc;
 
 use vm_memory::{ByteValued, GuestMemoryBackend};
 
+use bedplate_api::vmm::ExitReason;
+
 use super::*;
+use crate::machine::lifecycle::Lifecycle;
 use crate::memory::Pages;
 
 fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
@@ -22,7 +26,7 @@ fn try_load(bytes: &[u8], initrd: Option<&[u8]>) -> Result<(Entry, Ram), BootErr
         cmdline: "quiet".into(),
     };
     let ram = Ram::new(32, Pages::Normal).unwrap();
-    load(&ram, &config, 0xe_0000, &[]).map(|entry| (entry, ram))
+    load(&ram, &config, 0xe_0000, &[]).map(|(entry, _)| (entry, ram))
 }
 
 fn error(bytes: &[u8]) -> String {
@@ -141,6 +145,90 @@ fn other_files_are_recognised_and_too_large_kernels_refused() {
     let too_large = try_load(&bzimage(&[0; 4096]), Some(&vec![0; 20 << 20])).map(|_| ()).unwrap_err();
     assert!(too_large.to_string().starts_with("initrd "), "{too_large}");
     let missing = BootConfig { kernel: "/nowhere/vmlinuz".into(), initrd: None, cmdline: String::new() };
-    let message = load(&Ram::new(32, Pages::Normal).unwrap(), &missing, 0, &[]).unwrap_err().to_string();
+    let message = load(&Ram::new(32, Pages::Normal).unwrap(), &missing, 0, &[]).map(|_| ()).unwrap_err().to_string();
     assert!(message.starts_with("kernel /nowhere/vmlinuz: No such file"), "{message}");
+}
+
+/// Kernel code and an initial RAM disk, in which no two words of 8 bytes are alike.
+fn large() -> (Vec<u8>, Vec<u8>) {
+    let words = |range: std::ops::Range<u64>| range.flat_map(u64::to_le_bytes).collect::<Vec<_>>();
+    // Neither fills its last part.
+    (words(0..(5 << 20) / 8), words(1 << 32..(1 << 32) + (7 << 20) / 8 + 1))
+}
+
+/// Loaded into `ram` for a machine with this life, which has no vCPUs.
+fn begin(ram: &Ram, kernel: &Path, initrd: &Path) -> (Arc<Lifecycle>, Loading) {
+    let config = BootConfig { kernel: kernel.into(), initrd: Some(initrd.into()), cmdline: "quiet".into() };
+    let (_, loading) = load(ram, &config, 0xe_0000, &[]).unwrap();
+    let ended = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+    (Arc::new(Lifecycle::new(ended)), loading.expect("this user may make a userfaultfd"))
+}
+
+fn bytes_at(ram: &Ram, address: u64, len: usize) -> Vec<u8> {
+    let mut bytes = vec![0; len];
+    ram.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+    bytes
+}
+
+#[test]
+fn a_guest_finds_everything_that_is_read_after_it_has_begun() {
+    let (code, initrd) = large();
+    let (kernel_file, initrd_file) = (file(&bzimage(&code)), file(&initrd));
+    for pages in [Pages::Normal, Pages::Transparent] {
+        let ram = Ram::new(32, pages).unwrap();
+        let (life, loading) = begin(&ram, kernel_file.path(), initrd_file.path());
+        // There before anything was started.
+        assert_eq!(bytes_at(&ram, 0x100_0200, 4096), code[0x200..0x1200]);
+        let thread = loading.start(&life).unwrap();
+        // The last first: nobody has to wait for his turn.
+        let at = (32u64 << 20) - (initrd.len() as u64).next_multiple_of(4096);
+        assert_eq!(bytes_at(&ram, at, initrd.len() + 8), [&initrd[..], &[0; 8]].concat(), "{pages:?}");
+        assert_eq!(bytes_at(&ram, 0x100_0000, code.len() + 8), [&code[..], &[0; 8]].concat(), "{pages:?}");
+        thread.join().unwrap();
+        assert!(life.exit().is_none());
+    }
+}
+
+#[test]
+fn who_shares_memory_has_it_all_read_before_the_guest_begins() {
+    let (code, initrd) = large();
+    let (kernel, initrd_file) = (file(&bzimage(&code)), file(&initrd));
+    let config =
+        BootConfig { kernel: kernel.path().into(), initrd: Some(initrd_file.path().into()), cmdline: "quiet".into() };
+    let ram = Ram::with_sharing(32, Pages::Normal, crate::memory::Sharing::Backends).unwrap();
+    let (_, loading) = load(&ram, &config, 0xe_0000, &[]).unwrap();
+    assert!(loading.is_none());
+    let mut found = vec![0; code.len()];
+    ram.file.read_exact_at(&mut found, 0x100_0000).unwrap();
+    assert!(found == code);
+    let mut found = vec![0; initrd.len()];
+    ram.file.read_exact_at(&mut found, (32 << 20) - (initrd.len() as u64).next_multiple_of(4096)).unwrap();
+    assert!(found == initrd);
+}
+
+#[test]
+fn a_file_that_becomes_shorter_while_it_is_read_ends_the_vm_by_name() {
+    let (code, initrd) = large();
+    let (kernel_file, initrd_file) = (file(&bzimage(&code)), file(&initrd));
+    let ram = Ram::new(32, Pages::Normal).unwrap();
+    let (life, loading) = begin(&ram, kernel_file.path(), initrd_file.path());
+    initrd_file.as_file().set_len(1 << 20).unwrap();
+    loading.start(&life).unwrap().join().unwrap();
+    let exit = life.exit().unwrap();
+    assert_eq!(exit.reason, ExitReason::HostFault);
+    assert!(exit.detail.contains("initrd") && exit.detail.contains("has become shorter"), "{}", exit.detail);
+    // Nobody waits for it for ever.
+    assert_eq!(bytes_at(&ram, (32 << 20) - 4096, 8), [0; 8]);
+}
+
+#[test]
+fn a_machine_that_has_ended_reads_no_more() {
+    let (code, initrd) = large();
+    let (kernel_file, initrd_file) = (file(&bzimage(&code)), file(&initrd));
+    let ram = Ram::new(32, Pages::Normal).unwrap();
+    let (life, loading) = begin(&ram, kernel_file.path(), initrd_file.path());
+    life.end(ExitReason::Stopped, "the test");
+    loading.start(&life).unwrap().join().unwrap();
+    assert_eq!(life.exit().unwrap().detail, "the test");
+    assert_eq!(bytes_at(&ram, 0x100_0000 + (4 << 20), 8), [0; 8]);
 }

@@ -141,14 +141,14 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         timer: matches!(config.boot, Boot::Firmware(_)),
         virtio: places(config),
     };
-    let entry = match &config.boot {
+    let (entry, loading) = match &config.boot {
         Boot::Kernel(kernel) => {
             let rsdp = acpi::write(&ram.memory, &description)?;
             mp_table::write(&ram.memory, config.vcpus)?;
             boot::load(&ram, kernel, rsdp, &description.virtio)?
         }
         // It goes around RAM and reads its tables from a device: below.
-        Boot::Firmware(_) => Entry::Reset,
+        Boot::Firmware(_) => (Entry::Reset, None),
     };
     let bars = windows.in_order(entry);
 
@@ -273,7 +273,8 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
         present: config.vcpus,
         threads,
         counters,
+        loading: None,
         started: None,
     }
-    .run(vcpus, &Arc::new(UnknownMsrs::new(outlets.warn)))
+    .run(vcpus, &Arc::new(UnknownMsrs::new(outlets.warn)), loading)
 }

@@ -31,7 +31,7 @@ use bedplate_devices::platform::AcpiPm;
 use bedplate_devices::threads;
 
 use crate::acpi::AcpiError;
-use crate::boot::BootError;
+use crate::boot::{BootError, Loading};
 use crate::core_dump::{self, CoreDumpError};
 use crate::debugger::Debugging;
 use crate::firmware::FirmwareError;
@@ -109,13 +109,20 @@ pub struct Machine {
     /// The first so many vCPUs are there.
     present: u8,
     threads: Vec<JoinHandle<()>>,
+    /// Reads what the kernel lacks. `None` once it was waited for.
+    loading: Option<JoinHandle<()>>,
     counters: Vec<Arc<ExitCounters>>,
     started: Option<Instant>,
 }
 
 impl Machine {
-    /// Starts one thread per vCPU.
-    fn run(mut self, vcpus: Vec<Vcpu>, unknown: &Arc<UnknownMsrs>) -> Result<Self, BuildError> {
+    /// Starts one thread per vCPU, and then what they may wait for.
+    fn run(
+        mut self,
+        vcpus: Vec<Vcpu>,
+        unknown: &Arc<UnknownMsrs>,
+        loading: Option<Loading>,
+    ) -> Result<Self, BuildError> {
         self.started = Some(Instant::now());
         let all = vcpus.len();
         for mut vcpu in vcpus {
@@ -135,6 +142,7 @@ impl Machine {
                 }
             }
         }
+        self.loading = loading.map(|loading| loading.start(&self.life)).transpose().map_err(BuildError::Host)?;
         Ok(self)
     }
 
@@ -223,13 +231,22 @@ impl Machine {
     ///
     /// # Errors
     /// It cannot be written, or the machine has ended.
-    pub fn dump_core(&self, path: &Path, patience: Duration) -> Result<(), CoreDumpError> {
+    pub fn dump_core(&mut self, path: &Path, patience: Duration) -> Result<(), CoreDumpError> {
+        // The dump is of the file that RAM is, where nobody waits for what is not there yet.
+        self.join_loading();
         self.pause()?;
         let states = self.life.ask_each(patience, |vcpu| vcpu.state().ok());
         let known =
             |(index, state): (usize, Option<Option<VcpuState>>)| state.flatten().ok_or(CoreDumpError::Vcpu(index));
         let states = states.into_iter().enumerate().map(known).collect::<Result<Vec<_>, _>>()?;
         core_dump::write(path, &states, &self.ram)
+    }
+
+    fn join_loading(&mut self) {
+        if let Some(thread) = self.loading.take() {
+            // A panic of that thread has been reported by the panic hook, and has ended the machine.
+            let _ = thread.join();
+        }
     }
 
     /// Exits of all vCPUs so far.
@@ -247,6 +264,7 @@ impl Drop for Machine {
             // A panic of that thread has been reported by the panic hook, and the machine ends either way.
             let _ = thread.join();
         }
+        self.join_loading();
         // No vCPU runs: nothing starts a worker again.
         self.pci.shutdown();
     }

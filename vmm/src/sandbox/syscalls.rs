@@ -150,6 +150,7 @@ const IOCTLS: &[u32] = &[
     0x4008_ae61, // KVM_IRQ_LINE
     0xaead,      // KVM_KVMCLOCK_CTRL
     0x4020_ae46, // KVM_SET_USER_MEMORY_REGION, by which a file in the guest's address space comes and goes
+    0x8010_aa01, // UFFDIO_UNREGISTER, by which what was read of the kernel is there for the guest
     0x8090_ae81, // KVM_GET_REGS
     0x8138_ae83, // KVM_GET_SREGS
     0x4138_ae84, // KVM_SET_SREGS, by which a vCPU comes
