@@ -17,7 +17,7 @@ use linux_raw_sys::general::{
 use linux_raw_sys::ioctl::{UFFDIO_API, UFFDIO_REGISTER, UFFDIO_UNREGISTER};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Setter, Updater, ioctl};
-use rustix::mm::{UserfaultfdFlags, userfaultfd};
+use rustix::mm::{Advice, UserfaultfdFlags, madvise, userfaultfd};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 /// Length of the kernel's message, and where in it are its kind and the address (`struct uffd_msg`).
@@ -31,6 +31,8 @@ pub struct Absent {
     view: GuestMemoryMmap,
     /// Where others have address 0.
     base: usize,
+    /// Bytes of that mapping.
+    len: usize,
 }
 
 impl Absent {
@@ -49,7 +51,7 @@ impl Absent {
         let view = MmapRegion::from_file(FileOffset::from_arc(Arc::clone(file), 0), len).map_err(super::why)?;
         let view = GuestRegionMmap::new(view, GuestAddress(0)).ok_or(Errno::INVAL)?;
         let view = GuestMemoryMmap::from_regions(vec![view]).map_err(io::Error::other)?;
-        let absent = Self { userfault, view, base };
+        let absent = Self { userfault, view, base, len };
         for part in parts {
             let mode = u64::from(UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR);
             let mut register = uffdio_register { range: absent.range(part), mode, ioctls: 0 };
@@ -88,6 +90,15 @@ impl Absent {
             }
         }
         None
+    }
+}
+
+impl Drop for Absent {
+    fn drop(&mut self) {
+        // Linux before 6.4 may leave the mapping in pieces. It puts them together when something is said of all of them; this
+        // changes nothing for a process that has no children. Refused, they stay.
+        // SAFETY: the mapping is as long as that, and its content stays as it is.
+        let _ = unsafe { madvise(self.base as *mut _, self.len, Advice::LinuxDontFork) };
     }
 }
 
