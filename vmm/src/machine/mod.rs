@@ -1,7 +1,8 @@
 //! One VM, assembled and running.
 //!
-//! Threads: one per vCPU, made here, also for those that may come later; device workers, made by the devices when their drivers are ready. Everything else
-//! is done by whoever holds the [`Machine`], which is the control thread.
+//! Threads: one per vCPU, made here, also for those that may come later; one that reads what the kernel lacks, until it is there; device
+//! workers, made by the devices when their drivers are ready. Everything else is done by whoever holds the [`Machine`], which is the
+//! control thread.
 
 pub mod bare;
 pub mod builder;
