@@ -115,6 +115,9 @@ const DISKS: &[c_long] = &[
 /// would be the end.
 const SETS_ASIDE: &[c_long] = &[libc::SYS_rename];
 
+/// A worker says how it behaves beside others; of itself only, which is a rule of its own.
+const TAKES_TURNS: &[c_long] = &[libc::SYS_sched_getscheduler, libc::SYS_sched_setscheduler];
+
 /// Sockets; which kind may be made is a rule of its own.
 const SOCKETS: &[c_long] = &[
     libc::SYS_connect,
@@ -197,7 +200,7 @@ const fn lists(thread: Thread) -> &'static [&'static [c_long]] {
         Thread::Control => {
             &[EVERY, WAITS, OPENS_FILES, CHANGES_NAMES, DISKS, WATCHES_FILES, SOCKETS, RANDOM, BY_ARGUMENT]
         }
-        Thread::Worker => &[EVERY, WAITS, OPENS_FILES, DISKS, SETS_ASIDE, SOCKETS, RANDOM, BY_ARGUMENT],
+        Thread::Worker => &[EVERY, WAITS, OPENS_FILES, DISKS, SETS_ASIDE, TAKES_TURNS, SOCKETS, RANDOM, BY_ARGUMENT],
         Thread::Console => &[EVERY, WAITS, OPENS_FILES, CHANGES_NAMES, SOCKETS, BY_ARGUMENT],
         Thread::Debugger => &[EVERY, WAITS, SOCKETS, BY_ARGUMENT],
     }
@@ -234,6 +237,7 @@ fn process_rules(debugger: bool) -> Rules {
     rules.insert(libc::SYS_ioctl, Rule::Only(1, ioctls));
     // To programs on this machine, and only within what is visible.
     rules.insert(libc::SYS_socket, Rule::Only(0, vec![libc::AF_UNIX.unsigned_abs()]));
+    rules.insert(libc::SYS_sched_setscheduler, Rule::Only(0, vec![0]));
     // Kicks of our own threads.
     rules.insert(libc::SYS_tgkill, Rule::Only(0, vec![std::process::id()]));
     // Rings from before do what they were made for and nothing else; another one would do anything. Who wants one does

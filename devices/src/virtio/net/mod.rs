@@ -11,6 +11,7 @@
 
 mod aside;
 mod commands;
+mod pace;
 mod pair;
 mod pairs;
 mod receive;

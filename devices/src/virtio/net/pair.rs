@@ -8,6 +8,7 @@ use event_manager::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::aside::Aside;
+use super::pace::Pace;
 use super::pairs::{self, Gate};
 use super::receive::{Next, Receiver, Rules};
 use super::tap::Link;
@@ -61,6 +62,9 @@ pub(super) struct PairHandler<L> {
     watched: Option<EventSet>,
     /// The link has failed for good.
     gone: bool,
+    /// Bytes both ways since the worker was woken.
+    carried: usize,
+    pace: Pace,
 }
 
 impl<L: Link + 'static> PairHandler<L> {
@@ -77,6 +81,8 @@ impl<L: Link + 'static> PairHandler<L> {
             sending: Sending::Free,
             watched: None,
             gone: false,
+            carried: 0,
+            pace: Pace::new(),
         }
     }
 
@@ -102,6 +108,7 @@ impl<L: Link + 'static> PairHandler<L> {
             (self.next, self.sending) = (Next::Nothing, Sending::Free);
         }
         self.watch(session);
+        self.pace.carried(std::mem::take(&mut self.carried));
     }
 
     fn receive(&mut self, session: &mut Session<'_, '_>) {
@@ -112,7 +119,9 @@ impl<L: Link + 'static> PairHandler<L> {
             if let Some(aside) = self.common.aside.as_ref().filter(|_| first) {
                 receiver.inject(&mut aside.lock(), queue, metrics, counts);
             }
-            self.next = receiver.run(&self.gate.link, queue, &self.rx, metrics, counts);
+            let (next, carried) = receiver.run(&self.gate.link, queue, &self.rx, metrics, counts);
+            self.next = next;
+            self.carried += carried;
         } else {
             self.next = Next::Nothing;
         }
@@ -156,6 +165,7 @@ impl<L: Link + 'static> PairHandler<L> {
         loop {
             match frame.write_once(self.gate.link.as_fd()) {
                 Ok(_) => {
+                    self.carried += frame.len();
                     counts.tx_frames.increment();
                     counts.tx_bytes.add((frame.len() - HEADER_LEN) as u64);
                 }
@@ -212,6 +222,8 @@ impl<L: Link + 'static> PairHandler<L> {
 impl<L: Link + 'static> Handler for PairHandler<L> {
     fn started(&mut self, session: &mut Session<'_, '_>) {
         (self.next, self.sending, self.watched, self.gone) = (Next::Nothing, Sending::Free, None, false);
+        // The thread is another one.
+        (self.carried, self.pace) = (0, Pace::new());
         for (fd, token) in
             [(self.gate.wake().as_raw_fd(), WAKE), (self.rx.as_raw_fd(), RX_CREDIT), (self.tx.as_raw_fd(), TX_CREDIT)]
         {

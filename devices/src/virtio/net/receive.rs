@@ -89,7 +89,7 @@ impl Receiver {
         Self { chain: Chain::new(memory), held: VecDeque::new(), buffers, rules, overflow }
     }
 
-    /// Hands frames over until there are none, or no buffers. After a round of them the queue's own event brings the
+    /// Hands frames over until there are none, or no buffers; what next, and how many bytes it were. After a round of them the queue's own event brings the
     /// worker back.
     pub(super) fn run(
         &mut self,
@@ -98,10 +98,10 @@ impl Receiver {
         limiter: &Limiter,
         metrics: &DeviceMetrics,
         counts: &NetMetrics,
-    ) -> Next {
+    ) -> (Next, usize) {
         queue.suppress_notifications();
         let mut next = Next::Frame;
-        let mut budget = ROUND;
+        let (mut budget, mut carried) = (ROUND, 0);
         loop {
             self.refill(queue, metrics, &mut budget);
             if budget == 0 {
@@ -124,7 +124,10 @@ impl Receiver {
                 break;
             }
             match self.receive(link, queue, counts) {
-                Ok(len) => limiter.pay(len as u64),
+                Ok(len) => {
+                    carried += len;
+                    limiter.pay(len as u64);
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // A frame that the kernel cannot describe in a header, and has thrown away.
@@ -137,7 +140,7 @@ impl Receiver {
             }
         }
         queue.announce();
-        next
+        (next, carried)
     }
 
     /// Takes chains until the largest frame fits, or there are no more. Faulty ones are returned, at most `budget`.
@@ -292,7 +295,7 @@ mod tests {
         let mut queue = Virtqueue::new(0, ring, Arc::clone(&notify), Arc::new(Silent), Arc::clone(&metrics));
         let mut receiver = Receiver::new(&machine.memory, Rules::new(1 << VIRTIO_NET_F_MRG_RXBUF, None));
         let limiter = Limiter::open(LimiterConfig::NONE).unwrap();
-        let mut run = || (receiver.run(&wire, &mut queue, &limiter, &metrics, &counts), queue.state().next_used);
+        let mut run = || (receiver.run(&wire, &mut queue, &limiter, &metrics, &counts).0, queue.state().next_used);
         for round in 1..=3 {
             assert_eq!(run(), (Next::Frame, 256 * round));
             assert_eq!(notify.read().unwrap(), 1, "nobody would come back");
@@ -321,7 +324,7 @@ mod tests {
         let mut queue = Virtqueue::new(0, ring, notify, Arc::new(Silent), Arc::clone(&metrics));
         let mut receiver = Receiver::new(&machine.memory, Rules::new(1 << VIRTIO_NET_F_MRG_RXBUF, None));
         let limiter = Limiter::open(LimiterConfig::NONE).unwrap();
-        let mut run = || receiver.run(&wire, &mut queue, &limiter, &metrics, &counts);
+        let mut run = || receiver.run(&wire, &mut queue, &limiter, &metrics, &counts).0;
         assert_eq!(run(), Next::Frame);
         // More chains than the ring has places for.
         machine.memory.write_obj(0x4000u16, GuestAddress(0x6002)).unwrap();
