@@ -39,7 +39,10 @@ pub(super) fn load(
     Ok(LoadedKernel { protocol, end: loaded.kernel_end, initrd_max: 0x7fff_ffff, cmdline_limit: cmdline::MAX_LEN })
 }
 
-/// What the loader does not look at: the machine, and segments that end outside of the file or of RAM.
+/// Linux has 5. Each may be as large as RAM, and lie where another one lies.
+const MOST_SEGMENTS: usize = 64;
+
+/// What the loader does not look at: the machine, how many segments there are, and those that end outside of the file or of RAM.
 fn check(file: &File, path: &Path, len: u64, ram: &Ram) -> Result<(), BootError> {
     use std::os::unix::fs::FileExt;
     const HEADER_LEN: usize = 64;
@@ -74,6 +77,9 @@ fn check(file: &File, path: &Path, len: u64, ram: &Ram) -> Result<(), BootError>
             continue;
         }
         loadable += 1;
+        if loadable > MOST_SEGMENTS {
+            return Err(damaged(format!("it has more than {MOST_SEGMENTS} segments")));
+        }
         let (offset, address, in_file, in_memory) =
             (u64_at(&entry, 8), u64_at(&entry, 24), u64_at(&entry, 32), u64_at(&entry, 40));
         if offset.checked_add(in_file).is_none_or(|end| end > len) {

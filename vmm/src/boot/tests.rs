@@ -128,6 +128,13 @@ fn damage_is_named() {
     let mut short = whole.clone();
     (short[4], short[18]) = (1, 3);
     assert!(error(&short).contains("of 32 bits"));
+    let mut many = whole.clone();
+    let entry: [u8; 56] = many[64..120].try_into().unwrap();
+    (0..65).for_each(|n| many[64 + 56 * n..][..56].copy_from_slice(&entry));
+    many[56..58].copy_from_slice(&64u16.to_le_bytes());
+    assert!(try_load(&many, None).is_ok(), "they may lie on top of each other");
+    many[56..58].copy_from_slice(&65u16.to_le_bytes());
+    assert!(error(&many).contains("more than 64 segments"));
     let mut nowhere = whole;
     nowhere[88..96].copy_from_slice(&u64::MAX.to_le_bytes());
     assert!(error(&nowhere).contains("wants to lie at"));
