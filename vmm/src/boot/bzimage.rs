@@ -23,14 +23,14 @@ const SECTOR: u64 = 512;
 
 pub(super) fn load(
     contents: &mut Contents,
+    source: usize,
     ram: &Ram,
     path: &Path,
-    file: File,
     len: u64,
 ) -> Result<LoadedKernel, BootError> {
     let damaged = |damage: String| BootError::Damaged { path: path.into(), damage };
-    let header =
-        read_header(&file, len).ok_or_else(|| damaged(format!("it ends after {len} bytes, inside its header")))?;
+    let header = read_header(contents.file(source), len)
+        .ok_or_else(|| damaged(format!("it ends after {len} bytes, inside its header")))?;
     let (version, flags) = (header.version, header.xloadflags);
     if version < MIN_VERSION {
         return Err(BootError::Format {
@@ -56,7 +56,7 @@ pub(super) fn load(
         return Err(no_room("kernel", path, ram));
     }
     let load = |file: &mut Noting<'_>| BzImage::load(&*ram.memory, Some(GuestAddress(address)), file, None);
-    let loaded = contents.note(("kernel", path), file, len, ram, load).map_err(|e| damaged(e.to_string()))?;
+    let loaded = contents.note(source, ram, load).map_err(|e| damaged(e.to_string()))?;
     let header = loaded.setup_header.ok_or_else(|| damaged("it has no header".into()))?;
     let protocol = match u32::try_from(address) {
         _ if is_64 => Protocol::Linux64 { rip: address + ENTRY_64, header },

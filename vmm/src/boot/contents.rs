@@ -1,16 +1,16 @@
 //! What comes into RAM from files: noted when it is known where it lies, and read later.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, ErrorKind, Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use vm_memory::bitmap::BitmapSlice;
-use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap, ReadVolatile, VolatileMemoryError, VolatileSlice,
-};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, ReadVolatile, VolatileMemoryError, VolatileSlice};
 
 use super::{BootError, read_error};
+use crate::files;
 use crate::memory::Ram;
 
 /// RAM is filled in units of a huge page, so that it can be had in those.
@@ -27,6 +27,8 @@ struct Source {
     what: &'static str,
     path: PathBuf,
     file: File,
+    /// Its length, and when it was last written to, where the file system says that.
+    state: (u64, Option<SystemTime>),
 }
 
 struct Piece {
@@ -38,29 +40,30 @@ struct Piece {
 }
 
 impl Contents {
-    /// Notes that the first `len` bytes of a file shall lie at `address`.
-    pub fn add(&mut self, what: &'static str, path: &Path, file: File, len: u64, address: u64) {
-        let source = self.add_file(what, path, file);
+    /// Opens a file; how many bytes it has.
+    pub fn open(&mut self, what: &'static str, path: &Path) -> Result<(usize, u64), BootError> {
+        let cannot = |source| read_error(what, path, source);
+        let file = files::read_regular(path).map_err(cannot)?;
+        let state = state(&file).map_err(cannot)?;
+        self.files.push(Source { what, path: path.into(), file, state });
+        Ok((self.files.len() - 1, state.0))
+    }
+
+    /// One of the files.
+    pub fn file(&self, source: usize) -> &File {
+        &self.files[source].file
+    }
+
+    /// Notes that all of a file shall lie at `address`, where there is room for it.
+    pub fn add(&mut self, source: usize, address: u64) {
+        let len = self.files[source].state.0;
         self.pieces.push(Piece { source, offset: 0, place: address..address + len });
     }
 
-    fn add_file(&mut self, what: &'static str, path: &Path, file: File) -> usize {
-        self.files.push(Source { what, path: path.into(), file });
-        self.files.len() - 1
-    }
-
-    /// Has `load`, which reads a file of `len` bytes from its beginning into `ram`, and notes what it would read.
-    pub fn note<T>(
-        &mut self,
-        (what, path): (&'static str, &Path),
-        file: File,
-        len: u64,
-        ram: &Ram,
-        load: impl FnOnce(&mut Noting<'_>) -> T,
-    ) -> T {
-        let source = self.add_file(what, path, file);
-        let Self { files, pieces } = self;
-        load(&mut Noting { file: &files[source].file, len, source, pieces, ram })
+    /// Has `load` read a file into `ram`, and notes what it would read.
+    pub fn note<T>(&mut self, source: usize, ram: &Ram, load: impl FnOnce(&mut Noting<'_>) -> T) -> T {
+        let Source { file, state: (len, _), .. } = &self.files[source];
+        load(&mut Noting { file, len: *len, source, pieces: &mut self.pieces, ram })
     }
 
     /// The parts of RAM in which there is something, in order; RAM ends at `end`.
@@ -79,23 +82,44 @@ impl Contents {
             if start >= end {
                 continue;
             }
-            let Source { what, path, file } = &self.files[*source];
+            let Source { what, path, file, .. } = &self.files[*source];
             let (mut file, offset) = (file, offset + (start - place.start));
-            let read = file.seek(SeekFrom::Start(offset)).and_then(|_| {
+            let mut read = || {
+                file.seek(SeekFrom::Start(offset))?;
                 // Parts are no longer than 2 MiB.
                 let len = (end - start) as usize;
-                memory.read_exact_volatile_from(GuestAddress(start), &mut file, len).map_err(words)
+                let mut place = memory.get_slice(GuestAddress(start), len).map_err(io::Error::other)?;
+                file.read_exact_volatile(&mut place).map_err(words)
+            };
+            read().map_err(|source| read_error(what, path, source))?;
+        }
+        Ok(())
+    }
+
+    /// To be called when all was read: of a file that was written to meanwhile, what was read may be parts of two.
+    pub fn check(&self) -> Result<(), BootError> {
+        for Source { what, path, file, state: before } in &self.files {
+            let same = state(file).and_then(|now| match now == *before {
+                true => Ok(()),
+                false => Err(io::Error::other("it was written to while it was read")),
             });
-            read.map_err(|source| read_error(what, path, source))?;
+            same.map_err(|source| read_error(what, path, source))?;
         }
         Ok(())
     }
 }
 
-fn words(error: GuestMemoryError) -> io::Error {
+fn state(file: &File) -> io::Result<(u64, Option<SystemTime>)> {
+    let metadata = file.metadata()?;
+    Ok((metadata.len(), metadata.modified().ok()))
+}
+
+fn words(error: VolatileMemoryError) -> io::Error {
     match error {
-        GuestMemoryError::IOError(error) => error,
-        GuestMemoryError::PartialBuffer { .. } => io::Error::other("it has become shorter while it was read"),
+        VolatileMemoryError::IOError(error) if error.kind() == ErrorKind::UnexpectedEof => {
+            io::Error::other("it has become shorter while it was read")
+        }
+        VolatileMemoryError::IOError(error) => error,
         error => io::Error::other(error.to_string()),
     }
 }

@@ -15,15 +15,15 @@ use crate::memory::layout::{FIRST_MIB, HIGH_RAM};
 
 pub(super) fn load(
     contents: &mut Contents,
+    source: usize,
     ram: &Ram,
     path: &Path,
-    file: File,
     len: u64,
 ) -> Result<LoadedKernel, BootError> {
     let damaged = |damage: String| BootError::Damaged { path: path.into(), damage };
-    check(&file, path, len, ram)?;
+    check(contents.file(source), path, len, ram)?;
     let load = |file: &mut Noting<'_>| Elf::load(&*ram.memory, None, file, Some(GuestAddress(FIRST_MIB)));
-    let loaded = contents.note(("kernel", path), file, len, ram, load).map_err(|e| match e {
+    let loaded = contents.note(source, ram, load).map_err(|e| match e {
         LoaderError::Elf(ElfError::ReadKernelImage) => damaged("a segment lies outside of guest memory".into()),
         e => damaged(e.to_string()),
     })?;

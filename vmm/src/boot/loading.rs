@@ -4,10 +4,13 @@
 //! all others. Where the host cannot do that, everything is read before the guest begins.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use bedplate_api::vmm::ExitReason;
 use bedplate_devices::threads;
@@ -30,7 +33,7 @@ pub struct Loading {
 
 impl Loading {
     /// Reads all that the guest needs at `entry`, and the rest if it has to. The first part of RAM is never absent: others write
-    /// there, too.
+    /// there, too. Nothing may touch the rest until [`Loading::start`]: it would wait for ever.
     pub(super) fn begin(contents: Contents, ram: &Ram, entry: u64) -> Result<Option<Self>, BootError> {
         let parts = contents.parts(ram.low_end());
         let is_needed = |part: &Range<u64>| part.start == 0 || part.contains(&entry);
@@ -41,6 +44,9 @@ impl Loading {
         for part in parts.iter().filter(|part| absent.is_none() || is_needed(part)) {
             contents.fill(&ram.memory, part)?;
         }
+        if absent.is_none() {
+            contents.check()?;
+        }
         Ok(absent.map(|absent| Self { contents, absent, waiting: later.into() }))
     }
 
@@ -48,14 +54,16 @@ impl Loading {
     ///
     /// # Errors
     /// The host has no threads left. The machine ends.
-    pub fn start(self, life: &Arc<Lifecycle>) -> io::Result<JoinHandle<()>> {
-        let mut reader = Reader { loading: self, life: Arc::clone(life), is_done: false };
-        threads::named("loader").spawn(move || {
+    pub fn start(self, life: &Arc<Lifecycle>) -> io::Result<Loader> {
+        let (working, ended) = mpsc::sync_channel(0);
+        let mut reader = Reader { loading: self, life: Arc::clone(life), is_done: false, _working: working };
+        let thread = threads::named("loader").spawn(move || {
             sandbox::narrow(sandbox::Thread::Worker);
             if let Err(error) = reader.run() {
                 reader.life.end(ExitReason::HostFault, error.to_string());
             }
-        })
+        })?;
+        Ok(Loader { thread: Some(thread), ended })
     }
 
     /// What is read next.
@@ -66,17 +74,41 @@ impl Loading {
     }
 }
 
+/// The thread. Dropped, it is waited for: it ends soon after its machine.
+pub struct Loader {
+    thread: Option<JoinHandle<()>>,
+    ended: Receiver<Infallible>,
+}
+
+impl Loader {
+    /// Waits until all is read or the machine has ended; false after `patience`.
+    pub fn wait(&self, patience: Duration) -> bool {
+        self.ended.recv_timeout(patience) != Err(RecvTimeoutError::Timeout)
+    }
+}
+
+impl Drop for Loader {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // A panic of it has been reported by the panic hook, and has ended the machine.
+            let _ = thread.join();
+        }
+    }
+}
+
 /// Reads, and does not let the guest go on without what was not read.
 struct Reader {
     loading: Loading,
     life: Arc<Lifecycle>,
     /// Nothing is missing.
     is_done: bool,
+    /// Nothing is sent: who waits sees it go.
+    _working: SyncSender<Infallible>,
 }
 
 impl Reader {
     fn run(&mut self) -> Result<(), BootError> {
-        let Self { loading, life, is_done } = self;
+        let Self { loading, life, is_done, .. } = self;
         while let Some(part) = loading.next() {
             if life.exit().is_some() {
                 return Ok(());
@@ -84,6 +116,7 @@ impl Reader {
             loading.contents.fill(loading.absent.view(), &part)?;
             loading.absent.present(&part).map_err(BootError::Present)?;
         }
+        loading.contents.check()?;
         *is_done = true;
         Ok(())
     }

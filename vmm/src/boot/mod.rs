@@ -12,7 +12,6 @@ mod loading;
 mod params;
 pub mod start;
 
-use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -21,11 +20,10 @@ use bedplate_devices::Memory;
 use bedplate_devices::virtio::mmio::Place;
 use vm_memory::{Bytes, GuestAddress};
 
-pub use self::loading::Loading;
+pub use self::loading::{Loader, Loading};
 pub use cmdline::{CmdlineError, DEFAULT as DEFAULT_CMDLINE, RootDevice, compose as compose_cmdline, is_without_pci};
 
 use self::contents::Contents;
-use crate::files;
 use crate::memory::Ram;
 
 /// How the first vCPU enters the guest.
@@ -226,13 +224,13 @@ pub fn load(
 }
 
 fn load_kernel(contents: &mut Contents, ram: &Ram, path: &Path) -> Result<LoadedKernel, BootError> {
-    let (file, len) = open("kernel", path)?;
+    let (kernel, len) = contents.open("kernel", path)?;
     let mut head = vec![0; 4096.min(usize::try_from(len).unwrap_or(4096))];
-    file.read_exact_at(&mut head, 0).map_err(|source| read_error("kernel", path, source))?;
+    contents.file(kernel).read_exact_at(&mut head, 0).map_err(|source| read_error("kernel", path, source))?;
     if head.starts_with(b"\x7fELF") {
-        elf::load(contents, ram, path, file, len)
+        elf::load(contents, kernel, ram, path, len)
     } else if head.get(0x202..0x206) == Some(b"HdrS") {
-        bzimage::load(contents, ram, path, file, len)
+        bzimage::load(contents, kernel, ram, path, len)
     } else {
         let (found, remedy) = recognise(&head);
         Err(BootError::Format { path: path.into(), found, remedy })
@@ -257,7 +255,7 @@ fn recognise(head: &[u8]) -> (&'static str, &'static str) {
 
 fn place_initrd(contents: &mut Contents, ram: &Ram, path: &Path, kernel: &LoadedKernel) -> Result<Initrd, BootError> {
     const PAGE: u64 = 4096;
-    let (file, len) = open("initrd", path)?;
+    let (initrd, len) = contents.open("initrd", path)?;
     let no_room = || no_room("initrd", path, ram);
     // As high as it may lie, so that the kernel has room to grow.
     let top = ram.low_end().min(kernel.initrd_max.saturating_add(1));
@@ -265,19 +263,13 @@ fn place_initrd(contents: &mut Contents, ram: &Ram, path: &Path, kernel: &Loaded
     if address < kernel.end {
         return Err(no_room());
     }
-    contents.add("initrd", path, file, len, address);
+    contents.add(initrd, address);
     Ok(Initrd { address, len })
 }
 
 fn write_cmdline(memory: &Memory, cmdline: &str) -> Result<(), BootError> {
     let bytes = [cmdline.as_bytes(), &[0]].concat();
     memory.write_slice(&bytes, GuestAddress(start::CMDLINE)).map_err(|e| BootError::Structures(e.to_string()))
-}
-
-fn open(what: &'static str, path: &Path) -> Result<(File, u64), BootError> {
-    let file = files::read_regular(path).map_err(|source| read_error(what, path, source))?;
-    let len = file.metadata().map_err(|source| read_error(what, path, source))?.len();
-    Ok((file, len))
 }
 
 fn read_error(what: &'static str, path: &Path, source: io::Error) -> BootError {

@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::sync::Arc;
+use std::time::Duration;
 
 use vm_memory::{ByteValued, GuestMemoryBackend};
 
@@ -182,16 +183,17 @@ fn a_guest_finds_everything_that_is_read_after_it_has_begun() {
     let (code, initrd) = large();
     let (kernel_file, initrd_file) = (file(&bzimage(&code)), file(&initrd));
     for pages in [Pages::Normal, Pages::Transparent] {
-        let ram = Ram::new(32, pages).unwrap();
+        // Its last part is half of one.
+        let ram = Ram::new(33, pages).unwrap();
         let (life, loading) = begin(&ram, kernel_file.path(), initrd_file.path());
         // There before anything was started.
         assert_eq!(bytes_at(&ram, 0x100_0200, 4096), code[0x200..0x1200]);
-        let thread = loading.start(&life).unwrap();
+        let loader = loading.start(&life).unwrap();
         // The last first: nobody has to wait for his turn.
-        let at = (32u64 << 20) - (initrd.len() as u64).next_multiple_of(4096);
+        let at = (33u64 << 20) - (initrd.len() as u64).next_multiple_of(4096);
         assert_eq!(bytes_at(&ram, at, initrd.len() + 8), [&initrd[..], &[0; 8]].concat(), "{pages:?}");
         assert_eq!(bytes_at(&ram, 0x100_0000, code.len() + 8), [&code[..], &[0; 8]].concat(), "{pages:?}");
-        thread.join().unwrap();
+        assert!(loader.wait(Duration::from_secs(60)));
         assert!(life.exit().is_none());
     }
 }
@@ -220,12 +222,26 @@ fn a_file_that_becomes_shorter_while_it_is_read_ends_the_vm_by_name() {
     let ram = Ram::new(32, Pages::Normal).unwrap();
     let (life, loading) = begin(&ram, kernel_file.path(), initrd_file.path());
     initrd_file.as_file().set_len(1 << 20).unwrap();
-    loading.start(&life).unwrap().join().unwrap();
+    drop(loading.start(&life).unwrap());
     let exit = life.exit().unwrap();
     assert_eq!(exit.reason, ExitReason::HostFault);
     assert!(exit.detail.contains("initrd") && exit.detail.contains("has become shorter"), "{}", exit.detail);
     // Nobody waits for it for ever.
     assert_eq!(bytes_at(&ram, (32 << 20) - 4096, 8), [0; 8]);
+}
+
+#[test]
+fn a_file_that_is_written_to_while_it_is_read_ends_the_vm_by_name() {
+    let (code, initrd) = large();
+    let (kernel_file, initrd_file) = (file(&bzimage(&code)), file(&initrd));
+    let ram = Ram::new(32, Pages::Normal).unwrap();
+    let (life, loading) = begin(&ram, kernel_file.path(), initrd_file.path());
+    // As a copy of another kernel in its place would do, at another time than it was made.
+    kernel_file.as_file().write_all_at(&[1], 1 << 20).unwrap();
+    kernel_file.as_file().set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    drop(loading.start(&life).unwrap());
+    let exit = life.exit().unwrap();
+    assert!(exit.detail.starts_with("kernel ") && exit.detail.contains("it was written to"), "{}", exit.detail);
 }
 
 #[test]
@@ -235,7 +251,7 @@ fn a_machine_that_has_ended_reads_no_more() {
     let ram = Ram::new(32, Pages::Normal).unwrap();
     let (life, loading) = begin(&ram, kernel_file.path(), initrd_file.path());
     life.end(ExitReason::Stopped, "the test");
-    loading.start(&life).unwrap().join().unwrap();
+    drop(loading.start(&life).unwrap());
     assert_eq!(life.exit().unwrap().detail, "the test");
     assert_eq!(bytes_at(&ram, 0x100_0000 + (4 << 20), 8), [0; 8]);
 }

@@ -39,6 +39,8 @@ pub enum CoreDumpError {
         "core dump: vCPU {0} does not show its registers: the VM ends, or the host is short of processors; try again"
     )]
     Vcpu(usize),
+    #[error("core dump: kernel and initial RAM disk are still being read, and the host's storage is slow; try again")]
+    Loading,
     #[error("core dump: {0}")]
     Pause(#[from] PauseError),
 }

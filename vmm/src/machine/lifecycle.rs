@@ -72,7 +72,7 @@ pub enum PauseError {
     Ended,
     /// After so many seconds.
     #[error(
-        "a vCPU has not stopped for {0} s: its device waits for the host's storage, or the host is short of processors; try again"
+        "a vCPU has not stopped for {0} s: it or its device waits for the host's storage, or the host is short of processors; try again"
     )]
     Busy(u64),
 }

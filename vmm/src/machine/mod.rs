@@ -32,7 +32,7 @@ use bedplate_devices::platform::AcpiPm;
 use bedplate_devices::threads;
 
 use crate::acpi::AcpiError;
-use crate::boot::{BootError, Loading};
+use crate::boot::{BootError, Loader, Loading};
 use crate::core_dump::{self, CoreDumpError};
 use crate::debugger::Debugging;
 use crate::firmware::FirmwareError;
@@ -110,8 +110,8 @@ pub struct Machine {
     /// The first so many vCPUs are there.
     present: u8,
     threads: Vec<JoinHandle<()>>,
-    /// Reads what the kernel lacks. `None` once it was waited for.
-    loading: Option<JoinHandle<()>>,
+    /// Reads what the kernel lacks.
+    loading: Option<Loader>,
     counters: Vec<Arc<ExitCounters>>,
     started: Option<Instant>,
 }
@@ -232,22 +232,17 @@ impl Machine {
     ///
     /// # Errors
     /// It cannot be written, or the machine has ended.
-    pub fn dump_core(&mut self, path: &Path, patience: Duration) -> Result<(), CoreDumpError> {
+    pub fn dump_core(&self, path: &Path, patience: Duration) -> Result<(), CoreDumpError> {
         // The dump is of the file that RAM is, where nobody waits for what is not there yet.
-        self.join_loading();
+        if self.loading.as_ref().is_some_and(|loader| !loader.wait(patience)) {
+            return Err(CoreDumpError::Loading);
+        }
         self.pause()?;
         let states = self.life.ask_each(patience, |vcpu| vcpu.state().ok());
         let known =
             |(index, state): (usize, Option<Option<VcpuState>>)| state.flatten().ok_or(CoreDumpError::Vcpu(index));
         let states = states.into_iter().enumerate().map(known).collect::<Result<Vec<_>, _>>()?;
         core_dump::write(path, &states, &self.ram)
-    }
-
-    fn join_loading(&mut self) {
-        if let Some(thread) = self.loading.take() {
-            // A panic of that thread has been reported by the panic hook, and has ended the machine.
-            let _ = thread.join();
-        }
     }
 
     /// Exits of all vCPUs so far.
@@ -265,7 +260,8 @@ impl Drop for Machine {
             // A panic of that thread has been reported by the panic hook, and the machine ends either way.
             let _ = thread.join();
         }
-        self.join_loading();
+        // It works on our memory.
+        self.loading = None;
         // No vCPU runs: nothing starts a worker again.
         self.pci.shutdown();
     }

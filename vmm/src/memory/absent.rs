@@ -1,8 +1,12 @@
 //! Parts of RAM that are filled after the guest has begun (userfaultfd).
 //!
 //! Whoever touches an absent part waits until it is [`present`](Absent::present): the guest, and devices for it. It is filled through a
-//! mapping of its own. The kernel asks for both kinds of wait, for pages that the file lacks and for pages that only the
-//! mapping lacks: otherwise a part would be there for the guest from the first byte that was written to it.
+//! mapping of its own. We ask the kernel for both kinds of wait, for pages that the file lacks (which is also the kind whose
+//! waiters it wakes when a part is given back) and for pages that only the mapping lacks: otherwise a part would be there for
+//! the guest from the first byte that was written to it.
+//!
+//! A process that is killed closes this and its VM in any order. That nobody then waits for the other is due to the vCPUs' run
+//! pages: mapped as they are, they keep the VM until all threads are gone.
 
 use std::fs::File;
 use std::io;

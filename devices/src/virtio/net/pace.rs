@@ -5,8 +5,6 @@
 //! would be several. So while a worker carries streams its thread is one that waits for its turn (`SCHED_BATCH`); its share
 //! of the processor stays the same. Where it has a processor to itself, nothing changes.
 
-use std::io;
-
 /// Bytes at one waking that are part of a stream: more than what one request is answered with.
 const STREAM: usize = 32 << 10;
 /// What such a waking counts, beside one for each other: a stream has answers, which are short.
@@ -20,21 +18,24 @@ const MOST: u8 = 64;
 #[derive(Debug)]
 pub(super) struct Pace {
     count: u8,
-    /// The thread waits for its turn.
+    /// The thread shall wait for its turn.
     waits: bool,
+    /// It does, because of us.
+    is_set: bool,
 }
 
 impl Pace {
     /// Of a thread that does not wait.
     pub const fn new() -> Self {
-        Self { count: 0, waits: false }
+        Self { count: 0, waits: false, is_set: false }
     }
 
     /// The thread that calls this was awake for so many bytes.
     pub fn carried(&mut self, bytes: usize) {
-        if let Some(waits) = self.turn(bytes) {
-            // Refused, or of a policy that somebody chose: then it stays as it is.
-            let _ = set(waits);
+        match self.turn(bytes) {
+            Some(true) => self.is_set = change(libc::SCHED_OTHER, libc::SCHED_BATCH),
+            Some(false) if self.is_set => self.is_set = !change(libc::SCHED_BATCH, libc::SCHED_OTHER),
+            _ => {}
         }
     }
 
@@ -54,20 +55,15 @@ impl Pace {
     }
 }
 
-/// Of the two policies for ordinary threads, gives the calling thread the one that waits, or the other one.
-fn set(waits: bool) -> io::Result<()> {
-    let (from, to) =
-        if waits { (libc::SCHED_OTHER, libc::SCHED_BATCH) } else { (libc::SCHED_BATCH, libc::SCHED_OTHER) };
+/// Gives the calling thread policy `to`, if it has `from`; whether that was done. Another one somebody has chosen.
+fn change(from: libc::c_int, to: libc::c_int) -> bool {
     // SAFETY: takes a number only; 0 is the calling thread.
     if unsafe { libc::sched_getscheduler(0) } != from {
-        return Ok(());
+        return false;
     }
     let param = libc::sched_param { sched_priority: 0 };
     // SAFETY: reads the structure, which lives that long; 0 is the calling thread.
-    match unsafe { libc::sched_setscheduler(0, to, &raw const param) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    unsafe { libc::sched_setscheduler(0, to, &raw const param) == 0 }
 }
 
 #[cfg(test)]
@@ -107,17 +103,19 @@ mod tests {
 
     #[test]
     fn what_somebody_has_chosen_stays() {
-        std::thread::spawn(|| {
-            let param = libc::sched_param { sched_priority: 0 };
-            // SAFETY: reads the structure, which lives that long.
-            assert_eq!(unsafe { libc::sched_setscheduler(0, libc::SCHED_IDLE, &raw const param) }, 0);
-            let mut pace = Pace::new();
-            (0..100).for_each(|_| pace.carried(STREAM));
-            assert_eq!(policy(), libc::SCHED_IDLE);
-            (0..100).for_each(|_| pace.carried(0));
-            assert_eq!(policy(), libc::SCHED_IDLE);
-        })
-        .join()
-        .unwrap();
+        for chosen in [libc::SCHED_IDLE, libc::SCHED_BATCH] {
+            std::thread::spawn(move || {
+                let param = libc::sched_param { sched_priority: 0 };
+                // SAFETY: reads the structure, which lives that long.
+                assert_eq!(unsafe { libc::sched_setscheduler(0, chosen, &raw const param) }, 0);
+                let mut pace = Pace::new();
+                for bytes in [STREAM, 0, STREAM, 0] {
+                    (0..100).for_each(|_| pace.carried(bytes));
+                    assert_eq!(policy(), chosen);
+                }
+            })
+            .join()
+            .unwrap();
+        }
     }
 }
