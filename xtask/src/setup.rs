@@ -5,12 +5,13 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, bail};
 
 /// Beside those that the image recipes name.
-const PACKAGES: [(&str, &str); 12] = [
+const PACKAGES: [(&str, &str); 13] = [
     ("qemu-system-x86", "emulated machines"),
     ("qemu-system-common", "somebody else's backends of vhost-user devices"),
     ("ipxe", "first stage of network boot"),
     ("ovmf", "UEFI firmware of emulated machines"),
     ("iproute2", "network namespaces"),
+    ("nftables", "a guest's way out of its machine"),
     ("gcc", "crates that compile C"),
     ("g++", "libFuzzer"),
     ("libc6-dev", "static programs"),
