@@ -89,9 +89,12 @@ impl Contents {
                 // Parts are no longer than 2 MiB.
                 let len = (end - start) as usize;
                 let mut place = memory.get_slice(GuestAddress(start), len).map_err(io::Error::other)?;
-                file.read_exact_volatile(&mut place).map_err(words)
+                file.read_exact_volatile(&mut place).map_err(io_error)
             };
-            read().map_err(|source| read_error(what, path, source))?;
+            read().map_err(|source| match source.kind() {
+                ErrorKind::UnexpectedEof => changed(what, path, "has become shorter"),
+                _ => read_error(what, path, source),
+            })?;
         }
         Ok(())
     }
@@ -99,11 +102,9 @@ impl Contents {
     /// To be called when all was read: of a file that was written to meanwhile, what was read may be parts of two.
     pub fn check(&self) -> Result<(), BootError> {
         for Source { what, path, file, state: before } in &self.files {
-            let same = state(file).and_then(|now| match now == *before {
-                true => Ok(()),
-                false => Err(io::Error::other("it was written to while it was read")),
-            });
-            same.map_err(|source| read_error(what, path, source))?;
+            if state(file).map_err(|source| read_error(what, path, source))? != *before {
+                return Err(changed(what, path, "was written to"));
+            }
         }
         Ok(())
     }
@@ -114,11 +115,12 @@ fn state(file: &File) -> io::Result<(u64, Option<SystemTime>)> {
     Ok((metadata.len(), metadata.modified().ok()))
 }
 
-fn words(error: VolatileMemoryError) -> io::Error {
+fn changed(what: &'static str, path: &Path, how: &'static str) -> BootError {
+    BootError::Changed { what, path: path.into(), how }
+}
+
+fn io_error(error: VolatileMemoryError) -> io::Error {
     match error {
-        VolatileMemoryError::IOError(error) if error.kind() == ErrorKind::UnexpectedEof => {
-            io::Error::other("it has become shorter while it was read")
-        }
         VolatileMemoryError::IOError(error) => error,
         error => io::Error::other(error.to_string()),
     }

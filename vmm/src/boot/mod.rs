@@ -92,6 +92,16 @@ pub enum BootError {
         /// The host's answer.
         source: io::Error,
     },
+    /// A file did not stay as it was.
+    #[error("{what} {path} {how} while it was read for a VM: replace such a file by a rename, not in its place")]
+    Changed {
+        /// Kernel or initial RAM disk.
+        what: &'static str,
+        /// As given.
+        path: PathBuf,
+        /// In words.
+        how: &'static str,
+    },
     /// Neither of the two formats.
     #[error("kernel {path} is {found}, not a bzImage or an ELF kernel for x86-64: {remedy}")]
     Format {
