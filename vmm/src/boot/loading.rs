@@ -39,7 +39,7 @@ impl Loading {
         let is_needed = |part: &Range<u64>| part.start == 0 || part.contains(&entry);
         let later: Vec<_> = parts.iter().filter(|part| !is_needed(part)).cloned().collect();
         let len: u64 = later.iter().map(|part| part.end - part.start).sum();
-        // Refused to whoever is not root, by old kernels, and where others have this memory: then there is nothing to be told.
+        // Refused without CAP_SYS_PTRACE, by old kernels, and where others have this memory. Then the guest only begins later.
         let absent = if len < WORTH { None } else { ram.without(&later).ok() };
         for part in parts.iter().filter(|part| absent.is_none() || is_needed(part)) {
             contents.fill(&ram.memory, part)?;

@@ -237,6 +237,7 @@ fn process_rules(debugger: bool) -> Rules {
     rules.insert(libc::SYS_ioctl, Rule::Only(1, ioctls));
     // To programs on this machine, and only within what is visible.
     rules.insert(libc::SYS_socket, Rule::Only(0, vec![libc::AF_UNIX.unsigned_abs()]));
+    // Of the thread that calls it.
     rules.insert(libc::SYS_sched_setscheduler, Rule::Only(0, vec![0]));
     // Kicks of our own threads.
     rules.insert(libc::SYS_tgkill, Rule::Only(0, vec![std::process::id()]));

@@ -89,8 +89,8 @@ impl Receiver {
         Self { chain: Chain::new(memory), held: VecDeque::new(), buffers, rules, overflow }
     }
 
-    /// Hands frames over until there are none, or no buffers; what next, and how many bytes it were. After a round of them the queue's own event brings the
-    /// worker back.
+    /// Hands frames over until there are none, or no buffers; returns what to wait for, and how many bytes were in them. After
+    /// a round of them the queue's own event brings the worker back.
     pub(super) fn run(
         &mut self,
         link: &impl Link,
