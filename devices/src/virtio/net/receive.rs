@@ -1,5 +1,6 @@
 //! From the link to the guest. The driver's buffers are taken ahead of the frames that will fill them, so that one
-//! `readv` goes straight into as many as a frame may need; what a frame did not need waits for the next one.
+//! `readv` goes straight into as many as a frame may need; what a frame did not need waits for the next one. Where the driver
+//! has few left, a frame may turn out to be longer than they are: it is kept until there are more.
 
 use std::collections::VecDeque;
 use std::io;
@@ -78,15 +79,17 @@ pub(super) struct Receiver {
     /// Of all chains that are held, in order.
     buffers: Buffers,
     rules: Rules,
-    /// Takes what does not fit, so that a frame that was cut is known.
+    /// Takes what of a frame does not fit, and then all of a frame that waits for buffers.
     overflow: Box<[u8]>,
+    /// Bytes of the frame that waits there, with its header.
+    kept: Option<usize>,
 }
 
 impl Receiver {
     pub(super) fn new(memory: &Memory, rules: Rules) -> Self {
         let buffers = Buffers::new(Arc::clone(memory));
         let overflow = vec![0; MAX_FRAME_LEN].into_boxed_slice();
-        Self { chain: Chain::new(memory), held: VecDeque::new(), buffers, rules, overflow }
+        Self { chain: Chain::new(memory), held: VecDeque::new(), buffers, rules, overflow, kept: None }
     }
 
     /// Hands frames over until there are none, or no buffers; returns what to wait for, and how many bytes were in them. After
@@ -110,11 +113,11 @@ impl Receiver {
                 break;
             }
             budget -= 1;
-            if self.held.is_empty() {
-                if queue.want_notifications() {
-                    queue.suppress_notifications();
-                    continue;
-                }
+            if !self.has_enough() && queue.want_notifications() {
+                queue.suppress_notifications();
+                continue;
+            }
+            if self.held.is_empty() || self.kept.is_some_and(|len| self.can_wait(len, queue)) {
                 next = Next::Buffers;
                 break;
             }
@@ -143,12 +146,20 @@ impl Receiver {
         (next, carried)
     }
 
-    /// Takes chains until the largest frame fits, or there are no more. Faulty ones are returned, at most `budget`.
+    /// Whether the largest frame that may come fits, or what comes could not have more than there is.
+    fn has_enough(&self) -> bool {
+        if self.rules.mergeable { self.buffers.len() >= MAX_FRAME_LEN } else { !self.held.is_empty() }
+    }
+
+    /// Whether a frame of `len` bytes has to wait for buffers, and may: its driver can offer more of them than are in hand.
+    fn can_wait(&self, len: usize, queue: &Virtqueue) -> bool {
+        let has_more = self.held.len() < usize::from(queue.state().size) && !queue.is_broken();
+        self.buffers.len() < len && len <= MAX_FRAME_LEN && self.rules.mergeable && has_more
+    }
+
+    /// Takes chains until there are enough, or no more. Faulty ones are returned, at most `budget`.
     fn refill(&mut self, queue: &mut Virtqueue, metrics: &DeviceMetrics, budget: &mut usize) {
-        let enough = |receiver: &Self| {
-            if receiver.rules.mergeable { receiver.buffers.len() >= MAX_FRAME_LEN } else { !receiver.held.is_empty() }
-        };
-        while *budget > 0 && !enough(self) && queue.pop(&mut self.chain) {
+        while *budget > 0 && !self.has_enough() && queue.pop(&mut self.chain) {
             let chain = &mut self.chain;
             let len = chain.writable.len();
             if chain.fault.is_some() || len < HEADER_LEN {
@@ -164,10 +175,23 @@ impl Receiver {
         }
     }
 
-    /// Hands one frame over; how many bytes it had.
+    /// Hands one frame over, the one that waited first; how many bytes it had.
     fn receive(&mut self, link: &impl Link, queue: &mut Virtqueue, counts: &NetMetrics) -> io::Result<usize> {
         let view = self.buffers.view();
-        let len = view.read_once(link.as_fd(), &mut self.overflow)?;
+        let len = match self.kept.take() {
+            Some(len) => {
+                view.copy_from(&self.overflow[..len]);
+                len
+            }
+            None => view.read_once(link.as_fd(), &mut self.overflow)?,
+        };
+        if self.can_wait(len, queue) {
+            let fit = view.len();
+            self.overflow.copy_within(..len - fit, fit);
+            view.copy_to(&mut self.overflow[..fit]);
+            self.kept = Some(len);
+            return Ok(0);
+        }
         if len > view.len() || len < HEADER_LEN || self.is_too_long(len) {
             counts.rx_dropped.increment();
             return Ok(0);
@@ -280,60 +304,142 @@ mod tests {
         fn needs_reset(&self) {}
     }
 
+    /// A receiver with its ring, and the far end of its link.
+    struct Side {
+        machine: Machine,
+        wire: Wire,
+        peer: std::os::unix::net::UnixDatagram,
+        notify: Arc<EventFd>,
+        queue: Virtqueue,
+        receiver: Receiver,
+        limiter: Limiter,
+        metrics: Arc<DeviceMetrics>,
+        counts: NetMetrics,
+        offered: u16,
+    }
+
+    impl Side {
+        /// With a ring of `size` entries, none of which is available.
+        fn new(size: u16) -> Self {
+            let machine = Machine::new();
+            let (wire, peer, _) = Wire::new();
+            let mut config = QueueConfig::new(size);
+            (config.enabled, config.descriptors, config.driver, config.device) = (true, 0x1000, 0x6000, 0x8000);
+            let ring = config.activate(&machine.memory, false).unwrap();
+            let notify = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+            let (metrics, counts) = (Arc::<DeviceMetrics>::default(), NetMetrics::default());
+            let queue = Virtqueue::new(0, ring, Arc::clone(&notify), Arc::new(Silent), Arc::clone(&metrics));
+            let receiver = Receiver::new(&machine.memory, Rules::new(1 << VIRTIO_NET_F_MRG_RXBUF, None));
+            let limiter = Limiter::open(LimiterConfig::NONE).unwrap();
+            Self { machine, wire, peer, notify, queue, receiver, limiter, metrics, counts, offered: 0 }
+        }
+
+        fn set_available(&self, index: u16) {
+            self.machine.memory.write_obj(index, GuestAddress(0x6002)).unwrap();
+        }
+
+        /// One more chain, of one buffer to be written; they lie 64 KiB apart.
+        fn offer(&mut self, len: u32) {
+            let at = GuestAddress(0x1000 + 16 * u64::from(self.offered));
+            self.machine.memory.write_obj(Self::buffer(self.offered).0, at).unwrap();
+            self.machine.memory.write_obj([len, 2], at.unchecked_add(8)).unwrap();
+            self.machine.memory.write_obj(self.offered, GuestAddress(0x6004 + 2 * u64::from(self.offered))).unwrap();
+            self.offered += 1;
+            self.set_available(self.offered);
+        }
+
+        fn buffer(head: u16) -> GuestAddress {
+            GuestAddress(0x10_0000 + u64::from(head) * 0x1_0000)
+        }
+
+        fn run(&mut self) -> Next {
+            self.receiver.run(&self.wire, &mut self.queue, &self.limiter, &self.metrics, &self.counts).0
+        }
+
+        /// Number and length of the chain that was returned as the `n`th.
+        fn used(&self, n: u64) -> [u32; 2] {
+            self.machine.memory.read_obj(GuestAddress(0x8004 + 8 * n)).unwrap()
+        }
+
+        fn used_index(&self) -> u16 {
+            self.machine.memory.read_obj(GuestAddress(0x8002)).unwrap()
+        }
+
+        /// Whether the driver was told to notify.
+        fn is_told(&self) -> bool {
+            self.machine.memory.read_obj::<u16>(GuestAddress(0x8000)).unwrap() == 0
+        }
+    }
+
     #[test]
     fn faulty_chains_are_returned_in_rounds_and_the_worker_comes_back_for_the_rest() {
         const OFFERED: u16 = 1000;
-        let machine = Machine::new();
-        let (wire, _peer, _) = Wire::new();
         // In memory full of zeros, every entry is a chain without room for a header.
-        let mut config = QueueConfig::new(1024);
-        (config.enabled, config.descriptors, config.driver, config.device) = (true, 0x1000, 0x6000, 0x8000);
-        machine.memory.write_obj(OFFERED, GuestAddress(0x6002)).unwrap();
-        let ring = config.activate(&machine.memory, false).unwrap();
-        let notify = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
-        let (metrics, counts) = (Arc::<DeviceMetrics>::default(), NetMetrics::default());
-        let mut queue = Virtqueue::new(0, ring, Arc::clone(&notify), Arc::new(Silent), Arc::clone(&metrics));
-        let mut receiver = Receiver::new(&machine.memory, Rules::new(1 << VIRTIO_NET_F_MRG_RXBUF, None));
-        let limiter = Limiter::open(LimiterConfig::NONE).unwrap();
-        let mut run = || (receiver.run(&wire, &mut queue, &limiter, &metrics, &counts).0, queue.state().next_used);
+        let mut side = Side::new(1024);
+        side.set_available(OFFERED);
         for round in 1..=3 {
-            assert_eq!(run(), (Next::Frame, 256 * round));
-            assert_eq!(notify.read().unwrap(), 1, "nobody would come back");
+            assert_eq!((side.run(), side.used_index()), (Next::Frame, 256 * round));
+            assert_eq!(side.notify.read().unwrap(), 1, "nobody would come back");
         }
-        assert_eq!(run(), (Next::Buffers, OFFERED));
-        assert!(notify.read().is_err(), "the driver will notify");
+        assert_eq!((side.run(), side.used_index()), (Next::Buffers, OFFERED));
+        assert!(side.notify.read().is_err() && side.is_told(), "the driver will notify");
+    }
+
+    #[test]
+    fn a_frame_longer_than_what_is_offered_waits_for_more() {
+        let mut side = Side::new(16);
+        let frame: Vec<u8> = (0..4000).map(|at| if at < HEADER_LEN { 0 } else { (at / 3) as u8 }).collect();
+        side.peer.send(&frame).unwrap();
+        side.peer.send(&frame[..100]).unwrap();
+        for len in [1000, 1500, 1400] {
+            side.offer(len);
+            assert_eq!((side.run(), side.used_index()), (Next::Buffers, 0));
+            assert!(side.is_told(), "the driver would say nothing of the next one");
+        }
+        // Three are short of it by 100 bytes; of the fifth a second frame is made.
+        side.offer(200);
+        side.offer(200);
+        assert_eq!((side.run(), side.used_index()), (Next::Buffers, 5));
+        assert_eq!([0, 1, 2, 3, 4].map(|n| side.used(n)), [[0, 1000], [1, 1500], [2, 1400], [3, 100], [4, 100]]);
+        let mut whole = vec![0; 4000];
+        let mut rest = &mut whole[..];
+        for (head, len) in [(0, 1000), (1, 1500), (2, 1400), (3, 100)] {
+            let (part, after) = rest.split_at_mut(len);
+            side.machine.memory.read_slice(part, Side::buffer(head)).unwrap();
+            rest = after;
+        }
+        assert_eq!(whole[NUM_BUFFERS..HEADER_LEN], [4, 0]);
+        whole[NUM_BUFFERS] = 0;
+        assert!(whole == frame, "the frame was changed");
+        assert_eq!((side.counts.rx_frames.value(), side.counts.rx_dropped.value()), (2, 0));
+    }
+
+    #[test]
+    fn a_frame_longer_than_all_that_a_ring_can_offer_is_dropped_whole() {
+        let mut side = Side::new(2);
+        side.peer.send(&[0; 4000]).unwrap();
+        side.peer.send(&[0; 1000]).unwrap();
+        side.offer(1500);
+        assert_eq!((side.run(), side.used_index()), (Next::Buffers, 0));
+        side.offer(1500);
+        assert_eq!((side.run(), side.used_index()), (Next::Frame, 1));
+        assert_eq!((side.used(0), side.counts.rx_dropped.value()), ([0, 1000], 1));
     }
 
     #[test]
     fn a_ring_that_breaks_with_buffers_in_hand_takes_no_more_frames() {
-        let machine = Machine::new();
-        let (wire, peer, _) = Wire::new();
-        let mut config = QueueConfig::new(16);
-        (config.enabled, config.descriptors, config.driver, config.device) = (true, 0x1000, 0x6000, 0x8000);
-        // Three chains of one buffer each, to be written: no fewer hold the largest frame.
-        for head in 0..3u64 {
-            let at = GuestAddress(0x1000 + 16 * head);
-            machine.memory.write_obj(0x10_0000 + head * 0x1_0000, at).unwrap();
-            machine.memory.write_obj([0x8000u32, 2], at.unchecked_add(8)).unwrap();
-            machine.memory.write_obj(head as u16, GuestAddress(0x6004 + 2 * head)).unwrap();
-        }
-        machine.memory.write_obj(3u16, GuestAddress(0x6002)).unwrap();
-        let ring = config.activate(&machine.memory, false).unwrap();
-        let notify = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
-        let (metrics, counts) = (Arc::<DeviceMetrics>::default(), NetMetrics::default());
-        let mut queue = Virtqueue::new(0, ring, notify, Arc::new(Silent), Arc::clone(&metrics));
-        let mut receiver = Receiver::new(&machine.memory, Rules::new(1 << VIRTIO_NET_F_MRG_RXBUF, None));
-        let limiter = Limiter::open(LimiterConfig::NONE).unwrap();
-        let mut run = || receiver.run(&wire, &mut queue, &limiter, &metrics, &counts).0;
-        assert_eq!(run(), Next::Frame);
+        let mut side = Side::new(16);
+        // No fewer hold the largest frame.
+        (0..3).for_each(|_| side.offer(0x8000));
+        assert_eq!(side.run(), Next::Frame);
         // More chains than the ring has places for.
-        machine.memory.write_obj(0x4000u16, GuestAddress(0x6002)).unwrap();
+        side.set_available(0x4000);
         // The first goes where there is a place already, and then it is seen. The last is longer than what is in hand.
         for len in [0x8000, 0x8000, 0xc000] {
-            peer.send(&vec![0; len]).unwrap();
-            run();
+            side.peer.send(&vec![0; len]).unwrap();
+            side.run();
         }
-        assert_eq!((counts.rx_frames.value(), counts.rx_dropped.value()), (2, 1));
-        assert_eq!(machine.memory.read_obj::<u16>(GuestAddress(0x8002)).unwrap(), 1, "a broken ring was written to");
+        assert_eq!((side.counts.rx_frames.value(), side.counts.rx_dropped.value()), (2, 1));
+        assert_eq!(side.used_index(), 1, "a broken ring was written to");
     }
 }

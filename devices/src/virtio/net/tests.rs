@@ -94,7 +94,7 @@ fn the_guest_sends_from_any_pieces_and_bad_chains_are_returned() {
 }
 
 #[test]
-fn without_room_frames_wait_or_are_dropped_whole() {
+fn where_a_frame_is_one_chain_it_waits_for_one_or_is_dropped_whole() {
     let (wire, peer, _) = Wire::new();
     let net = Net::new(vec![wire], CONFIG).unwrap();
     let (counts, metrics) = (Arc::clone(net.net_metrics()), Arc::clone(net.metrics()));
