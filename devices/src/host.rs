@@ -4,6 +4,9 @@ use std::io;
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::pci::Slot;
+use crate::platform::IrqLine;
+
 /// A message-signalled interrupt of the host's interrupt controller.
 ///
 /// Allocated when a device is built, one per MSI-X vector; the guest decides later where it goes. Signalling it is a write
@@ -59,6 +62,9 @@ pub trait TransportHost: Send + Sync {
     /// # Errors
     /// The host has no descriptors left, or refused.
     fn pin(&self, gsi: u32) -> io::Result<Box<dyn Pin>>;
+
+    /// INTA# of the device in `slot`, which others may share: the pin is high as long as one of them asserts it.
+    fn intx(&self, slot: Slot) -> Box<dyn IrqLine>;
 
     /// From now on a guest's write to `doorbell` signals `event` instead of going to a device.
     ///

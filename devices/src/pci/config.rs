@@ -17,6 +17,7 @@ const BAR0: usize = 0x10;
 const SUBSYSTEM: usize = 0x2c;
 const CAPABILITIES: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
+const INTERRUPT_PIN: usize = 0x3d;
 /// First byte after the type 0 header.
 const FIRST_CAPABILITY: usize = 0x40;
 /// Capabilities of the conventional kind live below the extended space.
@@ -24,8 +25,10 @@ const CONVENTIONAL_LEN: usize = 0x100;
 
 const COMMAND_PORTS: u16 = 1 << 0;
 const COMMAND_MEMORY: u16 = 1 << 1;
+const COMMAND_INTX_DISABLE: u16 = 1 << 10;
 /// Memory decode, bus master, parity, SERR# and INTx disable; no special cycles.
-const COMMAND_WRITABLE: u16 = COMMAND_MEMORY | 1 << 2 | 1 << 6 | 1 << 8 | 1 << 10;
+const COMMAND_WRITABLE: u16 = COMMAND_MEMORY | 1 << 2 | 1 << 6 | 1 << 8 | COMMAND_INTX_DISABLE;
+const STATUS_INTERRUPT: u16 = 1 << 3;
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 /// Memory space, 64 bits wide, prefetchable.
 const MEMORY_BAR_FLAGS: u64 = 0b1100;
@@ -141,10 +144,26 @@ impl ConfigSpace {
         self.registers[at] = id;
         self.put(at + 2, body);
         self.writable[at + 2..at + 2 + writable.len()].copy_from_slice(writable);
-        self.put(STATUS, &STATUS_CAPABILITIES.to_le_bytes());
+        self.put(STATUS, &(self.word(STATUS) | STATUS_CAPABILITIES).to_le_bytes());
         self.link = at + 1;
         self.free = end.next_multiple_of(4);
         at as u16
+    }
+
+    /// Says that the function interrupts by INTA#.
+    pub fn add_interrupt_pin(&mut self) {
+        self.registers[INTERRUPT_PIN] = 1;
+    }
+
+    /// Whether the guest lets the function assert INTA#.
+    pub fn may_assert(&self) -> bool {
+        self.word(COMMAND) & COMMAND_INTX_DISABLE == 0
+    }
+
+    /// Says whether the function has a reason to assert INTA#, be it allowed or not.
+    pub fn set_interrupt_status(&mut self, pending: bool) {
+        let status = self.word(STATUS) & !STATUS_INTERRUPT | if pending { STATUS_INTERRUPT } else { 0 };
+        self.put(STATUS, &status.to_le_bytes());
     }
 
     /// The guest reads. What lies past the end reads as ones.

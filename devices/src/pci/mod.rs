@@ -4,7 +4,7 @@
 //! [`PciRoot::config_ports`]) and keeps the machine's buses in step with the base addresses that the guest
 //! programs. A [`PciFunction`] is registers only; everything runs on the vCPU thread that made the access.
 //!
-//! Absent on purpose: INTx, bridges and further buses, option ROMs, function-level reset.
+//! Absent on purpose: bridges and further buses, option ROMs, function-level reset.
 
 mod access;
 mod bridge;
@@ -28,6 +28,9 @@ pub const CONFIG_PORTS: u64 = 8;
 
 /// One function of a device. Called with exclusive access, on vCPU threads.
 pub trait PciFunction: Send {
+    /// It is in `slot` from now on. Called once, before the guest sees it.
+    fn placed(&mut self, _slot: Slot) {}
+
     /// Its configuration space, for the root to look at and to place BARs in.
     fn config(&mut self) -> &mut ConfigSpace;
 

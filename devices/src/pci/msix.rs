@@ -122,6 +122,11 @@ impl Msix {
         Arc::clone(&self.vectors)
     }
 
+    /// Whether the guest has it in the place of INTA#.
+    pub fn is_enabled(&self) -> bool {
+        self.enabled
+    }
+
     /// Bytes of the capability after id and next pointer, and which bits of them the guest writes, for a table and
     /// pending bits at these offsets into BAR `bar`.
     pub fn capability(&self, bar: u32, table: u32, pending: u32) -> ([u8; 10], [u8; 2]) {

@@ -271,6 +271,7 @@ impl Functions {
             let device = Arc::new(Mutex::new(BarDevice { function: Some(Arc::clone(&function)), index }));
             bars.push(BarMapping { index, bar, device, mapped: None });
         }
+        lock(&function).placed(free);
         self.slots.insert(free, Entry { function, bars });
         Ok(free)
     }

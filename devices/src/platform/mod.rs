@@ -44,7 +44,7 @@ pub enum PowerRequest {
 pub type PowerSink = Box<dyn Fn(PowerRequest) + Send>;
 
 /// An interrupt line whose level stays as it was set last.
-pub trait IrqLine: Send {
+pub trait IrqLine: Send + Sync {
     /// Raises or lowers the line. Idempotent.
     fn set(&self, asserted: bool);
 }

@@ -44,7 +44,10 @@ pub struct Driver {
     structures: BTreeMap<u8, u64>,
     /// and the ports for notifications.
     ports: u16,
-    msix: u64,
+    /// Where the MSI-X capability is.
+    pub msix: u64,
+    /// Whether it has messages, or INTA#.
+    by_message: bool,
 }
 
 impl Driver {
@@ -84,7 +87,13 @@ impl Driver {
             }
             at = u64::from(head >> 8 & 0xff);
         }
-        Self { machine, slot, bar, features: 0, structures, ports, msix }
+        Self { machine, slot, bar, features: 0, structures, ports, msix, by_message: true }
+    }
+
+    /// From the next start on, one that does without messages.
+    pub fn without_messages(mut self) -> Self {
+        self.by_message = false;
+        self
     }
 
     /// Address of a register of the common configuration.
@@ -105,6 +114,11 @@ impl Driver {
     /// Address at which a driver does so that has no ports.
     pub fn notify_address(&self, index: u16) -> u64 {
         self.structures[&2] + 4 * u64::from(index)
+    }
+
+    /// Reads the ISR status, which clears it.
+    pub fn take_isr(&self) -> u8 {
+        self.machine.read::<1>(self.structures[&3])[0]
     }
 
     /// The device status register.
@@ -149,8 +163,10 @@ impl Driver {
         self.set_status(11);
         assert_eq!(self.status(), 11, "features {features:#x} were refused");
         self.features = features;
-        self.enable_msix();
-        self.machine.write(self.common(16), &0u16.to_le_bytes());
+        if self.by_message {
+            self.enable_msix();
+            self.machine.write(self.common(16), &0u16.to_le_bytes());
+        }
         let count = u16::from_le_bytes(self.machine.read(self.common(18)));
         (0..count).filter(|index| !skipped.contains(index)).map(|index| self.prepare_queue(index)).collect()
     }
@@ -188,10 +204,15 @@ impl Driver {
         let write = |register, bytes: &[u8]| self.machine.write(self.common(register), bytes);
         write(22, &index.to_le_bytes());
         let size = u16::from_le_bytes(self.machine.read(self.common(24)));
-        let vector = Arc::clone(&self.machine.host.vectors.lock().unwrap()[usize::from(index) + 1]);
+        let vector = match self.by_message {
+            true => Arc::clone(&self.machine.host.vectors.lock().unwrap()[usize::from(index) + 1]),
+            false => self.machine.host.intx_of(self.slot).0,
+        };
         vector.take();
         let queue = DriverQueue::new(index, size, self.features, &self.machine.memory, vector);
-        write(26, &(index + 1).to_le_bytes());
+        if self.by_message {
+            write(26, &(index + 1).to_le_bytes());
+        }
         for (register, address) in [(32, queue.table), (40, queue.avail), (48, queue.used)] {
             write(register, &address.to_le_bytes());
         }

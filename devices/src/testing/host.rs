@@ -14,6 +14,7 @@ use crate::Memory;
 use crate::bus::Bus;
 use crate::host::{Doorbell, MsiVector, Pin, TransportHost};
 use crate::pci::{self, PciFunction, PciRoot, Slot};
+use crate::platform::IrqLine;
 
 /// How long anything may take before a test gives up.
 pub(super) const DEADLINE: Duration = Duration::from_secs(20);
@@ -50,6 +51,11 @@ impl FakeVector {
     }
 }
 
+/// One that nothing has signalled.
+fn silent() -> Arc<FakeVector> {
+    Arc::new(FakeVector { event: EventFd::new(EFD_NONBLOCK).unwrap(), route: Mutex::new(None) })
+}
+
 struct Line(Arc<FakeVector>);
 
 impl Pin for Line {
@@ -74,7 +80,21 @@ impl MsiVector for Line {
     }
 }
 
-/// Vectors and ioeventfds.
+/// INTA# of a slot, which signals when it rises.
+struct Level {
+    rises: Arc<FakeVector>,
+    is_high: Arc<AtomicBool>,
+}
+
+impl IrqLine for Level {
+    fn set(&self, asserted: bool) {
+        if !self.is_high.swap(asserted, Ordering::SeqCst) && asserted {
+            self.rises.event.write(1).unwrap();
+        }
+    }
+}
+
+/// Vectors, pins and ioeventfds.
 #[derive(Default)]
 pub struct FakeHost {
     /// In the order of allocation.
@@ -82,6 +102,7 @@ pub struct FakeHost {
     /// Whether it has no way to a pin.
     pub refuses_pins: AtomicBool,
     pins: Mutex<BTreeMap<u32, Arc<FakeVector>>>,
+    intx: Mutex<BTreeMap<Slot, (Arc<FakeVector>, Arc<AtomicBool>)>>,
     doorbells: Mutex<Vec<(Doorbell, EventFd)>>,
 }
 
@@ -93,9 +114,12 @@ impl FakeHost {
 
     /// What comes to this pin of the interrupt controllers.
     pub fn line(&self, pin: u32) -> Arc<FakeVector> {
-        let mut pins = self.pins.lock().unwrap();
-        let vector = || FakeVector { event: EventFd::new(EFD_NONBLOCK).unwrap(), route: Mutex::new(None) };
-        Arc::clone(pins.entry(pin).or_insert_with(|| Arc::new(vector())))
+        Arc::clone(self.pins.lock().unwrap().entry(pin).or_insert_with(silent))
+    }
+
+    /// What comes when INTA# of `slot` rises, and whether it is high.
+    pub fn intx_of(&self, slot: Slot) -> (Arc<FakeVector>, Arc<AtomicBool>) {
+        self.intx.lock().unwrap().entry(slot).or_insert_with(|| (silent(), Arc::default())).clone()
     }
 
     /// Does what KVM does with a guest's write before it leaves the guest; false if it has to leave.
@@ -118,6 +142,11 @@ impl TransportHost for FakeHost {
             return Err(io::ErrorKind::Unsupported.into());
         }
         Ok(Box::new(Line(self.line(gsi))))
+    }
+
+    fn intx(&self, slot: Slot) -> Box<dyn IrqLine> {
+        let (rises, is_high) = self.intx_of(slot);
+        Box::new(Level { rises, is_high })
     }
 
     fn add_doorbell(&self, doorbell: Doorbell, event: &EventFd) -> io::Result<()> {

@@ -41,7 +41,7 @@ use super::transport::{COMMON_LEN, Transport};
 use super::{QueuePosition, VirtioDevice};
 use crate::Memory;
 use crate::host::{Doorbell, TransportHost};
-use crate::pci::{ConfigSpace, Identity, Msix, PciFunction};
+use crate::pci::{ConfigSpace, Identity, Msix, PciFunction, Slot};
 
 /// The BAR that everything but one is in. Each structure has a page, so that a guest may map them one by one.
 const BAR: usize = 0;
@@ -106,6 +106,7 @@ impl VirtioPciDevice {
         let vectors = (0..=queues).map(|_| host.msi_vector()).collect::<Result<Vec<_>, _>>();
         let msix = Msix::new(vectors.map_err(VirtioPciError::Vector)?);
         let mut config = ConfigSpace::new(&identity(device.device_type()));
+        config.add_interrupt_pin();
         config.add_memory_bar(BAR, BAR_LEN);
         config.add_port_bar(NOTIFY_BAR, (queues as u16 * NOTIFY_STRIDE as u16).next_power_of_two());
         let window_at = usize::from(add_capabilities(&mut config, queues as u64, device.may_be_notified_here()));
@@ -196,6 +197,10 @@ fn add_capabilities(config: &mut ConfigSpace, queues: u64, by_memory: bool) -> u
 }
 
 impl PciFunction for VirtioPciDevice {
+    fn placed(&mut self, slot: Slot) {
+        self.transport.connect(slot);
+    }
+
     fn config(&mut self) -> &mut ConfigSpace {
         &mut self.config
     }
@@ -208,6 +213,7 @@ impl PciFunction for VirtioPciDevice {
             self.read_bar(bar, at, &mut value[..len]);
             self.config.put(self.window_at + 16, &value);
         }
+        self.config.set_interrupt_status(self.transport.lines.asks_by_intx());
         self.config.read(offset, data);
     }
 
@@ -222,6 +228,7 @@ impl PciFunction for VirtioPciDevice {
         let control = self.config.word(self.msix_at + 2);
         let result = self.msix.set_control(control);
         self.transport.host_fault("route an interrupt", result);
+        self.transport.lines.set_way(self.msix.is_enabled(), self.config.may_assert());
     }
 
     fn read_bar(&mut self, bar: usize, offset: u64, data: &mut [u8]) {

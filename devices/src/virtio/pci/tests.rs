@@ -1,4 +1,6 @@
 use std::sync::Mutex;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use crate::testing::{Driver, DriverQueue, Machine, Piece, RamDisk};
 use crate::virtio::block::{Block, BlockConfig};
@@ -21,6 +23,10 @@ fn driver() -> (Driver, Arc<crate::metrics::DeviceMetrics>) {
 /// A request that succeeds: a read of the first sector.
 fn chain() -> [Piece; 2] {
     [Piece::Read(AT, 16), Piece::Write(AT + 0x1000, 513)]
+}
+
+fn deadline() -> Instant {
+    Instant::now() + Duration::from_secs(20)
 }
 
 fn word(driver: &Driver, register: u64) -> u16 {
@@ -174,9 +180,9 @@ fn interrupts_come_when_the_driver_wants_them() {
 
 /// Waits for used chains without an interrupt.
 fn settle(queue: &DriverQueue, count: u16) {
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    let deadline = deadline();
     while queue.used_index() != count {
-        assert!(std::time::Instant::now() < deadline, "{} of {count} chains were used", queue.used_index());
+        assert!(Instant::now() < deadline, "{} of {count} chains were used", queue.used_index());
         std::thread::yield_now();
     }
 }
@@ -189,19 +195,81 @@ fn a_masked_vector_is_delivered_when_it_is_unmasked() {
     driver.machine.write(control, &1u32.to_le_bytes());
     queue.add(&chain());
     driver.kick(&queue);
-    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    let deadline = deadline();
     while driver.machine.read::<8>(driver.bar + 0x5000) != [2, 0, 0, 0, 0, 0, 0, 0] {
-        assert!(std::time::Instant::now() < deadline, "the pending bit is not set");
+        assert!(Instant::now() < deadline, "the pending bit is not set");
         std::thread::yield_now();
     }
     assert_eq!(queue.vector.take(), 0);
-    assert_eq!(driver.machine.read::<1>(driver.bar + 0x1000), [1], "the ISR says that a queue was used");
+    assert_eq!(driver.take_isr(), 1, "the ISR says that a queue was used");
     assert_eq!(driver.machine.read::<1>(driver.bar + 0x1000), [0], "once");
     driver.machine.write(control, &0u32.to_le_bytes());
     assert_eq!(queue.vector.take(), 1);
     assert_eq!(driver.machine.read::<1>(driver.bar + 0x5000), [0]);
     assert_eq!(queue.take().map(|(_, len)| len), Some(513));
     assert_eq!(metrics.interrupts.value(), 1);
+}
+
+#[test]
+fn a_driver_without_messages_has_a_level_that_its_look_at_the_isr_ends() {
+    let block = Block::new(RamDisk::new(4096), BlockConfig::default()).unwrap();
+    let (metrics, disk) = (Arc::clone(block.metrics()), block.control());
+    let mut driver = Driver::attach(block).without_messages();
+    let (rises, is_high) = driver.machine.host.intx_of(driver.slot);
+    let is_high = || is_high.load(Ordering::SeqCst);
+    // What was used is seen before the interrupt.
+    let rise = || {
+        let deadline = deadline();
+        while !is_high() {
+            assert!(Instant::now() < deadline, "INTA# stays low");
+            std::thread::yield_now();
+        }
+    };
+    // Of PCI's status register, the interrupt status.
+    let asks = |driver: &Driver| driver.machine.read_config(driver.slot, 4) >> 16 & 1 << 3 != 0;
+    let disable =
+        |driver: &Driver, disabled: bool| driver.machine.write_config(driver.slot, 4, 7 | u32::from(disabled) << 10);
+    assert_eq!(driver.machine.read_config(driver.slot, 0x3c) >> 8 & 0xff, 1, "INTA#");
+    for _ in 0..2 {
+        let mut queue = driver.up().remove(0);
+        assert!(!is_high() && !asks(&driver));
+        assert_eq!(driver.run(&mut queue, &chain()), 513);
+        rise();
+        assert!(asks(&driver), "until the driver has seen why");
+        assert_eq!((driver.take_isr(), driver.take_isr()), (1, 0));
+        assert!(!is_high() && !asks(&driver));
+        // Another size is another reason.
+        rises.take();
+        disk.replace(RamDisk::new(8192).into());
+        assert!(rises.wait(deadline()));
+        // It may be kept off the pin, and comes when it may again.
+        disable(&driver, true);
+        assert!(!is_high() && asks(&driver));
+        disable(&driver, false);
+        assert!(is_high());
+        assert_eq!(driver.take_isr(), 2);
+    }
+    // With a reason and without a look at it: messages, a reset, the end.
+    let mut queue = driver.up().remove(0);
+    driver.run(&mut queue, &chain());
+    let by_message = |driver: &Driver, on: bool| {
+        driver.machine.write_config(driver.slot, driver.msix, u32::from(on) << 31);
+    };
+    rise();
+    by_message(&driver, true);
+    assert!(!is_high() && !asks(&driver));
+    by_message(&driver, false);
+    assert!(!is_high(), "what was told by messages is told");
+    for end in
+        [(|driver: &Driver| driver.set_status(0)) as fn(&Driver), |driver| driver.machine.root.remove(driver.slot)]
+    {
+        let mut queue = driver.up().remove(0);
+        driver.run(&mut queue, &chain());
+        rise();
+        end(&driver);
+        assert!(!is_high());
+    }
+    assert_eq!((metrics.guest_faults.value(), metrics.host_faults.value()), (0, 0));
 }
 
 #[test]

@@ -11,6 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::host::{Pin, TransportHost};
 use crate::metrics::DeviceMetrics;
 use crate::pci::Vectors;
+use crate::platform::IrqLine;
 use crate::virtio::Interrupt;
 
 /// No vector: nothing is raised.
@@ -19,7 +20,8 @@ pub(super) const NO_VECTOR: u16 = 0xffff;
 const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
 
-/// Status, ISR, and the vectors or the pin. Orderings are sequentially consistent: these are far from the hot path's
+/// Status, ISR, and three ways to interrupt a driver: PCI's messages and INTA#, which follows the ISR, and virtio-mmio's
+/// pin. Orderings are sequentially consistent: these are far from the hot path's
 /// memory accesses.
 pub(in crate::virtio) struct Lines {
     pub(super) status: AtomicU8,
@@ -28,6 +30,14 @@ pub(in crate::virtio) struct Lines {
     pub(super) queue_vectors: Vec<AtomicU16>,
     isr: AtomicU8,
     vectors: Arc<Vectors>,
+    /// Whether the driver has chosen those;
+    by_message: AtomicBool,
+    /// if not, whether INTA# may be asserted,
+    may_assert: AtomicBool,
+    /// where that is, once the device has a slot,
+    intx: OnceLock<Box<dyn IrqLine>>,
+    /// and whether it is asserted. Held while that changes, so that the last change agrees with what is above.
+    asserted: Mutex<bool>,
     /// Set while the driver is one that has a pin in the place of vectors.
     by_pin: AtomicBool,
     /// Which one, and the way there, once there was such a driver.
@@ -52,6 +62,10 @@ impl Lines {
             queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             isr: AtomicU8::new(0),
             vectors,
+            by_message: AtomicBool::new(false),
+            may_assert: AtomicBool::new(true),
+            intx: OnceLock::new(),
+            asserted: Mutex::new(false),
             by_pin: AtomicBool::new(false),
             pin: OnceLock::new(),
             direct: Mutex::default(),
@@ -68,11 +82,47 @@ impl Lines {
         self.isr.store(0, Ordering::SeqCst);
         self.by_pin.store(false, Ordering::SeqCst);
         *self.lock_direct() = None;
+        self.assert();
     }
 
-    /// The driver reads PCI's ISR status, which clears it.
+    /// INTA# of the device, whose slot is known now.
+    pub(super) fn connect(&self, intx: Box<dyn IrqLine>) {
+        // Only the root does, once.
+        let _ = self.intx.set(intx);
+    }
+
+    /// The driver has chosen messages or INTA#, and whether the latter may be asserted.
+    pub(in crate::virtio) fn set_way(&self, by_message: bool, may_assert: bool) {
+        if self.by_message.swap(by_message, Ordering::SeqCst) && !by_message {
+            // It was told of by messages, and nobody would take it back.
+            self.isr.store(0, Ordering::SeqCst);
+        }
+        self.may_assert.store(may_assert, Ordering::SeqCst);
+        self.assert();
+    }
+
+    /// Whether there is a reason to assert INTA#: PCI's interrupt status.
+    pub(in crate::virtio) fn asks_by_intx(&self) -> bool {
+        let is_chosen = !self.by_message.load(Ordering::SeqCst) && !self.by_pin();
+        is_chosen && self.isr.load(Ordering::SeqCst) != 0
+    }
+
+    /// Makes INTA# agree with the ISR.
+    fn assert(&self) {
+        let Some(intx) = self.intx.get() else { return };
+        let mut asserted = self.asserted.lock().unwrap_or_else(|e| e.into_inner());
+        let wanted = self.asks_by_intx() && self.may_assert.load(Ordering::SeqCst);
+        if *asserted != wanted {
+            *asserted = wanted;
+            intx.set(wanted);
+        }
+    }
+
+    /// The driver reads PCI's ISR status, which clears it and ends an INTA#.
     pub(in crate::virtio) fn take_isr(&self) -> u8 {
-        self.isr.swap(0, Ordering::SeqCst)
+        let isr = self.isr.swap(0, Ordering::SeqCst);
+        self.assert();
+        isr
     }
 
     /// The driver reads virtio-mmio's interrupt status, which changes nothing. Where somebody else uses buffers it is always
@@ -113,7 +163,11 @@ impl Lines {
         self.isr.fetch_or(isr, Ordering::SeqCst);
         let result = match self.pin.get().filter(|_| self.by_pin()) {
             Some((_, pin)) => pin.trigger().write(1),
-            None => self.vectors.signal(vector.load(Ordering::SeqCst)),
+            None if self.by_message.load(Ordering::SeqCst) => self.vectors.signal(vector.load(Ordering::SeqCst)),
+            None => {
+                self.assert();
+                Ok(())
+            }
         };
         if let Err(error) = result {
             self.count(&error);

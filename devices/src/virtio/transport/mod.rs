@@ -15,7 +15,7 @@ use self::registers::Registers;
 use super::{Active, Interrupt, QueueConfig, QueuePosition, VirtioDevice, Virtqueue};
 use crate::Memory;
 use crate::host::{Doorbell, TransportHost};
-use crate::pci::Vectors;
+use crate::pci::{Slot, Vectors};
 
 pub(super) use self::registers::{COMMON_LEN, Effect, at};
 
@@ -35,8 +35,8 @@ pub(super) struct Transport {
 }
 
 impl Transport {
-    /// Around `device`, stopped. Its interrupts are `vectors`, one for each queue and one for the device, as long as a driver
-    /// chooses no pin.
+    /// Around `device`, stopped. Its interrupts are `vectors`, one for each queue and one for the device, or whichever pin a
+    /// driver chooses.
     ///
     /// # Errors
     /// The host has no event descriptors left.
@@ -62,6 +62,11 @@ impl Transport {
             notify,
             doorbell: None,
         })
+    }
+
+    /// It is in `slot`, whose INTA# is its own.
+    pub(super) fn connect(&self, slot: Slot) {
+        self.lines.connect(self.host.intx(slot));
     }
 
     /// The driver writes the register at `offset` of [`Registers`], and what it asks for is done.
