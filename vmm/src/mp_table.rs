@@ -6,6 +6,7 @@ use std::ops::Range;
 use bedplate_devices::Memory;
 use vm_memory::{Bytes, GuestAddress};
 
+use crate::kvm::intx_pins;
 use crate::memory::layout;
 
 /// Where it lies: in the part of the BIOS area where kernels look for it.
@@ -28,6 +29,10 @@ const NMI: u8 = 1;
 const EXTERNAL: u8 = 3;
 /// Every local APIC.
 const ALL: u8 = 0xff;
+
+/// Buses. PCI's has the number by which configuration space knows it.
+const PCI: u8 = 0;
+const ISA: u8 = 1;
 
 /// The table does not fit where it must lie: our bug, or RAM of less than a MiB.
 #[derive(Debug, thiserror::Error)]
@@ -62,15 +67,19 @@ fn table(vcpus: u8) -> Vec<u8> {
         processor.resize(20, 0);
         entries.push(processor);
     }
-    entries.push([&[1, 0], b"ISA   ".as_slice()].concat());
+    entries.push([&[1, PCI], b"PCI   ".as_slice()].concat());
+    entries.push([&[1, ISA], b"ISA   ".as_slice()].concat());
     // Its id is above those of the processors.
     let io_apic = vcpus;
     entries.push([&[2, io_apic, IO_APIC_VERSION, ENABLED], layout::IO_APIC.to_le_bytes().as_slice()].concat());
-    // Kind, flags as the bus has them, which is edges, and where from and to: the pins are the ISA bus's interrupts, and
-    // those above are said to be.
-    entries.extend((0..PINS).map(|pin| vec![3, VECTORED, 0, 0, 0, pin, io_apic, pin]));
-    entries.push(vec![4, EXTERNAL, 0, 0, 0, 0, 0, 0]);
-    entries.push(vec![4, NMI, 0, 0, 0, 0, ALL, 1]);
+    // Kind, flags as the bus has them, and where from and to. Edges: the pins are the ISA bus's interrupts, and those above
+    // are said to be. Levels: INTA# of each device, by its number in the place of the interrupt's.
+    let pci: Vec<_> = intx_pins().map(|(slot, pin)| (slot.number() << 2, pin as u8)).collect();
+    let isa = (0..PINS).filter(|pin| !pci.iter().any(|(_, of)| of == pin));
+    entries.extend(isa.map(|pin| vec![3, VECTORED, 0, 0, ISA, pin, io_apic, pin]));
+    entries.extend(pci.iter().map(|(device, pin)| vec![3, VECTORED, 0, 0, PCI, *device, io_apic, *pin]));
+    entries.push(vec![4, EXTERNAL, 0, 0, ISA, 0, 0, 0]);
+    entries.push(vec![4, NMI, 0, 0, ISA, 0, ALL, 1]);
 
     let mut table = vec![0; HEADER_LEN];
     table[..4].copy_from_slice(b"PCMP");
@@ -116,7 +125,7 @@ mod tests {
             count[usize::from(*kind)] += 1;
             rest = &rest[if *kind == 0 { 20 } else { 8 }..];
         }
-        assert_eq!(count, [3, 1, 1, 24, 2]);
+        assert_eq!(count, [3, 2, 1, 20 + 31, 2]);
         assert_eq!(u16::from_le_bytes(table[34..36].try_into().unwrap()), count.iter().sum::<u16>());
     }
 }

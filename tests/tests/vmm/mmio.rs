@@ -26,7 +26,7 @@ fn dir() -> Result<PathBuf> {
 }
 
 /// No device has seen a fault.
-fn no_faults(guest: &Guest) -> Result<()> {
+pub fn no_faults(guest: &Guest) -> Result<()> {
     let status: Value = serde_json::from_str(&guest.api("GET", "/bedplate/status", "", 200)?)?;
     let devices = status["devices"].as_object().into_iter().flatten();
     for (name, device) in devices {
@@ -39,17 +39,26 @@ fn no_faults(guest: &Guest) -> Result<()> {
 
 /// Every kind of device at work in a guest that was told to do without PCI, as nearly every client of Firecracker does.
 pub fn without_pci() -> Result<()> {
-    with_tap("tap-w", "10.14.0.1/24", all_devices)
+    with_tap("tap-w", "10.14.0.1/24", || {
+        all_devices("pci=off", |guest| {
+            ensure!(guest.run("ls /sys/bus/pci/devices 2> /dev/null | wc -l")? == "0", "there is a device on PCI");
+            // Two disks, interface, randomness, console, persistent memory, sockets, memory that is added, balloon.
+            ensure!(guest.run(BOUND)? == "9", "{}", guest.run("dmesg | tail")?);
+            Ok(())
+        })
+    })
 }
 
-fn all_devices() -> Result<()> {
+/// Has every kind of device work in a guest with this word on its command line, of which `found` says that it has them as it
+/// shall. Needs a `tap-w` with 10.14.0.1.
+pub fn all_devices(word: &str, found: impl FnOnce(&Guest) -> Result<()>) -> Result<()> {
     let dir = dir()?;
     let (from, to, pmem) = (dir.join("from"), dir.join("to"), dir.join("pmem"));
     numbered_file(&from, MIB)?;
     numbered_file(&pmem, MIB)?;
     fs::File::create(&to)?.set_len(MIB << 20)?;
-    let guest =
-        GuestSpec::new("mmio").cpus(2).cmdline("pci=off memhp_default_state=online_movable tiny.ip=10.14.0.2/24");
+    let words = format!("{word} memhp_default_state=online_movable tiny.ip=10.14.0.2/24");
+    let guest = GuestSpec::new("mmio").cpus(2).cmdline(&words);
     let guest = guest.drive(&from, true).drive(&to, false).network("tap-w", "02:00:00:00:0e:02");
     let guest =
         guest.section("entropy", json!({})).section("console", json!({"socket": CONSOLE, "columns": 80, "rows": 24}));
@@ -57,9 +66,7 @@ fn all_devices() -> Result<()> {
     let guest = guest.section("vsock", json!({"guest_cid": 14, "uds_path": "/run/mmio/vsock"}));
     let guest = guest.section("memory-hotplug", json!({"total_size_mib": 256}));
     let mut guest = guest.options(&["--visible", "/run/mmio"]).boot()?;
-    ensure!(guest.run("ls /sys/bus/pci/devices 2> /dev/null | wc -l")? == "0", "there is a device on PCI");
-    // Two disks, interface, randomness, console, persistent memory, sockets, memory that is added, balloon.
-    ensure!(guest.run(BOUND)? == "9", "{}", guest.run("dmesg | tail")?);
+    found(&guest)?;
 
     guest.run("dd if=/dev/vda of=/dev/vdb bs=64k conv=fsync 2> /dev/null")?;
     same_bytes(&from, &to)?;

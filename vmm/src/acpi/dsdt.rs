@@ -3,7 +3,7 @@
 //! ```text
 //! \_S5            soft off
 //! \_SB.Cxxx       processors
-//! \_SB.PCI0       PCI Express root bridge: bus 0, both windows, the configuration ports; no _PRT, as there is no INTx
+//! \_SB.PCI0       PCI Express root bridge: bus 0, both windows, the configuration ports; _PRT: the pin of each slot, a level
 //! \_SB.PCI0.Snnn  slots, whose devices come and go ([`super::hotplug`]); no _OSC, so that this is how they do
 //! \_SB.MBRD       what the chipset itself takes: ECAM, ACPI registers, those for hot-plug
 //! \_SB.COM1 RTC_  serial port and clock
@@ -12,8 +12,8 @@
 //! The power button is fixed hardware and needs no device here.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, Path,
-    ResourceTemplate,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, Package, PackageBuilder,
+    Path, ResourceTemplate,
 };
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, aml};
@@ -23,6 +23,7 @@ use bedplate_devices::virtio::mmio::{Place, WINDOW_LEN};
 
 use super::tables::{OEM, OEM_REVISION, OEM_TABLE};
 use super::{Description, ECAM_LEN, HOTPLUG_PORT, PM_PORT, hotplug};
+use crate::kvm::intx_pins;
 use crate::machine::ports;
 use crate::memory::layout;
 
@@ -123,10 +124,30 @@ impl Aml for RootBridge<'_> {
                 // Coherent for DMA.
                 &Name::new(Path::new("_CCA"), &1u8),
                 &Name::new(Path::new("_CRS"), &ResourceTemplate::new(resources)),
+                &InterruptPins,
                 &hotplug::Slots { processors: self.later.clone() },
             ],
         )
         .to_aml_bytes(sink);
+    }
+}
+
+/// Which pin of the I/O APIC is INTA# of a slot (ACPI 6.4, 6.2.13): low and a level, as on every PC.
+struct InterruptPins;
+
+impl Aml for InterruptPins {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        /// Every function of the slot.
+        const FUNCTIONS: u32 = 0xffff;
+        const INTA: u8 = 0;
+        /// The pin is named by its number, not by a device that has it.
+        const NUMBER: u8 = 0;
+        let mut pins = PackageBuilder::new();
+        for (slot, pin) in intx_pins() {
+            let address = u32::from(slot.number()) << 16 | FUNCTIONS;
+            pins.add_element(&Package::new(vec![&address, &INTA, &NUMBER, &pin]));
+        }
+        Name::new(Path::new("_PRT"), &pins).to_aml_bytes(sink);
     }
 }
 

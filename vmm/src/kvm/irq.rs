@@ -1,12 +1,14 @@
 //! Interrupts into the guest and notifies out of it: GSI routing, irqfds, ioeventfds.
 //!
-//! GSIs 0 to 23 are the pins of the I/O APIC (and, below 16, of the two PICs); each MSI vector has one above those.
+//! GSIs 0 to 23 are the pins of the I/O APIC (and, below 16, of the two PICs), of which the last four are INTA# of the PCI
+//! devices in turn; each MSI vector has one above those.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use bedplate_devices::host::{Doorbell, MsiVector, Pin, TransportHost};
+use bedplate_devices::pci::{SLOTS, Slot};
 use bedplate_devices::platform::IrqLine;
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
@@ -20,8 +22,20 @@ use super::{KvmError, call};
 
 /// Pins of the I/O APIC.
 const PINS: u32 = 24;
+/// Of them, those of PCI devices.
+const INTX_PINS: std::ops::Range<u32> = 20..PINS;
 /// KVM's own limit on routes.
 const MAX_GSI: u32 = 4096 - 1;
+
+/// The pin that is INTA# of the device in `slot`; devices share it.
+fn intx_pin(slot: Slot) -> u32 {
+    INTX_PINS.start + u32::from(slot.number()) % INTX_PINS.len() as u32
+}
+
+/// All slots of devices, each with its pin.
+pub fn intx_pins() -> impl Iterator<Item = (Slot, u32)> {
+    (1..SLOTS).filter_map(Slot::new).map(|slot| (slot, intx_pin(slot)))
+}
 
 /// Message address and data.
 type Message = (u64, u32);
@@ -37,6 +51,8 @@ struct Routes {
     /// Every MSI vector that exists, with where it goes, if anywhere. Held while the whole table is handed to KVM, so
     /// that tables arrive in the order in which they were made.
     table: Mutex<BTreeMap<u32, Option<Message>>>,
+    /// The slots that assert INTA#, a bit for each. Held while a pin changes, so that changes arrive in their order.
+    intx: Mutex<u32>,
 }
 
 impl Routes {
@@ -55,7 +71,7 @@ impl Routes {
 
 impl Interrupts {
     pub(super) fn new(fd: Arc<VmFd>) -> Result<Self, KvmError> {
-        let routes = Routes { fd, table: Mutex::default() };
+        let routes = Routes { fd, table: Mutex::default(), intx: Mutex::default() };
         routes.install(&routes.lock()).map_err(|source| KvmError::Call { what: "route interrupts", source })?;
         Ok(Self { routes: Arc::new(routes) })
     }
@@ -89,6 +105,27 @@ impl IrqLine for Level {
     }
 }
 
+/// What a slot does to the pin that it shares.
+struct Shared {
+    routes: Arc<Routes>,
+    slot: Slot,
+}
+
+impl IrqLine for Shared {
+    fn set(&self, asserted: bool) {
+        let pin = intx_pin(self.slot);
+        let others = intx_pins().filter(|(slot, of)| *of == pin && *slot != self.slot);
+        let others = others.fold(0, |bits, (slot, _)| bits | 1u32 << slot.number());
+        let bit = 1u32 << self.slot.number();
+        let mut slots = self.routes.intx.lock().unwrap_or_else(|e| e.into_inner());
+        *slots = if asserted { *slots | bit } else { *slots & !bit };
+        if *slots & others == 0 {
+            // Cannot fail: the pin exists from the VM's creation on.
+            let _ = self.routes.fd.set_irq_line(pin, asserted);
+        }
+    }
+}
+
 /// The machine hands this to its virtio devices.
 impl TransportHost for Interrupts {
     fn msi_vector(&self) -> io::Result<Box<dyn MsiVector>> {
@@ -104,6 +141,10 @@ impl TransportHost for Interrupts {
     fn pin(&self, gsi: u32) -> io::Result<Box<dyn Pin>> {
         let trigger = self.edge(gsi).map_err(io::Error::other)?;
         Ok(Box::new(Edge { fd: Arc::clone(&self.routes.fd), gsi, trigger }))
+    }
+
+    fn intx(&self, slot: Slot) -> Box<dyn IrqLine> {
+        Box::new(Shared { routes: Arc::clone(&self.routes), slot })
     }
 
     fn add_doorbell(&self, doorbell: Doorbell, event: &EventFd) -> io::Result<()> {
