@@ -80,7 +80,10 @@ impl MsiVector for Line {
     }
 }
 
-/// INTA# of a slot, which signals when it rises.
+/// What INTA# of a slot signals when it rises, and whether it is high.
+type RisesAndIsHigh = (Arc<FakeVector>, Arc<AtomicBool>);
+
+/// INTA# of a slot.
 struct Level {
     rises: Arc<FakeVector>,
     is_high: Arc<AtomicBool>,
@@ -102,7 +105,7 @@ pub struct FakeHost {
     /// Whether it has no way to a pin.
     pub refuses_pins: AtomicBool,
     pins: Mutex<BTreeMap<u32, Arc<FakeVector>>>,
-    intx: Mutex<BTreeMap<Slot, (Arc<FakeVector>, Arc<AtomicBool>)>>,
+    intx: Mutex<BTreeMap<Slot, RisesAndIsHigh>>,
     doorbells: Mutex<Vec<(Doorbell, EventFd)>>,
 }
 
@@ -118,7 +121,7 @@ impl FakeHost {
     }
 
     /// What comes when INTA# of `slot` rises, and whether it is high.
-    pub fn intx_of(&self, slot: Slot) -> (Arc<FakeVector>, Arc<AtomicBool>) {
+    pub fn intx_of(&self, slot: Slot) -> RisesAndIsHigh {
         self.intx.lock().unwrap().entry(slot).or_insert_with(|| (silent(), Arc::default())).clone()
     }
 

@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const MIB: u64 = 8;
 
 /// An empty directory for the files of one scenario.
-fn dir(name: &str) -> Result<PathBuf> {
+pub fn dir(name: &str) -> Result<PathBuf> {
     let dir = Path::new("/run/plug").join(name);
     let _ = fs::remove_dir_all(&dir);
     fs::create_dir_all(&dir)?;
@@ -30,14 +30,14 @@ fn dir(name: &str) -> Result<PathBuf> {
 }
 
 /// A file of [`MIB`] that begins with its name.
-fn file(dir: &Path, name: &str) -> Result<PathBuf> {
+pub fn file(dir: &Path, name: &str) -> Result<PathBuf> {
     let path = dir.join(name);
     fs::write(&path, name)?;
     fs::File::options().write(true).open(&path)?.set_len(MIB << 20)?;
     Ok(path)
 }
 
-fn put_drive(guest: &Guest, id: &str, path: &Path, status: u16) -> Result<String> {
+pub fn put_drive(guest: &Guest, id: &str, path: &Path, status: u16) -> Result<String> {
     let body = json!({"drive_id": id, "path_on_host": path, "is_root_device": false});
     guest.api("PUT", &format!("/drives/{id}"), &body.to_string(), status)
 }

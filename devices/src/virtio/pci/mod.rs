@@ -228,7 +228,7 @@ impl PciFunction for VirtioPciDevice {
         let control = self.config.word(self.msix_at + 2);
         let result = self.msix.set_control(control);
         self.transport.host_fault("route an interrupt", result);
-        self.transport.lines.set_way(self.msix.is_enabled(), self.config.may_assert());
+        self.transport.set_way(self.msix.is_enabled(), self.config.may_assert());
     }
 
     fn read_bar(&mut self, bar: usize, offset: u64, data: &mut [u8]) {

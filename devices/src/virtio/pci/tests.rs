@@ -396,3 +396,28 @@ fn what_others_signal_waits_while_its_vector_is_masked() {
     choose(&driver, 1);
     assert!(raise().is_some(), "of a driver that is gone nothing is looked up any more");
 }
+
+#[test]
+fn what_others_signal_is_a_reason_for_inta() {
+    let signal = Arc::<Mutex<Option<EventFd>>>::default();
+    let device = Elsewhere { metrics: Arc::default(), interrupt: None, signal: Arc::clone(&signal) };
+    let mut driver = Driver::attach(device).without_messages();
+    let (rises, is_high) = driver.machine.host.intx_of(driver.slot);
+    let raise = || signal.lock().unwrap().as_ref().unwrap().write(1).unwrap();
+    for _ in 0..2 {
+        driver.up();
+        for _ in 0..3 {
+            raise();
+            assert!(rises.wait(deadline()) && is_high.load(Ordering::SeqCst));
+            assert_eq!((driver.take_isr(), is_high.load(Ordering::SeqCst)), (1, false));
+        }
+    }
+    // A driver that turns to messages while the device works has them from then on.
+    driver.machine.write_config(driver.slot, driver.msix, 1 << 31);
+    driver.machine.write(driver.common(22), &0u16.to_le_bytes());
+    driver.machine.write(driver.common(26), &1u16.to_le_bytes());
+    driver.machine.write(driver.bar + TABLE + 16 + 12, &0u32.to_le_bytes());
+    raise();
+    let vector = Arc::clone(&driver.machine.host.vectors.lock().unwrap()[1]);
+    assert!(vector.take() == 1 && !is_high.load(Ordering::SeqCst));
+}

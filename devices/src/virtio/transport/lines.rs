@@ -2,12 +2,13 @@
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
 use virtio_bindings::virtio_config::{VIRTIO_CONFIG_S_DRIVER_OK, VIRTIO_CONFIG_S_NEEDS_RESET};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::relay::Relay;
 use crate::host::{Pin, TransportHost};
 use crate::metrics::DeviceMetrics;
 use crate::pci::Vectors;
@@ -42,10 +43,13 @@ pub(in crate::virtio) struct Lines {
     by_pin: AtomicBool,
     /// Which one, and the way there, once there was such a driver.
     pin: OnceLock<(u32, Box<dyn Pin>)>,
-    /// The way of somebody else, who does not set the bit for used buffers. His own: he may fill its counter, or keep it.
+    /// The way of somebody else to either pin, who does not set the bit for used buffers. His own: he may fill its counter,
+    /// or keep it.
     direct: Mutex<Option<Box<dyn Pin>>>,
     host: Arc<dyn TransportHost>,
     metrics: Arc<DeviceMetrics>,
+    /// Itself.
+    shared: Weak<Self>,
 }
 
 impl Lines {
@@ -54,8 +58,8 @@ impl Lines {
         vectors: Arc<Vectors>,
         host: Arc<dyn TransportHost>,
         metrics: Arc<DeviceMetrics>,
-    ) -> Self {
-        Self {
+    ) -> Arc<Self> {
+        Arc::new_cyclic(|shared| Self {
             status: AtomicU8::new(0),
             generation: AtomicU8::new(0),
             config_vector: AtomicU16::new(NO_VECTOR),
@@ -71,7 +75,8 @@ impl Lines {
             direct: Mutex::default(),
             host,
             metrics,
-        }
+            shared: Weak::clone(shared),
+        })
     }
 
     /// As after power-on. Nobody may be at work.
@@ -91,14 +96,17 @@ impl Lines {
         let _ = self.intx.set(intx);
     }
 
-    /// The driver has chosen messages or INTA#, and whether the latter may be asserted.
-    pub(in crate::virtio) fn set_way(&self, by_message: bool, may_assert: bool) {
-        if self.by_message.swap(by_message, Ordering::SeqCst) && !by_message {
+    /// The driver has chosen messages or INTA#, and whether the latter may be asserted. True if it has chosen the other one:
+    /// what [`Interrupt::direct`] has given out is not good any more.
+    pub(super) fn set_way(&self, by_message: bool, may_assert: bool) -> bool {
+        let before = self.by_message.swap(by_message, Ordering::SeqCst);
+        if before && !by_message {
             // It was told of by messages, and nobody would take it back.
             self.isr.store(0, Ordering::SeqCst);
         }
         self.may_assert.store(may_assert, Ordering::SeqCst);
         self.assert();
+        before != by_message
     }
 
     /// Whether there is a reason to assert INTA#: PCI's interrupt status.
@@ -128,7 +136,7 @@ impl Lines {
     /// The driver reads virtio-mmio's interrupt status, which changes nothing. Where somebody else uses buffers it is always
     /// possible that he has.
     pub(in crate::virtio) fn isr(&self) -> u8 {
-        let direct = if self.lock_direct().is_some() { ISR_QUEUE } else { 0 };
+        let direct = if self.by_pin() && self.lock_direct().is_some() { ISR_QUEUE } else { 0 };
         self.isr.load(Ordering::SeqCst) | direct
     }
 
@@ -146,6 +154,8 @@ impl Lines {
             // Only the transport sets it, which is one.
             let _ = self.pin.set((gsi, self.host.pin(gsi)?));
         }
+        // What was given out before is INTA#'s.
+        *self.lock_direct() = None;
         self.by_pin.store(true, Ordering::SeqCst);
         Ok(())
     }
@@ -187,13 +197,16 @@ impl Interrupt for Lines {
     }
 
     fn direct(&self, queue: u16) -> io::Result<Option<EventFd>> {
-        if let Some((gsi, _)) = self.pin.get().filter(|_| self.by_pin()) {
+        let pin = self.pin.get().filter(|_| self.by_pin());
+        if pin.is_some() || !self.by_message.load(Ordering::SeqCst) {
             let mut direct = self.lock_direct();
-            let pin = match &mut *direct {
-                Some(pin) => pin,
-                none => none.insert(self.host.pin(*gsi)?),
+            let way = match (&mut *direct, pin, self.shared.upgrade()) {
+                (Some(way), ..) => way,
+                (none, Some((gsi, _)), _) => none.insert(self.host.pin(*gsi)?),
+                (none, None, Some(lines)) => none.insert(Box::new(Relay::start(lines, &self.metrics)?)),
+                (_, None, None) => return Ok(None),
             };
-            return pin.trigger().try_clone().map(Some);
+            return way.trigger().try_clone().map(Some);
         }
         let vector = self.queue_vectors.get(usize::from(queue)).map_or(NO_VECTOR, |v| v.load(Ordering::SeqCst));
         self.vectors.direct(vector)

@@ -3,6 +3,7 @@
 
 mod lines;
 mod registers;
+mod relay;
 
 use std::io;
 use std::sync::Arc;
@@ -49,7 +50,6 @@ impl Transport {
         let sizes = device.queue_sizes();
         let notify = sizes.iter().map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new)).collect::<io::Result<Vec<_>>>()?;
         let lines = Lines::new(sizes.len(), vectors, Arc::clone(host), Arc::clone(device.metrics()));
-        let lines = Arc::new(lines);
         let offered = device.features() | device.ring_features();
         let registers = Registers::new(offered, sizes, sizes.len() as u16 + 1, Arc::clone(&lines));
         Ok(Self {
@@ -62,6 +62,13 @@ impl Transport {
             notify,
             doorbell: None,
         })
+    }
+
+    /// The driver has chosen messages or INTA#, and whether the latter may be asserted.
+    pub(super) fn set_way(&mut self, by_message: bool, may_assert: bool) {
+        if self.lines.set_way(by_message, may_assert) {
+            (0..self.notify.len() as u16).for_each(|queue| self.device.vector_changed(queue));
+        }
     }
 
     /// It is in `slot`, whose INTA# is its own.
