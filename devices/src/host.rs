@@ -63,8 +63,9 @@ pub trait TransportHost: Send + Sync {
     /// The host has no descriptors left, or refused.
     fn pin(&self, gsi: u32) -> io::Result<Box<dyn Pin>>;
 
-    /// INTA# of the device in `slot`, which others may share: the pin is high as long as one of them asserts it.
-    fn intx(&self, slot: Slot) -> Box<dyn IrqLine>;
+    /// INTA# of the device in `slot`: the number of its pin, and the way there. Devices share it: it is high as long as one of
+    /// them asserts it.
+    fn intx(&self, slot: Slot) -> (u8, Box<dyn IrqLine>);
 
     /// From now on a guest's write to `doorbell` signals `event` instead of going to a device.
     ///

@@ -72,8 +72,8 @@ fn table(vcpus: u8) -> Vec<u8> {
     // Its id is above those of the processors.
     let io_apic = vcpus;
     entries.push([&[2, io_apic, IO_APIC_VERSION, ENABLED], layout::IO_APIC.to_le_bytes().as_slice()].concat());
-    // Kind, flags as the bus has them, and where from and to. Edges: the pins are the ISA bus's interrupts, and those above
-    // are said to be. Levels: INTA# of each device, by its number in the place of the interrupt's.
+    // Kind, flags as the bus has them, and where from and to. Levels: INTA# of each device, by its number in the place of the
+    // interrupt's. Edges: the other pins are the ISA bus's interrupts, and those above are said to be.
     let pci: Vec<_> = intx_pins().map(|(slot, pin)| (slot.number() << 2, pin as u8)).collect();
     let isa = (0..PINS).filter(|pin| !pci.iter().any(|(_, of)| of == pin));
     entries.extend(isa.map(|pin| vec![3, VECTORED, 0, 0, ISA, pin, io_apic, pin]));
@@ -125,7 +125,7 @@ mod tests {
             count[usize::from(*kind)] += 1;
             rest = &rest[if *kind == 0 { 20 } else { 8 }..];
         }
-        assert_eq!(count, [3, 2, 1, 20 + 31, 2]);
+        assert_eq!(count, [3, 2, 1, 22 + 31, 2]);
         assert_eq!(u16::from_le_bytes(table[34..36].try_into().unwrap()), count.iter().sum::<u16>());
     }
 }

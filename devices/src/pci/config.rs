@@ -17,11 +17,13 @@ const BAR0: usize = 0x10;
 const SUBSYSTEM: usize = 0x2c;
 const CAPABILITIES: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
-const INTERRUPT_PIN: usize = 0x3d;
 /// First byte after the type 0 header.
 const FIRST_CAPABILITY: usize = 0x40;
 /// Capabilities of the conventional kind live below the extended space.
 const CONVENTIONAL_LEN: usize = 0x100;
+
+/// Value of the interrupt pin register, which follows the line's.
+const INTA: u8 = 1;
 
 const COMMAND_PORTS: u16 = 1 << 0;
 const COMMAND_MEMORY: u16 = 1 << 1;
@@ -150,9 +152,9 @@ impl ConfigSpace {
         at as u16
     }
 
-    /// Says that the function interrupts by INTA#.
-    pub fn add_interrupt_pin(&mut self) {
-        self.registers[INTERRUPT_PIN] = 1;
+    /// Says that the function interrupts by INTA#, and where firmware would have found that this leads: pin `line`.
+    pub fn set_interrupt_pin(&mut self, line: u8) {
+        self.put(INTERRUPT_LINE, &[line, INTA]);
     }
 
     /// Whether the guest lets the function assert INTA#.

@@ -19,6 +19,9 @@ use crate::platform::IrqLine;
 /// How long anything may take before a test gives up.
 pub(super) const DEADLINE: Duration = Duration::from_secs(20);
 
+/// Number of the pin that devices share here.
+pub const INTX: u8 = 11;
+
 /// An interrupt vector that a test can look at.
 pub struct FakeVector {
     event: EventFd,
@@ -147,9 +150,9 @@ impl TransportHost for FakeHost {
         Ok(Box::new(Line(self.line(gsi))))
     }
 
-    fn intx(&self, slot: Slot) -> Box<dyn IrqLine> {
+    fn intx(&self, slot: Slot) -> (u8, Box<dyn IrqLine>) {
         let (rises, is_high) = self.intx_of(slot);
-        Box::new(Level { rises, is_high })
+        (INTX, Box::new(Level { rises, is_high }))
     }
 
     fn add_doorbell(&self, doorbell: Doorbell, event: &EventFd) -> io::Result<()> {

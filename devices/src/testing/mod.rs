@@ -13,6 +13,6 @@ mod web;
 
 pub use backends::{Nowhere, RamDisk, Wire};
 pub use driver::{Driver, DriverQueue, Piece};
-pub use host::{FakeHost, FakeVector, Machine, ram};
+pub use host::{FakeHost, FakeVector, INTX, Machine, ram};
 pub use hostile::{Hostile, configuration, honest};
 pub use web::{Echo, SERVER, WebClient, disturb};

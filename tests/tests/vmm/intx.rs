@@ -1,19 +1,21 @@
 //! Guests that have PCI and no messages for its interrupts: they have pins, which devices share.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use bedplate_tests::inside::guest::GuestSpec;
-use bedplate_tests::inside::tools::with_tap;
+use bedplate_tests::inside::tools::{numbered_file, with_tap};
 
 use crate::mmio::{all_devices, no_faults, vhost};
 use crate::plug::{appears, delete, dir, disappears, file, put_drive};
 
-/// Every kind of device at work, on four pins.
+const MIB: u64 = 16;
+
+/// Every kind of device at work, on two pins.
 pub fn without_messages() -> Result<()> {
     with_tap("tap-w", "10.14.0.1/24", || {
         all_devices("pci=nomsi", |guest| {
-            // Levels, nine devices on all of the pins, and no message.
+            // Levels, nine devices on both of the pins, and no message.
             let count = |what: &str| guest.run(&format!("grep -c '{what}' /proc/interrupts || true"));
-            ensure!(count("IO-APIC .*-fasteoi .*virtio")? == "4", "{}", guest.run("cat /proc/interrupts")?);
+            ensure!(count("IO-APIC .*-fasteoi .*virtio")? == "2", "{}", guest.run("cat /proc/interrupts")?);
             ensure!(count("MSI.*virtio")? == "0", "{}", guest.run("cat /proc/interrupts")?);
             ensure!(guest.run("grep -o 'virtio[0-9]*' /proc/interrupts | wc -l")? == "9");
             Ok(())
@@ -42,4 +44,19 @@ pub fn plugged() -> Result<()> {
     no_faults(&guest)?;
     guest.begin("poweroff -f")?;
     guest.ended_well("guest_power_off")
+}
+
+/// By the interrupt controllers of the first PCs, with ACPI and without it, by the register that firmware would have filled.
+pub fn without_apics() -> Result<()> {
+    let dir = dir("pic")?;
+    let path = dir.join("file");
+    numbered_file(&path, MIB)?;
+    for words in ["nolapic noapic", "acpi=off", "acpi=off nolapic"] {
+        let guest = GuestSpec::new("intx-pic").cmdline(words).drive(&path, true).boot()?;
+        guest.run("dd if=/dev/vda of=/dev/null bs=64k 2> /dev/null").context(words)?;
+        let interrupts = guest.run("cat /proc/interrupts")?;
+        ensure!(guest.run("grep -c 'XT-PIC.*virtio' /proc/interrupts")? == "2", "{words}: {interrupts}");
+        no_faults(&guest).context(words)?;
+    }
+    Ok(())
 }

@@ -1,7 +1,7 @@
 //! Interrupts into the guest and notifies out of it: GSI routing, irqfds, ioeventfds.
 //!
-//! GSIs 0 to 23 are the pins of the I/O APIC (and, below 16, of the two PICs), of which the last four are INTA# of the PCI
-//! devices in turn; each MSI vector has one above those.
+//! GSIs 0 to 23 are the pins of the I/O APIC (and, below 16, of the two PICs), of which two are INTA# of the PCI devices in
+//! turn; each MSI vector has one above those.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -13,7 +13,7 @@ use bedplate_devices::platform::IrqLine;
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
     KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip,
-    kvm_irq_routing_msi,
+    kvm_irq_routing_msi, kvm_irqchip,
 };
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -22,14 +22,14 @@ use super::{KvmError, call};
 
 /// Pins of the I/O APIC.
 const PINS: u32 = 24;
-/// Of them, those of PCI devices.
-const INTX_PINS: std::ops::Range<u32> = 20..PINS;
+/// Of them, those of PCI devices: pins of the second PIC, too, for a guest that knows nothing else.
+const INTX_PINS: [u32; 2] = [10, 11];
 /// KVM's own limit on routes.
 const MAX_GSI: u32 = 4096 - 1;
 
 /// The pin that is INTA# of the device in `slot`; devices share it.
 fn intx_pin(slot: Slot) -> u32 {
-    INTX_PINS.start + u32::from(slot.number()) % INTX_PINS.len() as u32
+    INTX_PINS[usize::from(slot.number()) % INTX_PINS.len()]
 }
 
 /// All slots of devices, each with its pin.
@@ -71,6 +71,7 @@ impl Routes {
 
 impl Interrupts {
     pub(super) fn new(fd: Arc<VmFd>) -> Result<Self, KvmError> {
+        be_levels(&fd).map_err(call("make two pins levels"))?;
         let routes = Routes { fd, table: Mutex::default(), intx: Mutex::default() };
         routes.install(&routes.lock()).map_err(|source| KvmError::Call { what: "route interrupts", source })?;
         Ok(Self { routes: Arc::new(routes) })
@@ -143,8 +144,8 @@ impl TransportHost for Interrupts {
         Ok(Box::new(Edge { fd: Arc::clone(&self.routes.fd), gsi, trigger }))
     }
 
-    fn intx(&self, slot: Slot) -> Box<dyn IrqLine> {
-        Box::new(Shared { routes: Arc::clone(&self.routes), slot })
+    fn intx(&self, slot: Slot) -> (u8, Box<dyn IrqLine>) {
+        (intx_pin(slot) as u8, Box::new(Shared { routes: Arc::clone(&self.routes), slot }))
     }
 
     fn add_doorbell(&self, doorbell: Doorbell, event: &EventFd) -> io::Result<()> {
@@ -234,6 +235,16 @@ impl Drop for Vector {
         let _ = self.unroute();
         self.routes.lock().remove(&self.gsi);
     }
+}
+
+/// What firmware does for a kernel that goes by the PICs alone: PCI's pins are levels there (ELCR).
+fn be_levels(fd: &VmFd) -> Result<(), kvm_ioctls::Error> {
+    let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_PIC_SLAVE, ..Default::default() };
+    fd.get_irqchip(&mut chip)?;
+    // SAFETY: for this `chip_id` KVM fills, and reads, this part of the union.
+    let pic = unsafe { &mut chip.chip.pic };
+    pic.elcr |= INTX_PINS.iter().fold(0, |bits, pin| bits | 1 << (pin - 8));
+    fd.set_irqchip(&chip)
 }
 
 fn errno(error: kvm_ioctls::Error) -> io::Error {

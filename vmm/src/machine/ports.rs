@@ -20,7 +20,7 @@ pub const I8042: u16 = 0x60;
 /// Pins that nothing else has, in the order in which devices get them: those first that a guest without I/O APIC reaches
 /// (`noapic`), which are on both. Not those of PCI: they are edges, a guest gets to know them with PCI too, and it takes no
 /// pin for both kinds.
-const VIRTIO_PINS: [u32; 13] = [5, 6, 7, 10, 11, 12, 14, 15, 3, 16, 17, 18, 19];
+const VIRTIO_PINS: [u32; 15] = [5, 6, 7, 12, 14, 15, 3, 16, 17, 18, 19, 20, 21, 22, 23];
 
 /// Places of virtio devices in the order in which they are attached, as many as there are.
 pub fn virtio_places() -> impl Iterator<Item = Place> {

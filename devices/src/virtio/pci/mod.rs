@@ -106,7 +106,6 @@ impl VirtioPciDevice {
         let vectors = (0..=queues).map(|_| host.msi_vector()).collect::<Result<Vec<_>, _>>();
         let msix = Msix::new(vectors.map_err(VirtioPciError::Vector)?);
         let mut config = ConfigSpace::new(&identity(device.device_type()));
-        config.add_interrupt_pin();
         config.add_memory_bar(BAR, BAR_LEN);
         config.add_port_bar(NOTIFY_BAR, (queues as u16 * NOTIFY_STRIDE as u16).next_power_of_two());
         let window_at = usize::from(add_capabilities(&mut config, queues as u64, device.may_be_notified_here()));
@@ -198,7 +197,7 @@ fn add_capabilities(config: &mut ConfigSpace, queues: u64, by_memory: bool) -> u
 
 impl PciFunction for VirtioPciDevice {
     fn placed(&mut self, slot: Slot) {
-        self.transport.connect(slot);
+        self.config.set_interrupt_pin(self.transport.connect(slot));
     }
 
     fn config(&mut self) -> &mut ConfigSpace {

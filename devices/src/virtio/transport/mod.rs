@@ -71,9 +71,11 @@ impl Transport {
         }
     }
 
-    /// It is in `slot`, whose INTA# is its own.
-    pub(super) fn connect(&self, slot: Slot) {
-        self.lines.connect(self.host.intx(slot));
+    /// It is in `slot`, whose INTA# is its own. Returns the number of that pin.
+    pub(super) fn connect(&self, slot: Slot) -> u8 {
+        let (pin, intx) = self.host.intx(slot);
+        self.lines.connect(intx);
+        pin
     }
 
     /// The driver writes the register at `offset` of [`Registers`], and what it asks for is done.
