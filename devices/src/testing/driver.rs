@@ -46,8 +46,8 @@ pub struct Driver {
     ports: u16,
     /// Where the MSI-X capability is.
     pub msix: u64,
-    /// Whether it has messages, or INTA#.
-    by_message: bool,
+    /// Whether it has messages, or INTA#, from the next start on.
+    pub by_message: bool,
 }
 
 impl Driver {
@@ -88,12 +88,6 @@ impl Driver {
             at = u64::from(head >> 8 & 0xff);
         }
         Self { machine, slot, bar, features: 0, structures, ports, msix, by_message: true }
-    }
-
-    /// From the next start on, one that does without messages.
-    pub fn without_messages(mut self) -> Self {
-        self.by_message = false;
-        self
     }
 
     /// Address of a register of the common configuration.
@@ -163,9 +157,12 @@ impl Driver {
         self.set_status(11);
         assert_eq!(self.status(), 11, "features {features:#x} were refused");
         self.features = features;
-        if self.by_message {
-            self.enable_msix();
-            self.machine.write(self.common(16), &0u16.to_le_bytes());
+        match self.by_message {
+            true => {
+                self.enable_msix();
+                self.machine.write(self.common(16), &0u16.to_le_bytes());
+            }
+            false => self.machine.write_config(self.slot, self.msix, 0),
         }
         let count = u16::from_le_bytes(self.machine.read(self.common(18)));
         (0..count).filter(|index| !skipped.contains(index)).map(|index| self.prepare_queue(index)).collect()

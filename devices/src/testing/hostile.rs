@@ -62,11 +62,13 @@ impl Hostile {
     /// Does what `bytes` say, then resets the device and brings it up properly.
     pub fn run(&mut self, bytes: &[u8]) -> (&Driver, Vec<DriverQueue>) {
         let mut source = Source(bytes);
+        let by_message = source.byte().is_multiple_of(2);
         let mut queues = self.prepare(&mut source);
         while !source.0.is_empty() {
             self.step(&mut source, &mut queues);
         }
         self.restore_bars();
+        self.driver.by_message = by_message;
         let queues = self.driver.up();
         (&self.driver, queues)
     }
@@ -81,9 +83,10 @@ impl Hostile {
         machine.write_config(*slot, 4, 7);
     }
 
-    /// A session with any features, of which one has to be.
+    /// A session with any features, of which one has to be, and either kind of interrupts.
     fn prepare(&mut self, source: &mut Source<'_>) -> Vec<DriverQueue> {
         self.restore_bars();
+        self.driver.by_message = source.byte().is_multiple_of(2);
         self.driver.prepare_all(source.number(5) & !(1 << 32))
     }
 

@@ -214,7 +214,8 @@ fn a_masked_vector_is_delivered_when_it_is_unmasked() {
 fn a_driver_without_messages_has_a_level_that_its_look_at_the_isr_ends() {
     let block = Block::new(RamDisk::new(4096), BlockConfig::default()).unwrap();
     let (metrics, disk) = (Arc::clone(block.metrics()), block.control());
-    let mut driver = Driver::attach(block).without_messages();
+    let mut driver = Driver::attach(block);
+    driver.by_message = false;
     let (rises, is_high) = driver.machine.host.intx_of(driver.slot);
     let is_high = || is_high.load(Ordering::SeqCst);
     // What was used is seen before the interrupt.
@@ -401,7 +402,8 @@ fn what_others_signal_waits_while_its_vector_is_masked() {
 fn what_others_signal_is_a_reason_for_inta() {
     let signal = Arc::<Mutex<Option<EventFd>>>::default();
     let device = Elsewhere { metrics: Arc::default(), interrupt: None, signal: Arc::clone(&signal) };
-    let mut driver = Driver::attach(device).without_messages();
+    let mut driver = Driver::attach(device);
+    driver.by_message = false;
     let (rises, is_high) = driver.machine.host.intx_of(driver.slot);
     let raise = || signal.lock().unwrap().as_ref().unwrap().write(1).unwrap();
     for _ in 0..2 {
