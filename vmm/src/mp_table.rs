@@ -72,8 +72,8 @@ fn table(vcpus: u8) -> Vec<u8> {
     // Its id is above those of the processors.
     let io_apic = vcpus;
     entries.push([&[2, io_apic, IO_APIC_VERSION, ENABLED], layout::IO_APIC.to_le_bytes().as_slice()].concat());
-    // Kind, flags as the bus has them, and where from and to. Levels: INTA# of each device, by its number in the place of the
-    // interrupt's. Edges: the other pins are the ISA bus's interrupts, and those above are said to be.
+    // Kind, flags as the bus has them, and where from and to. Levels: INTA# of each device, where the interrupt's number is the
+    // device's and, in two bits below it, the pin's. Edges: the other pins are the ISA bus's interrupts, and those above are said to be.
     let pci: Vec<_> = intx_pins().map(|(slot, pin)| (slot.number() << 2, pin as u8)).collect();
     let isa = (0..PINS).filter(|pin| !pci.iter().any(|(_, of)| of == pin));
     entries.extend(isa.map(|pin| vec![3, VECTORED, 0, 0, ISA, pin, io_apic, pin]));
@@ -120,12 +120,21 @@ mod tests {
         let table = &area[table..table + len];
         assert_eq!((&table[..4], remainder(table)), (&b"PCMP"[..], 0));
         let mut count = [0; 5];
+        let mut interrupts = Vec::new();
         let mut rest = &table[HEADER_LEN..];
         while let Some(kind) = rest.first() {
             count[usize::from(*kind)] += 1;
+            if let [3, _, _, _, bus, from, 3, to, ..] = rest {
+                interrupts.push((*bus, *from, *to));
+            }
             rest = &rest[if *kind == 0 { 20 } else { 8 }..];
         }
         assert_eq!(count, [3, 2, 1, 22 + 31, 2]);
+        // Serial port, a window of virtio-mmio, and slots 3 and 4; nothing else is on their pins.
+        assert!(
+            [(ISA, 4, 4), (ISA, 23, 23), (PCI, 3 << 2, 11), (PCI, 4 << 2, 10)].iter().all(|i| interrupts.contains(i))
+        );
+        assert!(interrupts.iter().all(|(bus, _, to)| (*bus == PCI) == [10, 11].contains(to)));
         assert_eq!(u16::from_le_bytes(table[34..36].try_into().unwrap()), count.iter().sum::<u16>());
     }
 }

@@ -64,8 +64,8 @@ pub trait Interrupt: Send + Sync {
     fn used(&self, queue: u16);
 
     /// The descriptor whose signal interrupts the driver for queue `queue`, for a device that has somebody else signal it;
-    /// none if the driver has chosen no vector. While the vector is masked the descriptor keeps signals. Good until the
-    /// device is reset.
+    /// none if the driver has chosen no vector. While the vector is masked the descriptor keeps signals. Good until
+    /// [`VirtioDevice::vector_changed`] or a reset.
     ///
     /// # Errors
     /// The host has no descriptors left, or refuses.
@@ -119,7 +119,8 @@ pub trait VirtioDevice: Send {
     /// queues has been returned, and the device can be activated again. Idempotent: a stopped device has no queues.
     fn stop(&mut self) -> Vec<Virtqueue>;
 
-    /// The driver has chosen another vector for queue `queue` while the device works.
+    /// The driver has chosen another vector for queue `queue`, or INTA# in the place of all vectors, or these in its place. The
+    /// device may be stopped: then it has nothing to do.
     fn vector_changed(&mut self, _queue: u16) {}
 
     /// The device's counters.

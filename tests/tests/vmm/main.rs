@@ -70,6 +70,7 @@ fn main() -> ExitCode {
         Scenario { name: "a_guest_without_apics_has_disks", run: mmio::without_apics },
         Scenario { name: "a_guest_with_pci_has_no_device_twice", run: mmio::beside_pci },
         Scenario { name: "a_guest_without_messages_has_all_devices", run: intx::without_messages },
+        Scenario { name: "so_has_one_that_does_not_go_by_acpi", run: intx::without_messages_and_acpi_for_pci },
         Scenario { name: "the_kernel_carries_frames_of_a_guest_without_messages", run: intx::with_vhost },
         Scenario { name: "disks_come_and_go_without_messages", run: intx::plugged },
         Scenario { name: "a_guest_with_pci_and_without_apics_has_disks", run: intx::without_apics },

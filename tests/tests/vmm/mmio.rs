@@ -95,13 +95,14 @@ pub fn all_devices(word: &str, found: impl FnOnce(&Guest) -> Result<()>) -> Resu
 
 /// The kernel signals the interface's one interrupt itself.
 pub fn with_vhost() -> Result<()> {
-    with_tap("tap-w", "10.14.0.1/24", || vhost("pci=off"))
+    with_tap("tap-w", "10.14.0.1/24", || vhost("pci=off", "IO-APIC.*edge.*virtio"))
 }
 
-/// The same for a guest with this word on its command line. Needs a `tap-w` with 10.14.0.1.
-pub fn vhost(word: &str) -> Result<()> {
+/// The same for a guest with this word on its command line, which has `interrupts`. Needs a `tap-w` with 10.14.0.1.
+pub fn vhost(word: &str, interrupts: &str) -> Result<()> {
     let guest = GuestSpec::new("mmio-vhost").cmdline(&format!("{word} tiny.ip=10.14.0.2/24"));
     let guest = guest.network("tap-w", "02:00:00:00:0e:02").network_option("vhost", json!(true)).boot()?;
+    guest.run(&format!("grep '{interrupts}' /proc/interrupts"))?;
     in_bulk(&guest, 14, &["wget"])?;
     rebind(&guest, 14)?;
     in_bulk(&guest, 14, &["wget"])?;

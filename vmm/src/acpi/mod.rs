@@ -176,6 +176,8 @@ mod tests {
                 let count = |name: &[u8]| dsdt.windows(name.len()).filter(|bytes| *bytes == name).count();
                 assert_eq!((count(b"ACPI0007"), count(b"_MAT"), count(b"_STA")), (8, 2, 2), "two come later");
                 assert_eq!((count(b"LNRO0005"), count(b"_PRT")), (3, 1));
+                // INTA# of slot 3: its address as a double word, pin 0, nobody's, and the number as a byte.
+                assert_eq!(count(&[0x0c, 0xff, 0xff, 3, 0, 0, 0, 0x0a, 11]), 1);
             }
             if names.last().unwrap() == "APIC" {
                 // Enabled; or, of those that come later, online capable.

@@ -12,6 +12,7 @@ use bedplate_devices::platform::{
 };
 
 use super::{PM_PORT, SCI};
+use crate::kvm::INTX_PINS;
 use crate::memory::layout;
 
 pub(super) const OEM: [u8; 6] = *b"BEDPLT";
@@ -86,11 +87,12 @@ pub(super) fn present_processor(id: u8) -> Vec<u8> {
     local_apic(id, ENABLED).into()
 }
 
-/// Local APICs, I/O APIC, and how the SCI and the NMI are wired.
+/// Local APICs, I/O APIC, and how the SCI, the pins of PCI devices and the NMI are wired.
 pub(super) fn madt(vcpus: u8, present: u8) -> Sdt {
     const HEADER_LEN: u32 = 44;
     const HAS_PICS: u32 = 1;
     const ACTIVE_HIGH_LEVEL: u16 = 1 | 3 << 2;
+    const ACTIVE_LOW_LEVEL: u16 = 3 | 3 << 2;
     const ALL_PROCESSORS: u8 = 0xff;
     let mut madt = Sdt::new(*b"APIC", HEADER_LEN, 5, OEM, OEM_TABLE, OEM_REVISION);
     madt.write_u32(36, layout::LOCAL_APIC);
@@ -102,10 +104,14 @@ pub(super) fn madt(vcpus: u8, present: u8) -> Sdt {
     madt.append_slice(&[1, 12, vcpus, 0]);
     madt.append_slice(&layout::IO_APIC.to_le_bytes());
     madt.append_slice(&0u32.to_le_bytes());
-    // Interrupt source override: ISA bus, source, interrupt, flags.
-    madt.append_slice(&[2, 10, 0, SCI as u8]);
-    madt.append_slice(&SCI.to_le_bytes());
-    madt.append_slice(&ACTIVE_HIGH_LEVEL.to_le_bytes());
+    // PCI's are told here, too, for a kernel that takes no word of ACPI's about PCI.
+    let pci = INTX_PINS.map(|pin| (pin, ACTIVE_LOW_LEVEL));
+    for (pin, flags) in [(SCI, ACTIVE_HIGH_LEVEL)].into_iter().chain(pci) {
+        // Interrupt source override: ISA bus, source, interrupt, flags.
+        madt.append_slice(&[2, 10, 0, pin as u8]);
+        madt.append_slice(&pin.to_le_bytes());
+        madt.append_slice(&flags.to_le_bytes());
+    }
     // Local APIC NMI: processor, flags, pin LINT1.
     madt.append_slice(&[4, 6, ALL_PROCESSORS, 0, 0, 1]);
     madt

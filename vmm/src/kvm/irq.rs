@@ -23,7 +23,7 @@ use super::{KvmError, call};
 /// Pins of the I/O APIC.
 const PINS: u32 = 24;
 /// Of them, those of PCI devices: pins of the second PIC, too, for a guest that knows nothing else.
-const INTX_PINS: [u32; 2] = [10, 11];
+pub const INTX_PINS: [u32; 2] = [10, 11];
 /// KVM's own limit on routes.
 const MAX_GSI: u32 = 4096 - 1;
 
@@ -112,18 +112,29 @@ struct Shared {
     slot: Slot,
 }
 
+/// Takes note in `slots` of what `slot` does; the level of its pin, if that changes.
+fn share(slots: &mut u32, slot: Slot, asserted: bool) -> Option<bool> {
+    let pin = intx_pin(slot);
+    let of_pin = intx_pins().filter(|(_, of)| *of == pin).fold(0, |bits, (slot, _)| bits | 1u32 << slot.number());
+    let (before, bit) = (*slots & of_pin != 0, 1u32 << slot.number());
+    *slots = if asserted { *slots | bit } else { *slots & !bit };
+    let after = *slots & of_pin != 0;
+    (before != after).then_some(after)
+}
+
 impl IrqLine for Shared {
     fn set(&self, asserted: bool) {
-        let pin = intx_pin(self.slot);
-        let others = intx_pins().filter(|(slot, of)| *of == pin && *slot != self.slot);
-        let others = others.fold(0, |bits, (slot, _)| bits | 1u32 << slot.number());
-        let bit = 1u32 << self.slot.number();
         let mut slots = self.routes.intx.lock().unwrap_or_else(|e| e.into_inner());
-        *slots = if asserted { *slots | bit } else { *slots & !bit };
-        if *slots & others == 0 {
+        if let Some(level) = share(&mut slots, self.slot, asserted) {
             // Cannot fail: the pin exists from the VM's creation on.
-            let _ = self.routes.fd.set_irq_line(pin, asserted);
+            let _ = self.routes.fd.set_irq_line(intx_pin(self.slot), level);
         }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.set(false);
     }
 }
 
@@ -277,5 +288,21 @@ fn message_entry(gsi: u32, (address, data): Message) -> kvm_irq_routing_entry {
         type_: KVM_IRQ_ROUTING_MSI,
         u: kvm_irq_routing_entry__bindgen_ty_1 { msi },
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pin_is_high_as_long_as_a_slot_of_it_asserts_it() {
+        let slot = |number| Slot::new(number).unwrap();
+        assert_eq!([1, 2, 3, 31].map(|number| intx_pin(slot(number))), [11, 10, 11, 11]);
+        let mut slots = 0;
+        let mut set = |number, asserted| share(&mut slots, slot(number), asserted);
+        assert_eq!([set(1, true), set(1, true), set(3, true), set(2, true)], [Some(true), None, None, Some(true)]);
+        assert_eq!([set(1, false), set(1, false), set(2, false)], [None, None, Some(false)]);
+        assert_eq!([set(31, true), set(3, false), set(31, false)], [None, None, Some(false)]);
     }
 }

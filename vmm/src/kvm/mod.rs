@@ -20,7 +20,7 @@ pub use cpuid::Topology;
 pub use creation::Creation;
 pub use debug::{Debug, DebugExit, HARDWARE_BREAKPOINTS, HardwareBreakpoint, On, Trap};
 pub use exit::Exit;
-pub use irq::{Interrupts, intx_pins};
+pub use irq::{INTX_PINS, Interrupts, intx_pins};
 pub use state::VcpuState;
 pub use vcpu::{Kicker, Vcpu, install_kick_signal};
 pub use vm::{Vm, VmConfig};

@@ -127,10 +127,11 @@ impl Receiver {
                 break;
             }
             match self.receive(link, queue, counts) {
-                Ok(len) => {
+                Ok(Some(len)) => {
                     carried += len;
                     limiter.pay(len as u64);
                 }
+                Ok(None) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // A frame that the kernel cannot describe in a header, and has thrown away.
@@ -151,7 +152,8 @@ impl Receiver {
         if self.rules.mergeable { self.buffers.len() >= MAX_FRAME_LEN } else { !self.held.is_empty() }
     }
 
-    /// Whether a frame of `len` bytes has to wait for buffers, and may: its driver can offer more of them than are in hand.
+    /// Whether a frame of `len` bytes has to wait for buffers, and may: its driver can offer more chains than are in hand. It
+    /// waits as long as the driver does not.
     fn can_wait(&self, len: usize, queue: &Virtqueue) -> bool {
         let has_more = self.held.len() < usize::from(queue.state().size) && !queue.is_broken();
         self.buffers.len() < len && len <= MAX_FRAME_LEN && self.rules.mergeable && has_more
@@ -175,8 +177,8 @@ impl Receiver {
         }
     }
 
-    /// Hands one frame over, the one that waited first; how many bytes it had.
-    fn receive(&mut self, link: &impl Link, queue: &mut Virtqueue, counts: &NetMetrics) -> io::Result<usize> {
+    /// Hands one frame over, the one that waited first; how many bytes it had. `None` if it waits now.
+    fn receive(&mut self, link: &impl Link, queue: &mut Virtqueue, counts: &NetMetrics) -> io::Result<Option<usize>> {
         let view = self.buffers.view();
         let len = match self.kept.take() {
             Some(len) => {
@@ -185,25 +187,29 @@ impl Receiver {
             }
             None => view.read_once(link.as_fd(), &mut self.overflow)?,
         };
+        if len < HEADER_LEN || self.is_too_long(len) {
+            counts.rx_dropped.increment();
+            return Ok(Some(0));
+        }
         if self.can_wait(len, queue) {
             let fit = view.len();
             self.overflow.copy_within(..len - fit, fit);
             view.copy_to(&mut self.overflow[..fit]);
             self.kept = Some(len);
-            return Ok(0);
+            return Ok(None);
         }
-        if len > view.len() || len < HEADER_LEN || self.is_too_long(len) {
+        if len > view.len() {
             counts.rx_dropped.increment();
-            return Ok(0);
+            return Ok(Some(0));
         }
         if self.rules.plain {
             // A tap says of what it has checked that it is right, also to who has not asked.
             self.buffers.view().copy_from(&[0; FLAGS + 1]);
         }
-        Ok(self.complete(len, queue, counts))
+        Ok(Some(self.complete(len, queue, counts)))
     }
 
-    /// Whether a frame of `len` bytes, which is in the buffers, is longer than the driver was told to expect.
+    /// Whether a frame of `len` bytes, whose header is in the buffers, is longer than the driver was told to expect.
     fn is_too_long(&self, len: usize) -> bool {
         if len - HEADER_LEN <= self.rules.longest {
             return false;

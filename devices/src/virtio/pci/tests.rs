@@ -423,3 +423,31 @@ fn what_others_signal_is_a_reason_for_inta() {
     let vector = Arc::clone(&driver.machine.host.vectors.lock().unwrap()[1]);
     assert!(vector.take() == 1 && !is_high.load(Ordering::SeqCst));
 }
+
+#[test]
+fn a_reset_ends_inta_also_while_others_signal() {
+    let signal = Arc::<Mutex<Option<EventFd>>>::default();
+    let device = Elsewhere { metrics: Arc::default(), interrupt: None, signal: Arc::clone(&signal) };
+    let mut driver = Driver::attach(device);
+    driver.by_message = false;
+    let is_high = driver.machine.host.intx_of(driver.slot).1;
+    for _ in 0..300 {
+        driver.up();
+        let event = signal.lock().unwrap().take().unwrap();
+        let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let other = std::thread::spawn(move || {
+            while !stopped.load(Ordering::SeqCst) {
+                event.write(1).unwrap();
+            }
+        });
+        while !is_high.load(Ordering::SeqCst) {
+            std::thread::yield_now();
+        }
+        driver.set_status(0);
+        let end = (is_high.load(Ordering::SeqCst), driver.take_isr());
+        stop.store(true, Ordering::SeqCst);
+        other.join().unwrap();
+        assert_eq!(end, (false, 0));
+    }
+}

@@ -79,14 +79,14 @@ impl Lines {
         })
     }
 
-    /// As after power-on. Nobody may be at work.
+    /// As after power-on. Nobody may be at work but a [`Relay`], which is told last of what has just stopped.
     pub(super) fn reset(&self) {
+        *self.lock_direct() = None;
         self.status.store(0, Ordering::SeqCst);
         self.config_vector.store(NO_VECTOR, Ordering::SeqCst);
         self.queue_vectors.iter().for_each(|vector| vector.store(NO_VECTOR, Ordering::SeqCst));
         self.isr.store(0, Ordering::SeqCst);
         self.by_pin.store(false, Ordering::SeqCst);
-        *self.lock_direct() = None;
         self.assert();
     }
 
@@ -99,11 +99,12 @@ impl Lines {
     /// The driver has chosen messages or INTA#, and whether the latter may be asserted. True if it has chosen the other one:
     /// what [`Interrupt::direct`] has given out is not good any more.
     pub(super) fn set_way(&self, by_message: bool, may_assert: bool) -> bool {
-        let before = self.by_message.swap(by_message, Ordering::SeqCst);
+        let before = self.by_message.load(Ordering::SeqCst);
         if before && !by_message {
-            // It was told of by messages, and nobody would take it back.
+            // It was told of by messages, and nobody would take it back. What comes from here on is told twice.
             self.isr.store(0, Ordering::SeqCst);
         }
+        self.by_message.store(by_message, Ordering::SeqCst);
         self.may_assert.store(may_assert, Ordering::SeqCst);
         self.assert();
         before != by_message
@@ -143,6 +144,7 @@ impl Lines {
     /// The driver has seen these bits of the interrupt status.
     pub(in crate::virtio) fn acknowledge(&self, bits: u8) {
         self.isr.fetch_and(!bits, Ordering::SeqCst);
+        self.assert();
     }
 
     /// Until the next reset interrupts are edges on pin `gsi`, always the same one. Nobody may be at work.
@@ -157,6 +159,7 @@ impl Lines {
         // What was given out before is INTA#'s.
         *self.lock_direct() = None;
         self.by_pin.store(true, Ordering::SeqCst);
+        self.assert();
         Ok(())
     }
 
@@ -171,12 +174,15 @@ impl Lines {
 
     fn raise(&self, isr: u8, vector: &AtomicU16) {
         self.isr.fetch_or(isr, Ordering::SeqCst);
+        let by_message = || self.by_message.load(Ordering::SeqCst);
         let result = match self.pin.get().filter(|_| self.by_pin()) {
             Some((_, pin)) => pin.trigger().write(1),
-            None if self.by_message.load(Ordering::SeqCst) => self.vectors.signal(vector.load(Ordering::SeqCst)),
             None => {
-                self.assert();
-                Ok(())
+                if !by_message() {
+                    self.assert();
+                }
+                // Again: the driver may have turned to messages meanwhile, and then nothing was asserted.
+                if by_message() { self.vectors.signal(vector.load(Ordering::SeqCst)) } else { Ok(()) }
             }
         };
         if let Err(error) = result {

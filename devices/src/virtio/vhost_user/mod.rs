@@ -5,7 +5,7 @@
 //!                                      └ event of the MSI-X vector, or of a pin → irqfd → guest
 //! ```
 //!
-//! No thread of this process is in that way. What is left is the registers, the conversation with the backend
+//! No thread of this process is in that way, unless the driver has INTA# (`transport/relay.rs`). What is left is the registers, the conversation with the backend
 //! ([`Frontend`]), and a thread that waits for its end ([`watch`]).
 //!
 //! **When.** The backend is connected to, and says what it can do, when the device is made: outside of a sandbox. It gets
@@ -183,8 +183,8 @@ impl Registers {
     /// Shows the driver something else, and tells it.
     fn change(&self, config: Vec<u8>) {
         *lock(&self.config) = config;
-        let interrupt = lock(&self.interrupt).clone();
-        if let Some(interrupt) = interrupt {
+        // Held, so that a device that has been stopped interrupts nobody.
+        if let Some(interrupt) = &*lock(&self.interrupt) {
             interrupt.config_changed();
         }
     }

@@ -1,4 +1,5 @@
-//! Waits for a backend's end, while its device works: the only thread of ours that a vhost-user device has.
+//! Waits for a backend's end, while its device works: the only thread of ours that a vhost-user device has, unless its driver
+//! has INTA#.
 
 use std::sync::Arc;
 
