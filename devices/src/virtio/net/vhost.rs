@@ -5,8 +5,9 @@
 //!                                      └ event of the MSI-X vector, or of a pin → irqfd → guest
 //! ```
 //!
-//! No thread of this process is in that way, unless the driver has INTA# (`transport/relay.rs`), and so nothing here counts, limits, or looks at a frame. What is left is the
-//! registers, and the control queue where there are several pairs; each pair is a vhost of its own.
+//! No thread of this process is in that way, and so nothing here counts, limits, or looks at a frame. What is left is the
+//! registers, and the control queue where there are several pairs; each pair is a vhost of its own. A driver that has INTA#
+//! is told by a thread of ours (`transport/relay.rs`).
 //!
 //! **When.** The device is opened before the VMM goes into its sandbox, where it could not be any more. The rest comes with
 //! the first driver, on the thread of the vCPU that says that it is ready: from Linux 6.4 on vhost's thread is one of this

@@ -5,8 +5,9 @@
 //!                                      └ event of the MSI-X vector, or of a pin → irqfd → guest
 //! ```
 //!
-//! No thread of this process is in that way, unless the driver has INTA# (`transport/relay.rs`). What is left is the registers, the conversation with the backend
-//! ([`Frontend`]), and a thread that waits for its end ([`watch`]).
+//! No thread of this process is in that way. What is left is the registers, the conversation with the backend
+//! ([`Frontend`]), and a thread that waits for its end ([`watch`]). A driver that has INTA# is told by one more
+//! (`transport/relay.rs`).
 //!
 //! **When.** The backend is connected to, and says what it can do, when the device is made: outside of a sandbox. It gets
 //! memory and rings when a driver is ready, and lets go of the rings at a reset, on the vCPU that says so. All of these have
