@@ -71,7 +71,7 @@ impl Routes {
 
 impl Interrupts {
     pub(super) fn new(fd: Arc<VmFd>) -> Result<Self, KvmError> {
-        be_levels(&fd).map_err(call("make two pins levels"))?;
+        as_firmware_leaves_it(&fd).map_err(call("set the pins of the interrupt controllers"))?;
         let routes = Routes { fd, table: Mutex::default(), intx: Mutex::default() };
         routes.install(&routes.lock()).map_err(|source| KvmError::Call { what: "route interrupts", source })?;
         Ok(Self { routes: Arc::new(routes) })
@@ -248,13 +248,28 @@ impl Drop for Vector {
     }
 }
 
-/// What firmware does for a kernel that goes by the PICs alone: PCI's pins are levels there (ELCR).
-fn be_levels(fd: &VmFd) -> Result<(), kvm_ioctls::Error> {
-    let mut chip = kvm_irqchip { chip_id: KVM_IRQCHIP_PIC_SLAVE, ..Default::default() };
-    fd.get_irqchip(&mut chip)?;
+/// The pins as firmware leaves them. In the PIC those of PCI are levels (ELCR), for a kernel that goes by that alone. In the I/O
+/// APIC the first one is the PICs' (ExtINT), and all others have a mode, which is firmware's (SMI), and are masked: Linux
+/// looks through all pins for the PICs', and clears each one but those of firmware first, in twelve exits in the place of four.
+fn as_firmware_leaves_it(fd: &VmFd) -> Result<(), kvm_ioctls::Error> {
+    const SMI: u64 = 0b010 << 8;
+    const EXT_INT: u64 = 0b111 << 8;
+    const MASKED: u64 = 1 << 16;
+    let state = |chip_id| {
+        let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+        fd.get_irqchip(&mut chip).map(|()| chip)
+    };
+    let mut chip = state(KVM_IRQCHIP_PIC_SLAVE)?;
     // SAFETY: for this `chip_id` KVM fills, and reads, this part of the union.
     let pic = unsafe { &mut chip.chip.pic };
     pic.elcr |= INTX_PINS.iter().fold(0, |bits, pin| bits | 1 << (pin - 8));
+    fd.set_irqchip(&chip)?;
+    let mut chip = state(KVM_IRQCHIP_IOAPIC)?;
+    // SAFETY: as above.
+    let io_apic = unsafe { &mut chip.chip.ioapic };
+    for (pin, entry) in io_apic.redirtbl.iter_mut().enumerate() {
+        entry.bits = if pin == 0 { EXT_INT } else { SMI | MASKED };
+    }
     fd.set_irqchip(&chip)
 }
 
