@@ -59,7 +59,6 @@ const NOTIFY_STRIDE: u64 = 4;
 const NOTIFY_BAR: usize = 2;
 
 const VENDOR_CAPABILITY: u8 = 0x09;
-const EXPRESS_CAPABILITY: u8 = 0x10;
 const MSIX_CAPABILITY: u8 = 0x11;
 /// `cfg_type` of the capabilities, 4.1.4.
 const TYPE_COMMON: u8 = 1;
@@ -161,13 +160,6 @@ fn identity(device_type: u32) -> Identity {
 
 /// Appends what a driver finds the structures by; returns where the configuration access window is.
 fn add_capabilities(config: &mut ConfigSpace, queues: u64, by_memory: bool) -> u16 {
-    // An endpoint that is integrated into the root complex, version 2, with role-based error reporting.
-    let mut express = [0; 58];
-    express[0] = 0x92;
-    express[3] = 0x80;
-    // Device control's permissions are the guest's to set; they have no effect here.
-    config.add_capability(EXPRESS_CAPABILITY, &express, &[0, 0, 0, 0, 0, 0, 0xff, 0x7f]);
-
     let body = |cfg_type: u8, bar: usize, offset: u64, len: u64, extra: usize| {
         let mut body = vec![0; 14 + extra];
         body[0] = (16 + extra) as u8;
