@@ -72,6 +72,10 @@ fn main() -> ExitCode {
         Scenario { name: "a_guest_without_messages_has_all_devices", run: intx::without_messages },
         Scenario { name: "so_has_one_that_does_not_go_by_acpi", run: intx::without_messages_and_acpi_for_pci },
         Scenario { name: "the_kernel_carries_frames_of_a_guest_without_messages", run: intx::with_vhost },
+        Scenario {
+            name: "a_storage_daemon_has_the_disk_of_a_guest_without_messages",
+            run: || vhost_user::disk_of("pci=nomsi"),
+        },
         Scenario { name: "disks_come_and_go_without_messages", run: intx::plugged },
         Scenario { name: "a_guest_with_pci_and_without_apics_has_disks", run: intx::without_apics },
         Scenario { name: "a_read_only_disk_refuses_writes", run: block::read_only },

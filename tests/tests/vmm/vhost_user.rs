@@ -187,11 +187,16 @@ fn sum(words: &str) -> String {
 
 /// A disk is read, written, flushed, asked about, and gone.
 pub fn disk() -> Result<()> {
+    disk_of("")
+}
+
+/// The same for a guest with `words` on its command line.
+pub fn disk_of(words: &str) -> Result<()> {
     let dir = place("disk")?;
     let file = dir.join("disk.raw");
     numbered_file(&file, 16)?;
     let mut server = storage(&dir, &file)?;
-    let spec = GuestSpec::new("storage").cpus(2).section("drives", drives(&dir, false));
+    let spec = GuestSpec::new("storage").cpus(2).cmdline(words).section("drives", drives(&dir, false));
     let mut guest = spec.section("entropy", json!({})).boot()?;
     let theirs = |guest: &Guest| Ok::<_, anyhow::Error>(sum(&guest.run("md5sum /dev/vda")?));
     let ours = || Ok::<_, anyhow::Error>(sum(&busybox(&["md5sum", &file.to_string_lossy()])?));
