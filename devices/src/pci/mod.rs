@@ -1,4 +1,4 @@
-//! PCI: a PCI Express root complex with one bus, whose functions sit directly on it.
+//! PCI: a PCI Express root complex with one bus, on which functions of conventional PCI sit.
 //!
 //! [`PciRoot`] owns the functions, answers configuration accesses (memory mapped, [`PciRoot::ecam`], and through ports,
 //! [`PciRoot::config_ports`]) and keeps the machine's buses in step with the base addresses that the guest

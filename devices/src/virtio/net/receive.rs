@@ -294,12 +294,14 @@ impl Receiver {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use vm_memory::{Address, Bytes, GuestAddress};
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     use super::*;
     use crate::testing::{Machine, Wire};
-    use crate::virtio::limiter::LimiterConfig;
+    use crate::virtio::limiter::{BucketConfig, LimiterConfig};
     use crate::virtio::{Interrupt, QueueConfig};
 
     struct Silent;
@@ -418,6 +420,21 @@ mod tests {
         whole[NUM_BUFFERS] = 0;
         assert!(whole == frame, "the frame was changed");
         assert_eq!((side.counts.rx_frames.value(), side.counts.rx_dropped.value()), (2, 0));
+    }
+
+    #[test]
+    fn a_frame_that_has_waited_is_paid_for_once() {
+        let mut side = Side::new(16);
+        // Two in an hour.
+        let bucket = BucketConfig { size: 2, one_time_burst: 0, refill_time: Duration::from_secs(3600) };
+        side.limiter = Limiter::open(LimiterConfig { operations: Some(bucket), ..LimiterConfig::NONE }).unwrap();
+        for len in [2000, 100, 100] {
+            side.peer.send(&vec![0; len]).unwrap();
+        }
+        side.offer(1500);
+        assert_eq!((side.run(), side.used_index()), (Next::Buffers, 0));
+        (0..3).for_each(|_| side.offer(1500));
+        assert_eq!((side.run(), side.used_index()), (Next::Credit, 3), "a frame of two buffers, and one of one");
     }
 
     #[test]
