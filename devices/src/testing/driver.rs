@@ -8,6 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::host::{DEADLINE, FakeVector, Machine};
 use crate::Memory;
+use crate::bus::Bus;
 use crate::pci::Slot;
 use crate::virtio::VirtioDevice;
 use crate::virtio::pci::VirtioPciDevice;
@@ -206,7 +207,8 @@ impl Driver {
             false => self.machine.host.intx_of(self.slot).0,
         };
         vector.take();
-        let queue = DriverQueue::new(index, size, self.features, &self.machine.memory, vector);
+        let mut queue = DriverQueue::new(index, size, self.features, &self.machine.memory, vector);
+        queue.isr = (!self.by_message).then(|| (Arc::clone(&self.machine.bus), self.structures[&3]));
         if self.by_message {
             write(26, &(index + 1).to_le_bytes());
         }
@@ -256,8 +258,10 @@ pub struct DriverQueue {
     pub avail: u64,
     /// Address of the used ring.
     pub used: u64,
-    /// The vector of the queue.
+    /// The vector of the queue, or INTA#.
     pub vector: Arc<FakeVector>,
+    /// The bus, and where on it the ISR status is that is read at each INTA#.
+    pub isr: Option<(Arc<Bus>, u64)>,
     event_idx: bool,
     memory: Memory,
     next_descriptor: u16,
@@ -280,6 +284,7 @@ impl DriverQueue {
             event_idx: features & EVENT_IDX != 0,
             memory: Arc::clone(memory),
             vector,
+            isr: None,
             next_descriptor: 0,
             next_avail: 0,
             next_used: 0,
@@ -375,6 +380,10 @@ impl DriverQueue {
         let deadline = Instant::now() + DEADLINE;
         loop {
             self.arm();
+            if let Some((bus, isr)) = &self.isr {
+                // Whatever there is a reason for is looked at now; what comes later is another edge.
+                bus.read(*isr, &mut [0]);
+            }
             if let Some(used) = self.take() {
                 return used;
             }
