@@ -29,7 +29,11 @@ const MAX_GSI: u32 = 4096 - 1;
 
 /// The pin that is INTA# of the device in `slot`; devices share it.
 fn intx_pin(slot: Slot) -> u32 {
-    INTX_PINS[usize::from(slot.number()) % INTX_PINS.len()]
+    INTX_PINS[intx_index(slot)]
+}
+
+fn intx_index(slot: Slot) -> usize {
+    usize::from(slot.number()) % INTX_PINS.len()
 }
 
 /// All slots of devices, each with its pin.
@@ -51,8 +55,9 @@ struct Routes {
     /// Every MSI vector that exists, with where it goes, if anywhere. Held while the whole table is handed to KVM, so
     /// that tables arrive in the order in which they were made.
     table: Mutex<BTreeMap<u32, Option<Message>>>,
-    /// The slots that assert INTA#, a bit for each. Held while a pin changes, so that changes arrive in their order.
-    intx: Mutex<u32>,
+    /// For each of [`INTX_PINS`] the slots that assert it, a bit for each. Held while the pin changes, so that changes arrive in
+    /// their order.
+    intx: [Mutex<u32>; INTX_PINS.len()],
 }
 
 impl Routes {
@@ -72,7 +77,7 @@ impl Routes {
 impl Interrupts {
     pub(super) fn new(fd: Arc<VmFd>) -> Result<Self, KvmError> {
         as_firmware_leaves_it(&fd).map_err(call("set the pins of the interrupt controllers"))?;
-        let routes = Routes { fd, table: Mutex::default(), intx: Mutex::default() };
+        let routes = Routes { fd, table: Mutex::default(), intx: Default::default() };
         routes.install(&routes.lock()).map_err(|source| KvmError::Call { what: "route interrupts", source })?;
         Ok(Self { routes: Arc::new(routes) })
     }
@@ -112,19 +117,17 @@ struct Shared {
     slot: Slot,
 }
 
-/// Takes note in `slots` of what `slot` does; the level of its pin, if that changes.
+/// Takes note in a pin's `slots` of what `slot` does; the level of the pin, if that changes.
 fn share(slots: &mut u32, slot: Slot, asserted: bool) -> Option<bool> {
-    let pin = intx_pin(slot);
-    let of_pin = intx_pins().filter(|(_, of)| *of == pin).fold(0, |bits, (slot, _)| bits | 1u32 << slot.number());
-    let (before, bit) = (*slots & of_pin != 0, 1u32 << slot.number());
+    let (before, bit) = (*slots != 0, 1 << slot.number());
     *slots = if asserted { *slots | bit } else { *slots & !bit };
-    let after = *slots & of_pin != 0;
+    let after = *slots != 0;
     (before != after).then_some(after)
 }
 
 impl IrqLine for Shared {
     fn set(&self, asserted: bool) {
-        let mut slots = self.routes.intx.lock().unwrap_or_else(|e| e.into_inner());
+        let mut slots = self.routes.intx[intx_index(self.slot)].lock().unwrap_or_else(|e| e.into_inner());
         if let Some(level) = share(&mut slots, self.slot, asserted) {
             // Cannot fail: the pin exists from the VM's creation on.
             let _ = self.routes.fd.set_irq_line(intx_pin(self.slot), level);
@@ -314,8 +317,8 @@ mod tests {
     fn a_pin_is_high_as_long_as_a_slot_of_it_asserts_it() {
         let slot = |number| Slot::new(number).unwrap();
         assert_eq!([1, 2, 3, 31].map(|number| intx_pin(slot(number))), [11, 10, 11, 11]);
-        let mut slots = 0;
-        let mut set = |number, asserted| share(&mut slots, slot(number), asserted);
+        let mut pins = [0; INTX_PINS.len()];
+        let mut set = |number, asserted| share(&mut pins[intx_index(slot(number))], slot(number), asserted);
         assert_eq!([set(1, true), set(1, true), set(3, true), set(2, true)], [Some(true), None, None, Some(true)]);
         assert_eq!([set(1, false), set(1, false), set(2, false)], [None, None, Some(false)]);
         assert_eq!([set(31, true), set(3, false), set(31, false)], [None, None, Some(false)]);

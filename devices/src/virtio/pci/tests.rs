@@ -356,11 +356,16 @@ impl VirtioDevice for Elsewhere {
     }
 }
 
-#[test]
-fn what_others_signal_waits_while_its_vector_is_masked() {
+/// Its driver, and what it signals.
+fn elsewhere() -> (Driver, Arc<Mutex<Option<EventFd>>>) {
     let signal = Arc::<Mutex<Option<EventFd>>>::default();
     let device = Elsewhere { metrics: Arc::default(), interrupt: None, signal: Arc::clone(&signal) };
-    let mut driver = Driver::attach(device);
+    (Driver::attach(device), signal)
+}
+
+#[test]
+fn what_others_signal_waits_while_its_vector_is_masked() {
+    let (mut driver, signal) = elsewhere();
     let raise = || signal.lock().unwrap().as_ref().map(|event| event.write(1).unwrap());
     let vectors: Vec<_> = driver.machine.host.vectors.lock().unwrap().iter().map(Arc::clone).collect();
     let mask = |driver: &Driver, masked: u32| {
@@ -406,9 +411,7 @@ fn what_others_signal_waits_while_its_vector_is_masked() {
 
 #[test]
 fn what_others_signal_is_a_reason_for_inta() {
-    let signal = Arc::<Mutex<Option<EventFd>>>::default();
-    let device = Elsewhere { metrics: Arc::default(), interrupt: None, signal: Arc::clone(&signal) };
-    let mut driver = Driver::attach(device);
+    let (mut driver, signal) = elsewhere();
     driver.by_message = false;
     let (rises, is_high) = driver.machine.host.intx_of(driver.slot);
     let raise = || signal.lock().unwrap().as_ref().unwrap().write(1).unwrap();
@@ -432,9 +435,7 @@ fn what_others_signal_is_a_reason_for_inta() {
 
 #[test]
 fn a_reset_ends_inta_also_while_others_signal() {
-    let signal = Arc::<Mutex<Option<EventFd>>>::default();
-    let device = Elsewhere { metrics: Arc::default(), interrupt: None, signal: Arc::clone(&signal) };
-    let mut driver = Driver::attach(device);
+    let (mut driver, signal) = elsewhere();
     driver.by_message = false;
     let is_high = driver.machine.host.intx_of(driver.slot).1;
     for _ in 0..300 {

@@ -22,8 +22,7 @@ const ISR_QUEUE: u8 = 1;
 const ISR_CONFIG: u8 = 2;
 
 /// Status, ISR, and three ways to interrupt a driver: PCI's messages and INTA#, which follows the ISR, and virtio-mmio's
-/// pin. Orderings are sequentially consistent: these are far from the hot path's
-/// memory accesses.
+/// pin. Orderings are sequentially consistent: these are far from the hot path's memory accesses.
 pub(in crate::virtio) struct Lines {
     pub(super) status: AtomicU8,
     pub(super) generation: AtomicU8,
@@ -144,7 +143,9 @@ impl Lines {
     /// The driver has seen these bits of the interrupt status.
     pub(in crate::virtio) fn acknowledge(&self, bits: u8) {
         self.isr.fetch_and(!bits, Ordering::SeqCst);
-        self.assert();
+        if !self.by_pin() {
+            self.assert();
+        }
     }
 
     /// Until the next reset interrupts are edges on pin `gsi`, always the same one. Nobody may be at work.
@@ -174,15 +175,14 @@ impl Lines {
 
     fn raise(&self, isr: u8, vector: &AtomicU16) {
         self.isr.fetch_or(isr, Ordering::SeqCst);
-        let by_message = || self.by_message.load(Ordering::SeqCst);
         let result = match self.pin.get().filter(|_| self.by_pin()) {
             Some((_, pin)) => pin.trigger().write(1),
             None => {
-                if !by_message() {
+                if !self.by_message.load(Ordering::SeqCst) {
                     self.assert();
                 }
-                // Again: the driver may have turned to messages meanwhile, and then nothing was asserted.
-                if by_message() { self.vectors.signal(vector.load(Ordering::SeqCst)) } else { Ok(()) }
+                // Drops it where there are no messages. The driver may have turned to them just now.
+                self.vectors.signal(vector.load(Ordering::SeqCst))
             }
         };
         if let Err(error) = result {
@@ -206,13 +206,15 @@ impl Interrupt for Lines {
         let pin = self.pin.get().filter(|_| self.by_pin());
         if pin.is_some() || !self.by_message.load(Ordering::SeqCst) {
             let mut direct = self.lock_direct();
-            let way = match (&mut *direct, pin, self.shared.upgrade()) {
-                (Some(way), ..) => way,
-                (none, Some((gsi, _)), _) => none.insert(self.host.pin(*gsi)?),
-                (none, None, Some(lines)) => none.insert(Box::new(Relay::start(lines, &self.metrics)?)),
-                (_, None, None) => return Ok(None),
-            };
-            return way.trigger().try_clone().map(Some);
+            if direct.is_none() {
+                *direct = match (pin, self.shared.upgrade()) {
+                    (Some((gsi, _)), _) => Some(self.host.pin(*gsi)?),
+                    (None, Some(lines)) => Some(Box::new(Relay::start(lines, &self.metrics)?)),
+                    // Its last owner is letting go of it.
+                    (None, None) => None,
+                };
+            }
+            return direct.as_ref().map(|way| way.trigger().try_clone()).transpose();
         }
         let vector = self.queue_vectors.get(usize::from(queue)).map_or(NO_VECTOR, |v| v.load(Ordering::SeqCst));
         self.vectors.direct(vector)
