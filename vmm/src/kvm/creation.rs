@@ -1,7 +1,7 @@
 //! A VM that KVM is making.
 
-use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::panic::resume_unwind;
+use std::thread::scope;
 
 use bedplate_devices::Memory;
 use bedplate_devices::threads;
@@ -10,22 +10,25 @@ use kvm_ioctls::{Kvm, VmFd};
 
 use super::{KvmError, Vm, VmConfig, baseline, call, cpuid, missing_for_baselines, open};
 
-/// KVM at work on a VM. It has little to do and waits long: for each VM it makes a thread of the kernel, and moving that into
-/// our control group takes a grace period of RCU, some ten milliseconds. What needs no VM yet is done meanwhile.
+/// KVM as it was found, and the processor that a VM is going to have.
 pub struct Creation {
-    kvm: Arc<Kvm>,
+    kvm: Kvm,
     supported: CpuId,
-    /// `None` once it was joined.
-    thread: Option<JoinHandle<Result<VmFd, kvm_ioctls::Error>>>,
+}
+
+/// A VM that has nothing yet.
+pub struct Created {
+    creation: Creation,
+    fd: VmFd,
 }
 
 impl Creation {
-    /// Checks KVM, and has it begin.
+    /// Checks KVM.
     ///
     /// # Errors
     /// There is no KVM, or it or the processor lacks what is needed.
-    pub fn begin(config: &VmConfig) -> Result<Self, KvmError> {
-        let kvm = Arc::new(open(&config.cpu.kvm_capabilities)?);
+    pub fn new(config: &VmConfig) -> Result<Self, KvmError> {
+        let kvm = open(&config.cpu.kvm_capabilities)?;
         let mut supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(call("list processor features"))?;
         if let Some(baseline) = config.baseline {
             if let [missing, ..] = &missing_for_baselines(&kvm)[..] {
@@ -36,10 +39,7 @@ impl Creation {
             cpuid::complete(&mut supported);
         }
         let supported = cpuid::templated(&supported, &config.cpu.cpuid_modifiers)?;
-        let theirs = Arc::clone(&kvm);
-        let thread = threads::named("create-vm").spawn(move || theirs.create_vm());
-        let thread = thread.map_err(KvmError::Thread)?;
-        Ok(Self { kvm, supported, thread: Some(thread) })
+        Ok(Self { kvm, supported })
     }
 
     /// Number of bits in a guest-physical address.
@@ -47,23 +47,29 @@ impl Creation {
         cpuid::address_bits(&self.supported)
     }
 
-    /// Waits until it is there, and gives it `memory`, interrupt controllers and PIT. It has no vCPU yet.
+    /// Has KVM make it, and a thread do `meanwhile`; waits for both. KVM has little to do and waits long: for each VM it makes
+    /// a thread of the kernel, and moving that into our control group takes a grace period of RCU, some ten milliseconds. It
+    /// is the calling thread that asks it, since a new one begins only when this one gives way or its turn is over.
     ///
     /// # Errors
-    /// KVM refuses.
-    pub fn finish(mut self, memory: Memory, config: &VmConfig) -> Result<Vm, KvmError> {
-        let made = self.thread.take().map(JoinHandle::join);
-        let Some(Ok(made)) = made else { unreachable!("the thread makes one call and cannot panic") };
-        let fd = made.map_err(call("create a VM"))?;
-        Vm::new(&self.kvm, fd, self.supported.clone(), memory, config)
+    /// KVM refuses, or the host has no thread left.
+    pub fn create<T: Send>(self, meanwhile: impl FnOnce() -> T + Send) -> Result<(Created, T), KvmError> {
+        scope(|scope| {
+            let thread = threads::named("prepare").spawn_scoped(scope, meanwhile).map_err(KvmError::Thread)?;
+            let fd = self.kvm.create_vm();
+            let done = thread.join().unwrap_or_else(|panic| resume_unwind(panic));
+            let fd = fd.map_err(call("create a VM"))?;
+            Ok((Created { creation: self, fd }, done))
+        })
     }
 }
 
-impl Drop for Creation {
-    fn drop(&mut self) {
-        // Whoever gives up may go on with what wants a process of one thread.
-        if let Some(thread) = self.thread.take() {
-            let _ = thread.join();
-        }
+impl Created {
+    /// Gives it `memory`, interrupt controllers and PIT. It has no vCPU yet.
+    ///
+    /// # Errors
+    /// KVM refuses.
+    pub fn finish(self, memory: Memory, config: &VmConfig) -> Result<Vm, KvmError> {
+        Vm::new(&self.creation.kvm, self.fd, self.creation.supported, memory, config)
     }
 }

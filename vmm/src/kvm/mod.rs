@@ -17,7 +17,7 @@ mod vcpu;
 mod vm;
 
 pub use cpuid::Topology;
-pub use creation::Creation;
+pub use creation::{Created, Creation};
 pub use debug::{Debug, DebugExit, HARDWARE_BREAKPOINTS, HardwareBreakpoint, On, Trap};
 pub use exit::Exit;
 pub use irq::{INTX_PINS, Interrupts, intx_pins};

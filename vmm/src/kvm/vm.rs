@@ -57,7 +57,7 @@ struct FileSlot {
 }
 
 impl Vm {
-    /// What KVM has made, with `memory`, interrupt controllers and PIT: [`Creation::finish`].
+    /// What KVM has made, with `memory`, interrupt controllers and PIT: [`Created::finish`].
     pub(super) fn new(
         kvm: &Kvm,
         fd: VmFd,

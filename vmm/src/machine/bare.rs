@@ -42,7 +42,8 @@ impl BareMachine {
             .write_slice(code, GuestAddress(CODE_ADDRESS.into()))
             .map_err(|e| BootError::Structures(e.to_string()))?;
         let config = VmConfig::default();
-        let vm = Creation::begin(&config)?.finish(Arc::clone(&ram.memory), &config)?;
+        let (created, ()) = Creation::new(&config)?.create(|| ())?;
+        let vm = created.finish(Arc::clone(&ram.memory), &config)?;
         let mut vcpus = vm.create_vcpus(Topology { vcpus: 1, threads_per_core: 1 }, 1)?;
         let Some(vcpu) = vcpus.pop() else { unreachable!("one was asked for") };
         vcpu.enter_at(Entry::Real { address: CODE_ADDRESS })?;

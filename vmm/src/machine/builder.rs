@@ -18,7 +18,7 @@ use super::unknown_msrs::{UnknownMsrs, Warn};
 use super::vcpu::Buses;
 use super::{BuildError, Devices, Machine, platform, ports};
 use crate::acpi;
-use crate::boot::{self, Boot, Entry};
+use crate::boot::{self, Boot, Entry, Loading};
 use crate::config::Config;
 use crate::console::Sink;
 use crate::debugger::{DebugSocket, Debugger, Words};
@@ -115,45 +115,67 @@ fn clock(boot: &Boot, ram: &Ram) -> Rtc {
     }
 }
 
+/// What a VM is given that need not be there for it: memory, what the guest is told, and the kernel it boots.
+struct Prepared {
+    ram: Ram,
+    files: Vec<PmemFile>,
+    /// Where files may come later.
+    room: Room,
+    description: acpi::Description,
+    entry: Entry,
+    loading: Option<Loading>,
+    /// Where BARs get their first places.
+    bars: Vec<Range<u64>>,
+}
+
+impl Prepared {
+    fn new(config: &Config, address_bits: u8) -> Result<Self, BuildError> {
+        let sharing = if config.has_backends() { Sharing::Backends } else { Sharing::Nobody };
+        let mut ram = Ram::with_sharing(config.memory_mib, config.pages, sharing)?;
+        if let Some(hotplug) = config.hotplug {
+            ram = ram.with_hotplug(hotplug.total_mib)?;
+        }
+        let open = |pmem| PmemFile::open(pmem, |len| ram.reserve(len));
+        let files = config.pmems.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+        let (windows, room) = Windows::of(&config.boot, &ram, address_bits)?;
+        let description = acpi::Description {
+            vcpus: config.topology.vcpus,
+            present: config.vcpus,
+            mmio32: windows.mmio32.clone(),
+            mmio64: windows.mmio64.clone(),
+            timer: matches!(config.boot, Boot::Firmware(_)),
+            virtio: places(config),
+        };
+        let (entry, loading) = match &config.boot {
+            Boot::Kernel(kernel) => {
+                let rsdp = acpi::write(&ram.memory, &description)?;
+                mp_table::write(&ram.memory, config.vcpus)?;
+                boot::load(&ram, kernel, rsdp, &description.virtio)?
+            }
+            // It goes around RAM and reads its tables from a device: in [`start`].
+            Boot::Firmware(_) => (Entry::Reset, None),
+        };
+        let bars = windows.in_order(entry);
+        Ok(Self { ram, files, room, description, entry, loading, bars })
+    }
+}
+
 /// Builds and starts the VM that `config` describes.
 ///
 /// The order matters in three places: devices are attached in the order in which the guest shall see them; whatever is opened by
-/// name is opened before the sandbox is entered; and no thread is started before that, but the one that has KVM make the VM.
+/// name is opened before the sandbox is entered; and no thread is left running before that.
 ///
 /// # Errors
 /// The host cannot give what is asked, or a file is not what it should be. Nothing is left running.
 pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildError> {
-    // KVM begins to make a VM, and mostly waits. Meanwhile: memory, what the guest is told, and the kernel it boots.
-    let creation = Creation::begin(&config.kvm)?;
-    let sharing = if config.has_backends() { Sharing::Backends } else { Sharing::Nobody };
-    let mut ram = Ram::with_sharing(config.memory_mib, config.pages, sharing)?;
-    if let Some(hotplug) = config.hotplug {
-        ram = ram.with_hotplug(hotplug.total_mib)?;
-    }
-    let open = |pmem| PmemFile::open(pmem, |len| ram.reserve(len));
-    let files = config.pmems.iter().map(open).collect::<Result<Vec<_>, _>>()?;
-    let (windows, room) = Windows::of(&config.boot, &ram, creation.address_bits())?;
-    let description = acpi::Description {
-        vcpus: config.topology.vcpus,
-        present: config.vcpus,
-        mmio32: windows.mmio32.clone(),
-        mmio64: windows.mmio64.clone(),
-        timer: matches!(config.boot, Boot::Firmware(_)),
-        virtio: places(config),
-    };
-    let (entry, loading) = match &config.boot {
-        Boot::Kernel(kernel) => {
-            let rsdp = acpi::write(&ram.memory, &description)?;
-            mp_table::write(&ram.memory, config.vcpus)?;
-            boot::load(&ram, kernel, rsdp, &description.virtio)?
-        }
-        // It goes around RAM and reads its tables from a device: below.
-        Boot::Firmware(_) => (Entry::Reset, None),
-    };
-    let bars = windows.in_order(entry);
+    // KVM makes a VM, and mostly waits; meanwhile, what needs none yet.
+    let creation = Creation::new(&config.kvm)?;
+    let address_bits = creation.address_bits();
+    let (created, prepared) = creation.create(|| Prepared::new(config, address_bits))?;
+    let Prepared { ram, files, room, description, entry, loading, bars } = prepared?;
 
     // The VM around that, with interrupt controllers and timer.
-    let mut vm = creation.finish(Arc::clone(&ram.memory), &config.kvm)?;
+    let mut vm = created.finish(Arc::clone(&ram.memory), &config.kvm)?;
     let interrupts = vm.interrupts();
 
     // What can end it.
