@@ -19,8 +19,10 @@ pub mod unknown_msrs;
 pub mod vcpu;
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::io;
 use std::path::Path;
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -126,13 +128,19 @@ impl Machine {
     ) -> Result<Self, BuildError> {
         self.started = Some(Instant::now());
         let all = vcpus.len();
+        let (begins, first) = channel::<Infallible>();
+        let mut begins = Some(begins);
         for mut vcpu in vcpus {
             let (buses, life, unknown) = (self.buses.clone(), Arc::clone(&self.life), Arc::clone(unknown));
             let counters = Arc::new(ExitCounters::default());
             self.counters.push(Arc::clone(&counters));
             let index = usize::from(vcpu.index());
             let name = format!("vcpu{index}");
-            let body = move || vcpu::run(&mut vcpu, &buses, &life, &counters, &unknown);
+            let begins = begins.take();
+            let body = move || {
+                drop(begins);
+                vcpu::run(&mut vcpu, &buses, &life, &counters, &unknown);
+            };
             match threads::named(name).spawn(body) {
                 Ok(thread) => self.threads.push(thread),
                 Err(error) => {
@@ -143,6 +151,8 @@ impl Machine {
                 }
             }
         }
+        drop(begins);
+        until_begun(&first);
         self.loading = loading.map(|loading| loading.start(&self.life)).transpose().map_err(BuildError::Host)?;
         Ok(self)
     }
@@ -250,6 +260,18 @@ impl Machine {
         let mut sum = ExitCounts::default();
         self.counters.iter().for_each(|counters| counters.add_to(&mut sum));
         sum
+    }
+}
+
+/// Waits until the first vCPU's thread, which holds the other end of `first`, has begun. Then the guest comes before what the
+/// start still has to do for others, also where both have one processor: the kernel lets the newest thread begin first, and
+/// who is woken goes before who was not, but for one that waits for its turn.
+fn until_begun(first: &Receiver<Infallible>) {
+    let waits = threads::wait_for_turns();
+    // Nothing is ever sent: the other end is dropped.
+    let _ = first.recv();
+    if waits {
+        threads::stop_waiting_for_turns();
     }
 }
 

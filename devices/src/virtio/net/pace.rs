@@ -5,6 +5,8 @@
 //! would be several. So while a worker carries streams its thread is one that waits for its turn (`SCHED_BATCH`); its share
 //! of the processor stays the same. Where it has a processor to itself, nothing changes.
 
+use crate::threads;
+
 /// Bytes at one waking that are part of a stream: more than what one request is answered with.
 const STREAM: usize = 32 << 10;
 /// What such a waking counts, beside one for each other: a stream has answers, which are short.
@@ -33,8 +35,8 @@ impl Pace {
     /// The thread that calls this was awake for so many bytes.
     pub fn carried(&mut self, bytes: usize) {
         match self.turn(bytes) {
-            Some(true) => self.is_set = change(libc::SCHED_OTHER, libc::SCHED_BATCH),
-            Some(false) if self.is_set => self.is_set = !change(libc::SCHED_BATCH, libc::SCHED_OTHER),
+            Some(true) => self.is_set = threads::wait_for_turns(),
+            Some(false) if self.is_set => self.is_set = !threads::stop_waiting_for_turns(),
             _ => {}
         }
     }
@@ -53,17 +55,6 @@ impl Pace {
         self.waits = waits;
         Some(waits)
     }
-}
-
-/// Gives the calling thread policy `to`, if it has `from`; whether that was done. Another one somebody has chosen.
-fn change(from: libc::c_int, to: libc::c_int) -> bool {
-    // SAFETY: takes a number only; 0 is the calling thread.
-    if unsafe { libc::sched_getscheduler(0) } != from {
-        return false;
-    }
-    let param = libc::sched_param { sched_priority: 0 };
-    // SAFETY: reads the structure, which lives that long; 0 is the calling thread.
-    unsafe { libc::sched_setscheduler(0, to, &raw const param) == 0 }
 }
 
 #[cfg(test)]
