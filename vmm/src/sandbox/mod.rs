@@ -14,6 +14,7 @@
 
 mod bpf;
 mod files;
+mod network;
 mod root;
 mod syscalls;
 mod user;
@@ -88,15 +89,17 @@ pub struct Sandbox {
     user: Option<User>,
     debugger: bool,
     dirs: Vec<Kept>,
+    place: Option<network::Place>,
 }
 
 /// Set once the process is inside; threads that start later take their lists from it.
 static INSIDE: OnceLock<Unlisted> = OnceLock::new();
 
 impl Sandbox {
-    /// Walls without a door. `user` is who the process shall be; only root can become somebody else.
-    pub const fn new(unlisted: Unlisted, user: Option<User>) -> Self {
-        Self { unlisted, user, debugger: false, dirs: Vec::new() }
+    /// Walls without a door. `user` is who the process shall be; only root can become somebody else. Best before KVM is opened:
+    /// the VM's end is faster then.
+    pub fn new(unlisted: Unlisted, user: Option<User>) -> Self {
+        Self { unlisted, user, debugger: false, dirs: Vec::new(), place: network::Place::new() }
     }
 
     /// Leaves what a debugger does to vCPUs possible.
@@ -134,7 +137,7 @@ impl Sandbox {
     /// The host refuses a wall. Others stand already, so that the process is of no use any more.
     pub fn enter(&self) -> Result<(), SandboxError> {
         let uid = self.user.map_or(geteuid().as_raw(), |user| user.uid);
-        root::close(&self.dirs)?;
+        root::close(&self.dirs, || self.place.iter().for_each(network::Place::keep_namespace))?;
         user::drop_privileges(self.user)?;
         files::try_writing(&self.dirs, uid)?;
         files::restrict(&self.dirs)?;

@@ -206,6 +206,22 @@ const fn lists(thread: Thread) -> &'static [&'static [c_long]] {
     }
 }
 
+/// Those of all kinds of thread, and what else vCPUs need.
+const PROCESS: &[&[c_long]] = &[
+    EVERY,
+    STARTS_THREADS,
+    WAITS,
+    OPENS_FILES,
+    CHANGES_NAMES,
+    DISKS,
+    SETS_ASIDE,
+    TAKES_TURNS,
+    SOCKETS,
+    WATCHES_FILES,
+    RANDOM,
+    BY_ARGUMENT,
+];
+
 /// Restricts the process, by its only thread. With a `debugger`, its requests are on the list, too.
 pub(super) fn restrict_process(unlisted: Unlisted, debugger: bool) -> Result<(), SandboxError> {
     let failed =
@@ -228,11 +244,8 @@ fn thread_rules(thread: Thread) -> Rules {
 
 const ALLOW: Rule = Rule::Always(Answer::ALLOW);
 
-const ALL: [Thread; 4] = [Thread::Control, Thread::Worker, Thread::Console, Thread::Debugger];
-
 fn process_rules(debugger: bool) -> Rules {
-    let calls = ALL.into_iter().flat_map(lists).chain([&STARTS_THREADS]).flat_map(|list| list.iter());
-    let mut rules: Rules = calls.map(|call| (*call, ALLOW)).collect();
+    let mut rules: Rules = PROCESS.iter().flat_map(|list| list.iter()).map(|call| (*call, ALLOW)).collect();
     let ioctls = if debugger { [IOCTLS, DEBUGGER_IOCTLS].concat() } else { IOCTLS.to_vec() };
     rules.insert(libc::SYS_ioctl, Rule::Only(1, ioctls));
     // To programs on this machine, and only within what is visible.
@@ -297,7 +310,7 @@ mod tests {
     #[test]
     fn the_processes_list_holds_every_threads() {
         let process = process_rules(false);
-        for thread in ALL {
+        for thread in [Thread::Control, Thread::Worker, Thread::Console, Thread::Debugger] {
             assert!(lists(thread).iter().flat_map(|list| list.iter()).all(|call| process.contains_key(call)));
         }
         for never in [libc::SYS_execve, libc::SYS_ptrace, libc::SYS_kill, libc::SYS_mount, libc::SYS_chdir] {
