@@ -1,6 +1,8 @@
 //! The threads of a VM's process.
 
-use std::thread::Builder;
+use std::io;
+use std::sync::OnceLock;
+use std::thread::{Builder, JoinHandle};
 
 /// Bytes. As much as the standard library's 2 MiB would make each stack a huge page of its own where the host gives those
 /// to everybody: memory, and the time to clear it at the start.
@@ -9,6 +11,30 @@ const STACK: usize = 512 << 10;
 /// A thread that is to be started, with its name as the host shows it.
 pub fn named(name: impl Into<String>) -> Builder {
     Builder::new().name(name.into()).stack_size(STACK)
+}
+
+static BEGIN: OnceLock<fn()> = OnceLock::new();
+
+/// Has every thread that works for a device and starts from now on call `begin` first: there a VMM takes away from the thread
+/// what it does not need. The first call of a process counts.
+pub fn on_worker_start(begin: fn()) {
+    let _later = BEGIN.set(begin);
+}
+
+/// Starts a thread that works for a device.
+///
+/// # Errors
+/// The host has none left.
+pub fn worker<T: Send + 'static>(
+    name: impl Into<String>,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    named(name).spawn(|| {
+        if let Some(begin) = BEGIN.get() {
+            begin();
+        }
+        work()
+    })
 }
 
 /// Has the calling thread wait for its turn from now on (`SCHED_BATCH`): woken, it does not take the processor from who has

@@ -1,5 +1,5 @@
 //! The one function of the keyboard controller that matters here: pulsing the processors' reset line
-//! (`reboot=k` on Linux's command line). There is no keyboard, and the FADT says so.
+//! (`reboot=k` on Linux's command line), by its command port. There is no keyboard, and the FADT says so.
 
 use std::convert::Infallible;
 
@@ -8,8 +8,12 @@ use vm_superio::{I8042Device, Trigger};
 use super::{PowerRequest, PowerSink};
 use crate::bus::BusDevice;
 
-/// Number of ports from 0x60 on: data, three that are not ours, command.
-pub const I8042_LEN: u64 = 5;
+/// Commands and status.
+pub const COMMAND_PORT: u64 = 0x64;
+/// Number of ports.
+pub const COMMAND_LEN: u64 = 1;
+/// That of the chip.
+const COMMAND: u8 = 4;
 
 struct ResetLine(PowerSink);
 
@@ -35,16 +39,16 @@ impl I8042 {
 }
 
 impl BusDevice for I8042 {
-    fn read(&mut self, offset: u64, data: &mut [u8]) {
-        match (data, u8::try_from(offset)) {
-            ([byte], Ok(offset)) => *byte = self.chip.read(offset),
-            (data, _) => data.fill(0xff),
+    fn read(&mut self, _offset: u64, data: &mut [u8]) {
+        match data {
+            [byte] => *byte = self.chip.read(COMMAND),
+            data => data.fill(0xff),
         }
     }
 
-    fn write(&mut self, offset: u64, data: &[u8]) {
-        if let ([byte], Ok(offset)) = (data, u8::try_from(offset)) {
-            let Ok(()) = self.chip.write(offset, *byte);
+    fn write(&mut self, _offset: u64, data: &[u8]) {
+        if let [byte] = data {
+            let Ok(()) = self.chip.write(COMMAND, *byte);
         }
     }
 }
@@ -59,11 +63,10 @@ mod tests {
     fn only_the_pulse_command_resets() {
         let (sender, seen) = mpsc::channel();
         let mut chip = I8042::new(Box::new(move |request| sender.send(request).unwrap()));
-        chip.write(0, &[0xfe]);
-        chip.write(4, &[0xaa]);
-        chip.write(4, &[0xfe, 0xfe]);
+        chip.write(0, &[0xaa]);
+        chip.write(0, &[0xfe, 0xfe]);
         assert!(seen.try_recv().is_err());
-        chip.write(4, &[0xfe]);
+        chip.write(0, &[0xfe]);
         assert_eq!(seen.try_recv(), Ok(PowerRequest::Reset));
     }
 }

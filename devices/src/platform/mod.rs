@@ -1,8 +1,9 @@
-//! The few devices of a PC that Linux expects at fixed ports: serial port, clock, reset line, ACPI power registers; one
+//! The few devices of a PC that Linux expects at fixed ports: serial port, clock, interval timer, reset line, ACPI power registers; one
 //! that the ACPI tables speak of, for devices that come and go; and those that only firmware and boot loaders need: its
 //! configuration, control port A, a port for what it says.
 //!
-//! All are called on vCPU threads through [`crate::bus::Bus`]. None of them owns a thread or a descriptor that blocks.
+//! All are called on vCPU threads through [`crate::bus::Bus`]. None of them owns a thread or a descriptor that blocks,
+//! but the interval timer, once it is asked for interrupts.
 
 mod acpi_pm;
 mod boot_timer;
@@ -12,6 +13,7 @@ mod debug_port;
 mod fw_cfg;
 mod hotplug;
 mod i8042;
+mod pit;
 mod rtc;
 mod serial;
 
@@ -27,7 +29,8 @@ pub use hotplug::{
     CAME_OFFSET, EJECT_OFFSET, EjectSink, HOTPLUG_LEN, HotplugPort, HotplugSignals, MAX_VCPUS, VCPUS_CAME_OFFSET,
     VCPUS_OFFSET, WANTED_OFFSET,
 };
-pub use i8042::{I8042, I8042_LEN};
+pub use i8042::{COMMAND_LEN, COMMAND_PORT, I8042};
+pub use pit::{PIT_LEN, PIT_PORT, Pit, SPEAKER_LEN, SPEAKER_PORT, Speaker};
 pub use rtc::{RTC_LEN, Rtc};
 pub use serial::{SERIAL_LEN, SerialPort};
 

@@ -42,7 +42,7 @@ mod worker;
 pub use buffers::{Buffers, OutsideRam, View};
 use inbox::Inbox;
 pub use queue::{Answer, Chain, ChainFault, Drained, QueueConfig, QueueError, QueuePosition, Virtqueue};
-pub use worker::{Handler, MAX_TOKEN, Session, Worker, on_worker_start};
+pub use worker::{Handler, MAX_TOKEN, Session, Worker};
 
 /// Feature bits that every device of ours has, by the queues that all are built on.
 pub const COMMON_FEATURES: u64 =

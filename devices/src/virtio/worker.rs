@@ -6,7 +6,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, OnceLock, mpsc};
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
@@ -22,14 +22,6 @@ const HOST: u32 = STOP + 1;
 
 /// Largest token of a handler's own descriptors.
 pub const MAX_TOKEN: u32 = u32::MAX - HOST;
-
-static BEGIN: OnceLock<fn()> = OnceLock::new();
-
-/// Has every worker thread that starts from now on call `begin` first: there a VMM takes away from the thread what it does
-/// not need. The first call of a process counts.
-pub fn on_worker_start(begin: fn()) {
-    let _later = BEGIN.set(begin);
-}
 
 /// The work of a device. All calls come from its worker thread, one at a time.
 pub trait Handler: Send + 'static {
@@ -137,13 +129,8 @@ impl<H: Handler> Worker<H> {
         let manager = EventManager::new().map_err(io::Error::other)?;
         // The handler follows through a channel: it must not be lost if there is no thread for it.
         let (sender, receiver) = mpsc::sync_channel::<Runner<H>>(1);
-        let body = move || {
-            if let Some(begin) = BEGIN.get() {
-                begin();
-            }
-            receiver.recv().ok().map(|runner| run(manager, runner))
-        };
-        let thread = threads::named(self.name.as_str()).spawn(body)?;
+        let body = move || receiver.recv().ok().map(|runner| run(manager, runner));
+        let thread = threads::worker(self.name.as_str(), body)?;
         if let State::Idle(handler) = std::mem::replace(&mut self.state, State::Running { stop, thread }) {
             let metrics = Arc::clone(&self.metrics);
             // The thread waits for just this, so that it cannot be gone.

@@ -77,7 +77,9 @@ pub fn rebind(guest: &Guest, net: u8) -> Result<()> {
 /// What the device has finished, by the number of the queue.
 pub fn used(guest: &Guest, device: &str) -> Result<BTreeMap<u64, u64>> {
     let inspection: Value = serde_json::from_str(&guest.api("GET", "/bedplate/inspect", "", 200)?)?;
-    let queues = inspection["queues"][device].as_array().with_context(|| format!("no {device} in {inspection}"))?;
+    let words = || guest.run("ip link; dmesg | grep -i virtio | tail -n 20").unwrap_or_else(|error| error.to_string());
+    let queues = inspection["queues"][device].as_array();
+    let queues = queues.with_context(|| format!("no {device} in {inspection}; the guest: {}", words()))?;
     Ok(queues.iter().filter_map(|queue| Some((queue["index"].as_u64()?, queue["used"].as_u64()?))).collect())
 }
 

@@ -48,7 +48,8 @@ const GRACE: Duration = Duration::from_secs(60);
 /// Between two lines of metrics: Firecracker's.
 const FLUSH_PERIOD: Duration = Duration::from_secs(60);
 
-/// How long a vCPU may take to show its registers. It leaves the guest at once; its thread may have to wait for a processor.
+/// How long a vCPU may take to show its registers, which leaves the guest at once, but may have to wait for a processor; and
+/// how long all may take to let go of devices.
 const INSPECT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why the VM did not start.
@@ -468,7 +469,8 @@ impl Session {
 
 impl Running {
     fn inspect(&self, state: RunState) -> Inspection {
-        let (vcpus, queues) = (self.machine.inspect(INSPECT_PATIENCE), self.machine.devices().queues());
+        let vcpus = self.machine.inspect(INSPECT_PATIENCE);
+        let queues = self.machine.devices().queues(INSPECT_PATIENCE);
         Inspection { state, vcpus, queues }
     }
 

@@ -65,7 +65,7 @@ impl Creation {
 }
 
 impl Created {
-    /// Gives it `memory`, interrupt controllers and PIT. It has no vCPU yet.
+    /// Gives it `memory` and interrupt controllers. It has no vCPU yet.
     ///
     /// # Errors
     /// KVM refuses.

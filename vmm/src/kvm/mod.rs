@@ -33,14 +33,13 @@ use kvm_ioctls::{Cap, Kvm};
 const API_VERSION: i32 = 12;
 
 /// What a VM here cannot do without.
-const REQUIRED: [(Cap, &str); 7] = [
+const REQUIRED: [(Cap, &str); 6] = [
     (Cap::Irqchip, "in-kernel interrupt controller"),
     (Cap::Irqfd, "irqfd"),
     (Cap::Ioeventfd, "ioeventfd"),
     (Cap::UserMemory, "user memory"),
     (Cap::ImmediateExit, "immediate exit"),
     (Cap::IrqRouting, "interrupt routing"),
-    (Cap::Pit2, "in-kernel PIT"),
 ];
 
 /// Why KVM could not do what it was asked.

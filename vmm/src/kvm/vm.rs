@@ -1,4 +1,4 @@
-//! One VM: its memory slots, interrupt controllers, timer and vCPUs.
+//! One VM: its memory slots, interrupt controllers and vCPUs.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -6,8 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use bedplate_api::vmm::{CpuBaseline, CpuConfig, MsrModifier};
 use bedplate_devices::Memory;
 use kvm_bindings::{
-    CpuId, KVM_CAP_SET_GUEST_DEBUG2, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
-    kvm_userspace_memory_region,
+    CpuId, KVM_CAP_SET_GUEST_DEBUG2, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::mmap::MmapRegion;
@@ -57,7 +56,7 @@ struct FileSlot {
 }
 
 impl Vm {
-    /// What KVM has made, with `memory`, interrupt controllers and PIT: [`Created::finish`].
+    /// What KVM has made, with `memory` and interrupt controllers: [`Created::finish`].
     pub(super) fn new(
         kvm: &Kvm,
         fd: VmFd,
@@ -69,9 +68,6 @@ impl Vm {
         fd.set_tss_address(layout::TSS as usize).map_err(call("place the task segment"))?;
         fd.set_identity_map_address(layout::IDENTITY_MAP).map_err(call("place the identity map"))?;
         fd.create_irq_chip().map_err(call("create interrupt controllers"))?;
-        // Port 0x61 stays in the kernel, too: Linux calibrates with it.
-        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        fd.create_pit2(pit).map_err(call("create a timer"))?;
         msrs::ask_for_exits(&fd);
         msrs::disable_counters(&fd);
         if config.baseline.is_some() {

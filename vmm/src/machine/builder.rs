@@ -174,7 +174,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     let (created, prepared) = creation.create(|| Prepared::new(config, address_bits))?;
     let Prepared { ram, files, room, description, entry, loading, bars } = prepared?;
 
-    // The VM around that, with interrupt controllers and timer.
+    // The VM around that, with interrupt controllers.
     let mut vm = created.finish(Arc::clone(&ram.memory), &config.kvm)?;
     let interrupts = vm.interrupts();
 
@@ -189,6 +189,7 @@ pub fn start(config: &Config, outlets: Outlets<'_>) -> Result<Machine, BuildErro
     let buses = Buses::new();
     let serial = platform::attach_serial(&buses.ports, &interrupts, outlets.serial)?;
     platform::attach_rtc(&buses.ports, clock(&config.boot, &ram))?;
+    platform::attach_pit(&buses.ports, &interrupts)?;
     platform::attach_i8042(&buses.ports, &life)?;
     let power = platform::attach_acpi(&buses.ports, &interrupts, &life)?;
     if let Some(booted) = outlets.booted {

@@ -1,7 +1,9 @@
 //! The devices of a machine, as its control thread knows them: what can be changed while they work, and what they count.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, TryLockError};
+use std::thread::yield_now;
+use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::{DeviceStatus, QueueInspection};
 use bedplate_devices::metrics::{Counter, DeviceMetrics};
@@ -136,11 +138,16 @@ impl Devices {
         std::mem::take(&mut self.warnings)
     }
 
-    /// How far the queues of each device are; without a device that a vCPU is just resetting, which can take long.
-    pub fn queues(&self) -> BTreeMap<String, Vec<QueueInspection>> {
-        let queues = |(name, (_, device)): (&String, &(Slot, Arc<Mutex<VirtioPciDevice>>))| {
-            let device = device.try_lock().ok()?;
-            Some((name.clone(), device.queue_positions().iter().map(inspected).collect()))
+    /// How far the queues of each device are; without a device that a vCPU has in hand for longer than `patience`, as a reset
+    /// may take.
+    pub fn queues(&self, patience: Duration) -> BTreeMap<String, Vec<QueueInspection>> {
+        let deadline = Instant::now() + patience;
+        let queues = |(name, (_, device)): (&String, &(Slot, Arc<Mutex<VirtioPciDevice>>))| loop {
+            match device.try_lock() {
+                Ok(device) => return Some((name.clone(), device.queue_positions().iter().map(inspected).collect())),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => yield_now(),
+                Err(_) => return None,
+            }
         };
         self.transports.iter().filter_map(queues).collect()
     }

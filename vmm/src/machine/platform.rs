@@ -7,9 +7,10 @@ use bedplate_api::vmm::ExitReason;
 use bedplate_devices::bus::Bus;
 use bedplate_devices::pci::ConfigPorts;
 use bedplate_devices::platform::{
-    AcpiPm, BOOT_TIMER_LEN, BootTimer, Booted, CONTROL_PORT, CONTROL_PORT_LEN, ControlPort, DEBUG_PORT, DEBUG_PORT_LEN,
-    DebugLine, DebugPort, EjectSink, FW_CFG_LEN, FW_CFG_PORT, FwCfg, HOTPLUG_LEN, HotplugPort, HotplugSignals, I8042,
-    I8042_LEN, IrqLine, PM_BLOCK_LEN, PowerRequest, PowerSink, RTC_LEN, Rtc, SERIAL_LEN, SerialPort,
+    AcpiPm, BOOT_TIMER_LEN, BootTimer, Booted, COMMAND_LEN, COMMAND_PORT, CONTROL_PORT, CONTROL_PORT_LEN, ControlPort,
+    DEBUG_PORT, DEBUG_PORT_LEN, DebugLine, DebugPort, EjectSink, FW_CFG_LEN, FW_CFG_PORT, FwCfg, HOTPLUG_LEN,
+    HotplugPort, HotplugSignals, I8042, IrqLine, PIT_LEN, PIT_PORT, PM_BLOCK_LEN, Pit, PowerRequest, PowerSink,
+    RTC_LEN, Rtc, SERIAL_LEN, SPEAKER_LEN, SPEAKER_PORT, SerialPort, Speaker,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -70,7 +71,13 @@ pub(super) fn attach_rtc(ports: &Bus, clock: Rtc) -> Result<(), BuildError> {
 
 pub(super) fn attach_i8042(ports: &Bus, life: &Arc<Lifecycle>) -> Result<(), BuildError> {
     let chip = I8042::new(power_sink(life));
-    Ok(ports.insert(ports::I8042.into(), I8042_LEN, Arc::new(Mutex::new(chip)))?)
+    Ok(ports.insert(COMMAND_PORT, COMMAND_LEN, Arc::new(Mutex::new(chip)))?)
+}
+
+pub(super) fn attach_pit(ports: &Bus, interrupts: &Interrupts) -> Result<(), BuildError> {
+    let pit = Arc::new(Mutex::new(Pit::new(interrupts.level(ports::PIT_IRQ))));
+    ports.insert(PIT_PORT, PIT_LEN, Arc::clone(&pit) as _)?;
+    Ok(ports.insert(SPEAKER_PORT, SPEAKER_LEN, Arc::new(Mutex::new(Speaker::new(pit))))?)
 }
 
 pub(super) fn attach_acpi(

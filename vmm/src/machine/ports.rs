@@ -14,8 +14,8 @@ pub const RTC: u16 = 0x70;
 pub const PCI: std::ops::Range<u64> = 0xc000..0x1_0000;
 /// Where a guest may put them that does not believe what it is told of the former.
 pub const PCI_ELSEWHERE: std::ops::Range<u64> = 0x1000..PCI.start;
-/// Keyboard controller.
-pub const I8042: u16 = 0x60;
+/// The interval timer's interrupt.
+pub const PIT_IRQ: u32 = 0;
 
 /// Pins that nothing else has, in the order in which devices get them: those first that a guest without I/O APIC reaches
 /// (`noapic`), which are on both. Not those of PCI: they are edges, a guest gets to know them with PCI too, and it takes no

@@ -144,7 +144,7 @@ impl Sandbox {
         syscalls::restrict_process(self.unlisted, self.debugger)?;
         // A second call would be our bug; the walls stand either way.
         let _ = INSIDE.set(self.unlisted);
-        bedplate_devices::virtio::on_worker_start(|| narrow(Thread::Worker));
+        bedplate_devices::threads::on_worker_start(|| narrow(Thread::Worker));
         Ok(())
     }
 }
