@@ -24,6 +24,7 @@ mod processor;
 mod refusals;
 mod sandbox;
 mod serial;
+mod timer;
 mod vcpus;
 mod vhost;
 mod vhost_user;
@@ -78,6 +79,7 @@ fn main() -> ExitCode {
         },
         Scenario { name: "disks_come_and_go_without_messages", run: intx::plugged },
         Scenario { name: "a_guest_with_pci_and_without_apics_has_disks", run: intx::without_apics },
+        Scenario { name: "a_guest_without_other_timers_is_woken_by_the_first_pcs", run: timer::wakes },
         Scenario { name: "a_read_only_disk_refuses_writes", run: block::read_only },
         Scenario { name: "a_copy_on_write_disk_leaves_its_image_alone", run: block::copy_on_write },
         Scenario { name: "synced_data_survives_kill_9", run: block::survives_kill },
