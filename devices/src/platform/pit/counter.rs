@@ -218,5 +218,5 @@ const fn from_bcd(digits: u16) -> u64 {
 
 /// Of a number below 10,000.
 const fn to_bcd(value: u64) -> u16 {
-    (value / 1000 << 12 | value / 100 % 10 << 8 | value / 10 % 10 << 4 | value % 10) as u16
+    (value / 1000 * 0x1000 + value / 100 % 10 * 0x100 + value / 10 % 10 * 0x10 + value % 10) as u16
 }

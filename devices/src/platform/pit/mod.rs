@@ -122,7 +122,8 @@ impl BusDevice for Pit {
         let now = self.now();
         match (data, self.counters.get_mut(offset as usize)) {
             ([byte], Some(counter)) => {
-                if counter.write(*byte, now) && offset == 0 {
+                let complete = counter.write(*byte, now);
+                if complete && offset == 0 {
                     self.ring();
                 }
             }
@@ -151,7 +152,7 @@ impl BusDevice for Speaker {
         let [byte] = data else { return data.fill(0xff) };
         let pit = self.pit.lock().unwrap_or_else(|e| e.into_inner());
         let now = pit.now();
-        let refresh = now / REFRESH_TICKS % 2 != 0;
+        let refresh = !(now / REFRESH_TICKS).is_multiple_of(2);
         let output = pit.counters[2].output(now);
         *byte = self.bits | if refresh { REFRESH } else { 0 } | if output { OUTPUT } else { 0 };
     }
