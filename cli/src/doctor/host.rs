@@ -29,8 +29,7 @@ pub(super) fn examine(store: &Path) -> Vec<Finding> {
         io_uring(),
         huge_pages(),
         cgroup(),
-        device("/dev/vhost-net", "faster guest networking (not used yet)", "modprobe vhost_net"),
-        device("/dev/vhost-vsock", "sockets to guests through the kernel (not used yet)", "modprobe vhost_vsock"),
+        device("/dev/vhost-net", "interfaces of bedplate-vmm that ask for vhost", "modprobe vhost_net"),
         qemu(),
     ]
 }

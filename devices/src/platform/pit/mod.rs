@@ -12,7 +12,7 @@
 //!
 //! | a hostile driver may | answer |
 //! | --- | --- |
-//! | ask for more interrupts than there is time for | one each 200 µs, at most; the count is read as it was written |
+//! | ask for a rate that there is no time for | one interrupt each 200 µs, at most; the count is read as it was written. Of delays each is an exit of its own |
 //! | write half a count, read half, latch and leave it | the next control word forgets it |
 //! | use digits that there are not | a count is at most what the counter can count |
 
@@ -39,7 +39,7 @@ pub const SPEAKER_LEN: u64 = 1;
 /// Ticks in a second.
 const HZ: u128 = 1_193_182;
 const NANOSECONDS: u128 = 1_000_000_000;
-/// Between two interrupts, at least: the host's time is not only this guest's.
+/// Between two interrupts of a rate, at least: the host's time is not only this guest's.
 const SHORTEST: Duration = Duration::from_micros(200);
 
 const CONTROL: u64 = 3;
@@ -97,16 +97,17 @@ impl Pit {
 
     fn ring(&mut self) {
         let Some(Rises { first, period }) = self.counters[0].rises() else { return };
+        let period = period.map(|period| time(period).max(SHORTEST));
         // Refused: see [`Pit::new`].
-        let _ = self.alarm.set(time(first), period.map(time));
+        let _ = self.alarm.set(period.unwrap_or(time(first)), period);
     }
 }
 
-/// Of so many ticks, as far as interrupts go.
+/// Of so many ticks.
 fn time(ticks: u64) -> Duration {
     // 65,537 ticks are less than a tenth of a second.
     let nanoseconds = u128::from(ticks) * NANOSECONDS / HZ;
-    Duration::from_nanos(nanoseconds as u64).max(SHORTEST)
+    Duration::from_nanos(nanoseconds as u64)
 }
 
 impl BusDevice for Pit {
