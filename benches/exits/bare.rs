@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_userspace_memory_region};
 use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -52,7 +52,6 @@ fn machine(kvm: &Kvm, memory: &GuestMemoryMmap) -> VmFd {
     vm.set_identity_map_address(IDENTITY_MAP).unwrap();
     vm.set_tss_address((IDENTITY_MAP + 0x1000) as usize).unwrap();
     vm.create_irq_chip().unwrap();
-    vm.create_pit2(kvm_pit_config::default()).unwrap();
     for region in memory.iter() {
         let slot = kvm_userspace_memory_region {
             memory_size: region.len(),

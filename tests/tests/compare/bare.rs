@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_pit_config, kvm_segment, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -41,7 +41,6 @@ fn machine(kvm: &Kvm, memory: &GuestMemoryMmap<()>) -> Result<VmFd> {
     vm.set_identity_map_address(IDENTITY_MAP)?;
     vm.set_tss_address((IDENTITY_MAP + 0x1000) as usize)?;
     vm.create_irq_chip()?;
-    vm.create_pit2(kvm_pit_config::default())?;
     for region in memory.iter() {
         let slot = kvm_userspace_memory_region {
             memory_size: region.len(),

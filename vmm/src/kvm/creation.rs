@@ -10,6 +10,9 @@ use kvm_ioctls::{Kvm, VmFd};
 
 use super::{KvmError, Vm, VmConfig, baseline, call, cpuid, missing_for_baselines, open};
 
+/// To make a VM, beside the last one.
+const ATTEMPTS: usize = 5;
+
 /// KVM as it was found, and the processor that a VM is going to have.
 pub struct Creation {
     kvm: Kvm,
@@ -56,12 +59,23 @@ impl Creation {
     pub fn create<T: Send>(self, meanwhile: impl FnOnce() -> T + Send) -> Result<(Created, T), KvmError> {
         scope(|scope| {
             let thread = threads::named("prepare").spawn_scoped(scope, meanwhile).map_err(KvmError::Thread)?;
-            let fd = self.kvm.create_vm();
+            let fd = create_vm(&self.kvm);
             let done = thread.join().unwrap_or_else(|panic| resume_unwind(panic));
             let fd = fd.map_err(call("create a VM"))?;
             Ok((Created { creation: self, fd }, done))
         })
     }
+}
+
+/// KVM gives up when a signal comes for the thread that it waits with.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, kvm_ioctls::Error> {
+    for _ in 0..ATTEMPTS {
+        match kvm.create_vm() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            made => return made,
+        }
+    }
+    kvm.create_vm()
 }
 
 impl Created {

@@ -163,7 +163,7 @@ impl Prepared {
 /// Builds and starts the VM that `config` describes.
 ///
 /// The order matters in three places: devices are attached in the order in which the guest shall see them; whatever is opened by
-/// name is opened before the sandbox is entered; and no thread is left running before that.
+/// name is opened before the sandbox is entered; and no other thread is left by then.
 ///
 /// # Errors
 /// The host cannot give what is asked, or a file is not what it should be. Nothing is left running.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, TryLockError};
-use std::thread::yield_now;
+use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use bedplate_api::vmm::{DeviceStatus, QueueInspection};
@@ -145,7 +145,7 @@ impl Devices {
         let queues = |(name, (_, device)): (&String, &(Slot, Arc<Mutex<VirtioPciDevice>>))| loop {
             match device.try_lock() {
                 Ok(device) => return Some((name.clone(), device.queue_positions().iter().map(inspected).collect())),
-                Err(TryLockError::WouldBlock) if Instant::now() < deadline => yield_now(),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => sleep(Duration::from_millis(1)),
                 Err(_) => return None,
             }
         };

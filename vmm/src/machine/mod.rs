@@ -1,7 +1,7 @@
 //! One VM, assembled and running.
 //!
 //! Threads: one per vCPU, made here, also for those that may come later; one that reads what the kernel lacks, until it is there; device
-//! workers, made by the devices when their drivers are ready. Everything else is done by whoever holds the [`Machine`], which is the
+//! workers and the interval timer's, made by the devices when they are needed. Everything else is done by whoever holds the [`Machine`], which is the
 //! control thread.
 
 pub mod bare;
@@ -263,9 +263,9 @@ impl Machine {
     }
 }
 
-/// Waits until the first vCPU's thread, which holds the other end of `first`, has begun. Then the guest comes before what the
-/// start still has to do for others, also where both have one processor: the kernel lets the newest thread begin first, and
-/// who is woken goes before who was not, but for one that waits for its turn.
+/// Waits until the first vCPU's thread, which holds the other end of `first`, has begun. So the guest comes before what the
+/// start still has to do for others, also where all have one processor: of several new threads the kernel lets the newest
+/// begin first. This thread waits for its turn meanwhile: otherwise it would take the processor from the vCPU that wakes it.
 fn until_begun(first: &Receiver<Infallible>) {
     let waits = threads::wait_for_turns();
     // Nothing is ever sent: the other end is dropped.

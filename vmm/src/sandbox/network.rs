@@ -3,14 +3,15 @@
 //! KVM's end of a VM and the end of a network namespace both wait until all that was freed before is gone from the kernel
 //! (`rcu_barrier`), one after the other: together they take some ten milliseconds longer, and whoever waits for the process
 //! waits for them. So the namespace is to go after the VM. When a process ends, the kernel closes its descriptors from the
-//! lowest number on, and lets go of what they were in the opposite order.
+//! lowest number on, and lets go of what they were in the opposite order: that is how Linux is made, and nothing but time depends
+//! on it.
 
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-/// A number lower than those of all descriptors that are opened after it.
+/// A number lower than those of all descriptors that are opened after it, as long as none below it is closed.
 #[derive(Debug, Clone)]
 pub(super) struct Place(Arc<OwnedFd>);
 

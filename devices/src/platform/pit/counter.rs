@@ -1,6 +1,7 @@
 //! One of the three counters, in ticks of its clock: what it is told, what it counts, and what its output is.
 //!
-//! A count that is written takes effect at once, also in the modes in which the chip first ends the period that runs.
+//! Unlike in the chip, a count that is written takes effect at once, where that first ends the period or the shot that runs; the
+//! first of two bytes does nothing, where that stops a delay; and odd counts of mode 3 are read as odd.
 
 /// Which bytes of a count are read and written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,7 +32,7 @@ pub(super) struct Rises {
     pub period: Option<u64>,
 }
 
-/// A counter. Moments are ticks since any one, and never go back.
+/// A counter. Moments are ticks since the clock began, and never go back.
 #[derive(Debug)]
 pub(super) struct Counter {
     access: Access,
@@ -52,15 +53,15 @@ pub(super) struct Counter {
 }
 
 impl Counter {
-    /// As it is after power on, when nothing is defined: it waits for a count.
+    /// As firmware leaves it, which a kernel may go by: it counts all that it can, from moment 0 on.
     pub const fn new(gate: bool) -> Self {
         Self {
             access: Access::Both,
             mode: 3,
             bcd: false,
             gate,
-            count: None,
-            since: Since::Never,
+            count: Some(0x1_0000),
+            since: if gate { Since::Moment(0) } else { Since::Held(0) },
             half_written: None,
             half_read: false,
             latched_count: None,
@@ -85,7 +86,8 @@ impl Counter {
             7 => 3,
             mode => mode,
         };
-        *self = Self { access, mode, bcd: word & 1 != 0, ..Self::new(self.gate) };
+        let bcd = word & 1 != 0;
+        *self = Self { access, mode, bcd, count: None, since: Since::Never, ..Self::new(self.gate) };
         true
     }
 
@@ -93,6 +95,7 @@ impl Counter {
     pub const fn latch_count(&mut self, now: u64) {
         if self.latched_count.is_none() {
             self.latched_count = Some(self.value(now));
+            self.half_read = false;
         }
     }
 

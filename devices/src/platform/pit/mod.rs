@@ -6,7 +6,7 @@
 //!
 //! KVM offers one, too. It is not used: at the end of a VM it waits ten milliseconds and more, which is a third of an end's
 //! time, it is a thread of the kernel for each VM, and it keeps AMD's processors from delivering interrupts themselves. Most
-//! guests do not use it: they have a local APIC, and a clock of KVM's.
+//! guests do no more with it than stop it: they have a local APIC, and a clock of KVM's.
 //!
 //! Interrupts that a guest had no processor for are not made up for.
 //!
@@ -22,7 +22,7 @@ mod counter;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use self::alarm::Alarm;
+use self::alarm::{Alarm, Plan};
 use self::counter::{Counter, Rises};
 use super::IrqLine;
 use crate::bus::BusDevice;
@@ -39,8 +39,8 @@ pub const SPEAKER_LEN: u64 = 1;
 /// Ticks in a second.
 const HZ: u128 = 1_193_182;
 const NANOSECONDS: u128 = 1_000_000_000;
-/// Between two interrupts of a rate, at least: the host's time is not only this guest's.
-const SHORTEST: Duration = Duration::from_micros(200);
+/// Ticks between two interrupts of a rate, at least, 200 µs: the host's time is not only this guest's.
+const SHORTEST: u64 = 239;
 
 const CONTROL: u64 = 3;
 /// Control word: the read-back command.
@@ -56,24 +56,44 @@ const OUTPUT: u8 = 1 << 5;
 /// Memory was refreshed each 15 µs, and this bit changed each time.
 const REFRESH_TICKS: u64 = 18;
 
+/// The clock that they count.
+#[derive(Debug, Clone, Copy)]
+struct Clock {
+    begun: Instant,
+}
+
+impl Clock {
+    /// Ticks until now.
+    fn now(self) -> u64 {
+        // Half a million years fit in.
+        (self.begun.elapsed().as_nanos() * HZ / NANOSECONDS) as u64
+    }
+
+    /// From now until `tick` is reached.
+    fn until(self, tick: u64) -> Duration {
+        let nanoseconds = (u128::from(tick) * NANOSECONDS).div_ceil(HZ);
+        Duration::from_nanos(nanoseconds as u64).saturating_sub(self.begun.elapsed())
+    }
+}
+
 /// The three counters.
 pub struct Pit {
     counters: [Counter; 3],
     alarm: Alarm,
-    begun: Instant,
+    clock: Clock,
 }
 
 impl Pit {
-    /// `line` is interrupt 0. It is raised and lowered by a thread, which there is once the guest wants interrupts. If the host
-    /// has no thread left, there are none until the guest asks again.
+    /// `line` is interrupt 0. It is raised and lowered by a thread, which there is while counter 0 counts what the guest has
+    /// written. If the host has no thread left, there are no interrupts until the guest writes another count.
     pub fn new(line: Box<dyn IrqLine>) -> Self {
         let counters = [Counter::new(true), Counter::new(true), Counter::new(false)];
-        Self { counters, alarm: Alarm::new(line), begun: Instant::now() }
+        let clock = Clock { begun: Instant::now() };
+        Self { counters, alarm: Alarm::new(line, clock), clock }
     }
 
     fn now(&self) -> u64 {
-        // A thousand years fit in.
-        (self.begun.elapsed().as_nanos() * HZ / NANOSECONDS) as u64
+        self.clock.now()
     }
 
     fn control(&mut self, word: u8, now: u64) {
@@ -95,19 +115,14 @@ impl Pit {
         }
     }
 
-    fn ring(&mut self) {
+    /// A count was written at `now`: counter 0 interrupts when its output rises.
+    fn ring(&mut self, now: u64) {
         let Some(Rises { first, period }) = self.counters[0].rises() else { return };
-        let period = period.map(|period| time(period).max(SHORTEST));
+        // Each time, or each second time, or as often as there is time for.
+        let period = period.map(|period| period * SHORTEST.div_ceil(period));
         // Refused: see [`Pit::new`].
-        let _ = self.alarm.set(period.unwrap_or(time(first)), period);
+        let _ = self.alarm.set(Plan { at: now + period.unwrap_or(first), period });
     }
-}
-
-/// Of so many ticks.
-fn time(ticks: u64) -> Duration {
-    // 65,537 ticks are less than a tenth of a second.
-    let nanoseconds = u128::from(ticks) * NANOSECONDS / HZ;
-    Duration::from_nanos(nanoseconds as u64)
 }
 
 impl BusDevice for Pit {
@@ -125,7 +140,7 @@ impl BusDevice for Pit {
             ([byte], Some(counter)) => {
                 let complete = counter.write(*byte, now);
                 if complete && offset == 0 {
-                    self.ring();
+                    self.ring(now);
                 }
             }
             ([word], None) if offset == CONTROL => self.control(*word, now),
