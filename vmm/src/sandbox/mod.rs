@@ -137,7 +137,11 @@ impl Sandbox {
     /// The host refuses a wall. Others stand already, so that the process is of no use any more.
     pub fn enter(&self) -> Result<(), SandboxError> {
         let uid = self.user.map_or(geteuid().as_raw(), |user| user.uid);
-        root::close(&self.dirs, || self.place.iter().for_each(network::Place::keep_namespace))?;
+        root::leave_namespaces()?;
+        if let Some(place) = &self.place {
+            place.keep_namespace();
+        }
+        root::close(&self.dirs)?;
         user::drop_privileges(self.user)?;
         files::try_writing(&self.dirs, uid)?;
         files::restrict(&self.dirs)?;

@@ -22,16 +22,8 @@ const STAGE: &str = "/sys";
 /// As many links as the kernel follows.
 const MAX_LINKS: usize = 40;
 
-/// Leaves the host's namespaces, and its file tree but for `dirs`. `between` is called after the first and before the second.
-pub(super) fn close(dirs: &[Kept], between: impl FnOnce()) -> Result<(), SandboxError> {
-    if let Some(name) = dirs.iter().find(|kept| kept.dir == Path::new("/")).and_then(|kept| kept.names.first()) {
-        return Err(SandboxError::new(
-            format!("cannot keep {} visible", name.display()),
-            io::Error::other("it is the root, and everything would be"),
-            "put the VM's files and sockets into a directory of their own",
-        ));
-    }
-    let here = std::env::current_dir().ok();
+/// Leaves the host's namespaces. Its files are still there.
+pub(super) fn leave_namespaces() -> Result<(), SandboxError> {
     let mut flags = UnshareFlags::NEWNS | UnshareFlags::NEWNET | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS;
     let is_root = geteuid().is_root();
     if !is_root {
@@ -50,7 +42,19 @@ pub(super) fn close(dirs: &[Kept], between: impl FnOnce()) -> Result<(), Sandbox
     if !is_root {
         keep_ids(uid, gid).map_err(|e| SandboxError::new("cannot set up the user namespace", e, "run as root"))?;
     }
-    between();
+    Ok(())
+}
+
+/// Leaves the host's file tree but for `dirs`.
+pub(super) fn close(dirs: &[Kept]) -> Result<(), SandboxError> {
+    if let Some(name) = dirs.iter().find(|kept| kept.dir == Path::new("/")).and_then(|kept| kept.names.first()) {
+        return Err(SandboxError::new(
+            format!("cannot keep {} visible", name.display()),
+            io::Error::other("it is the root, and everything would be"),
+            "put the VM's files and sockets into a directory of their own",
+        ));
+    }
+    let here = std::env::current_dir().ok();
     let failed =
         |what: String| move |e: io::Error| SandboxError::new(what, e, "check that it is there and may be entered");
     mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)
