@@ -22,7 +22,8 @@ impl Place {
         Some(Self(Arc::new(pipe.0.into())))
     }
 
-    /// Puts the calling thread's network namespace there, until the process ends; `/proc` has to be there. Where it cannot be had, the end is slower.
+    /// Puts the calling thread's network namespace there, until the process ends; `/proc` has to be there. Where it cannot be
+    /// had, the end is slower.
     pub fn keep_namespace(&self) {
         let Ok(namespace) = File::open("/proc/thread-self/ns/net") else { return };
         // SAFETY: both are open; what the number was before is a pipe's end that nobody uses.
