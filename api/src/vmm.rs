@@ -186,7 +186,7 @@ pub struct MachineConfig {
     /// Two threads per core: `vcpu_count` is then 1 or even, and even where more may come.
     #[serde(default)]
     pub smt: bool,
-    /// One of Firecracker's deprecated names of processors. Absent: `None`.
+    /// One of Firecracker's deprecated names of processors, without `cpu_baseline`. Absent: what it was; at first, `None`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<CpuTemplate>,
     /// The processors have the features of this list and no others. Absent: what the host's processor and KVM offer.
@@ -216,15 +216,20 @@ impl Default for MachineConfig {
 }
 
 /// Firecracker's names of processors.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[allow(missing_docs)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum CpuTemplate {
+    /// Intel's from Skylake to Ice Lake, as Ivy Bridge.
     C3,
+    /// Intel's from Skylake to Ice Lake, as Haswell.
     T2,
+    /// T2 on Skylake and Cascade Lake, with the same faults.
     T2S,
+    /// T2 on Cascade Lake and Ice Lake, without what [`T2A`](Self::T2A) lacks.
     T2CL,
+    /// AMD's Milan, with the features of T2.
     T2A,
-    V1N1,
+    /// The host's own.
+    #[default]
     None,
 }
 

@@ -47,8 +47,8 @@ impl Accel {
     pub(crate) const fn args(self) -> &'static [&'static str] {
         match self {
             Self::Kvm => &["-accel", "kvm", "-cpu", "host"],
-            // QEMU emulates AMD's virtualization only, hence an AMD processor.
-            Self::Tcg => &["-accel", "tcg,thread=multi", "-cpu", "EPYC"],
+            // QEMU emulates AMD's virtualization only, hence an AMD processor; one of those that Firecracker has a name for.
+            Self::Tcg => &["-accel", "tcg,thread=multi", "-cpu", "EPYC-Milan"],
             Self::Counted => &["-accel", "tcg,thread=single", "-icount", "shift=1,align=off,sleep=off", "-cpu", "EPYC"],
         }
     }

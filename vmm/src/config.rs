@@ -163,8 +163,7 @@ pub enum ConfigError {
     #[error("mem_size_mib {0} is not a number of huge pages of 2 MiB: give an even number")]
     OddMemory(u64),
     #[error(
-        "cpu_template {0:?} is not offered: give cpu_baseline x86-64-v2, x86-64-v3 or x86-64-v4 in its place, or put the bits that you need into \
-         cpu-config"
+        "cpu_template {0:?} and cpu_baseline both name a processor: give the first as None, or leave the second out"
     )]
     Template(CpuTemplate),
     #[error("cpu-config {path}: {source}; correct it")]
@@ -277,6 +276,10 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
     drives.sort_by_key(|drive| !drive.is_root_device);
     let memory_mib = spec.machine_config.mem_size_mib;
     let max_vcpus = spec.machine_config.max_vcpu_count.unwrap_or(spec.machine_config.vcpu_count);
+    let template = match spec.cpu_config {
+        Some(_) => CpuTemplate::None,
+        None => spec.machine_config.cpu_template.unwrap_or_default(),
+    };
     let mut config = Config {
         topology: Topology {
             vcpus: max_vcpus,
@@ -285,7 +288,8 @@ pub fn validate(spec: &VmConfig) -> Result<Config, ConfigError> {
         vcpus: spec.machine_config.vcpu_count,
         kvm: kvm::VmConfig {
             baseline: spec.machine_config.cpu_baseline,
-            cpu: spec.cpu_config.as_ref().map(cpu).transpose()?.unwrap_or_default(),
+            cpu: spec.cpu_config.as_ref().map_or_else(|| Ok(kvm::changes(template)), cpu)?,
+            template,
             log_dirty_pages: spec.machine_config.track_dirty_pages,
         },
         memory_mib,
@@ -378,8 +382,10 @@ pub fn machine(spec: &MachineConfig) -> Result<(), ConfigError> {
         return Err(ConfigError::OddMemory(spec.mem_size_mib));
     }
     match spec.cpu_template {
-        None | Some(CpuTemplate::None) => Ok(()),
-        Some(template) => Err(ConfigError::Template(template)),
+        Some(template) if template != CpuTemplate::None && spec.cpu_baseline.is_some() => {
+            Err(ConfigError::Template(template))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -494,8 +500,7 @@ mod tests {
         };
         assert!(more(3, 2, "").contains("max_vcpu_count 2") && more(3, 33, "").contains("3 to 32"));
         assert!(more(1, 4, r#", "smt": true"#).contains("even") && more(2, 5, r#", "smt": true"#).contains("even"));
-        let named = r#", "machine-config": {"vcpu_count": 1, "mem_size_mib": 64, "cpu_template": "T2CL"}"#;
-        assert!(error(named).contains("T2CL") && error(named).contains("cpu_baseline x86-64-v2"), "{}", error(named));
+        assert!(machine(r#", "cpu_template": "T2CL", "cpu_baseline": "x86-64-v2""#).contains("cpu_template T2CL and"));
         assert!(error(r#", "cpu-config": "/nowhere/template""#).contains("cpu-config /nowhere/template: No such file"));
         let drive = r#"{"drive_id": "a", "path_on_host": "d", "is_root_device": true}"#;
         assert!(error(&format!(r#", "drives": [{drive}, {drive}]"#)).contains("exists twice"));

@@ -277,6 +277,34 @@ fn log_and_metrics_may_go_to_fifos_that_are_read_later() {
 }
 
 #[test]
+fn the_processor_is_described_once_and_the_last_time_counts() {
+    let api = Api::new();
+    let described = || {
+        let config: serde_json::Value = serde_json::from_str(&api.ask("GET", "/vm/config", "").1).unwrap();
+        (config["machine-config"]["cpu_template"].clone(), config["cpu-config"].is_object())
+    };
+    let machine = |more: &str| api.put("/machine-config", &format!(r#"{{"vcpu_count": 1, "mem_size_mib": 64{more}}}"#));
+    machine(r#", "cpu_template": "T2CL""#);
+    assert_eq!(described(), ("T2CL".into(), false));
+    machine("");
+    assert_eq!(described(), ("T2CL".into(), false), "who does not name it leaves it");
+    api.put("/cpu-config", r#"{"cpuid_modifiers": []}"#);
+    assert_eq!(described(), (().into(), true));
+    machine("");
+    assert_eq!(described(), (().into(), true));
+    assert_eq!(api.ask("PATCH", "/machine-config", r#"{"cpu_template": "C3"}"#).0, 204);
+    assert_eq!(described(), ("C3".into(), false));
+    let twice = api.ask("PATCH", "/machine-config", r#"{"cpu_baseline": "x86-64-v2"}"#);
+    assert!(twice.0 == 400 && twice.1.contains("cpu_template C3 and cpu_baseline"), "{twice:?}");
+    assert_eq!(api.ask("PATCH", "/machine-config", r#"{"cpu_template": "None", "cpu_baseline": "x86-64-v2"}"#).0, 204);
+    assert!(
+        api.refusal("PUT", "/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 64, "cpu_template": "V1N1"}"#)
+            .contains("`T2A`")
+    );
+    api.stop();
+}
+
+#[test]
 fn bodies_that_are_wrong_are_answered_in_words() {
     let api = Api::new();
     for (path, body, words) in [

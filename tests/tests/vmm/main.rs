@@ -125,6 +125,7 @@ fn main() -> ExitCode {
         Scenario { name: "the_api_refuses_bad_requests", run: api::bad_requests },
         Scenario { name: "threads_share_cores", run: machine::threads },
         Scenario { name: "a_template_changes_the_processor", run: machine::templates },
+        Scenario { name: "firecrackers_names_of_processors_are_for_their_models", run: processor::templates },
         Scenario { name: "baselines_have_their_features_and_no_others", run: processor::baselines },
         Scenario { name: "what_a_baseline_hides_faults", run: processor::hidden_faults },
         Scenario { name: "the_guest_knows_what_time_it_is", run: processor::clock },

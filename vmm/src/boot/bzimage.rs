@@ -1,7 +1,6 @@
 //! A kernel as a distribution ships it.
 
 use std::fs::File;
-use std::path::Path;
 
 use linux_loader::loader::bzimage::BzImage;
 use linux_loader::loader::{KernelLoader, bootparam};
@@ -21,20 +20,17 @@ const FLAGS_VERSION: u16 = 0x20c;
 const XLF_KERNEL_64: u16 = 1;
 const SECTOR: u64 = 512;
 
-pub(super) fn load(
-    contents: &mut Contents,
-    source: usize,
-    ram: &Ram,
-    path: &Path,
-    len: u64,
-) -> Result<LoadedKernel, BootError> {
-    let damaged = |damage: String| BootError::Damaged { path: path.into(), damage };
-    let header = read_header(contents.file(source), len)
-        .ok_or_else(|| damaged(format!("it ends after {len} bytes, inside its header")))?;
+/// Loads the kernel that `source` of `contents` is.
+pub(super) fn load(contents: &mut Contents, source: usize, ram: &Ram) -> Result<LoadedKernel, BootError> {
+    let (file, path, len) = contents.file(source);
+    let path = path.to_owned();
+    let damaged = |damage: String| BootError::Damaged { path: path.clone(), damage };
+    let header =
+        read_header(file, len).ok_or_else(|| damaged(format!("it ends after {len} bytes, inside its header")))?;
     let (version, flags) = (header.version, header.xloadflags);
     if version < MIN_VERSION {
         return Err(BootError::Format {
-            path: path.into(),
+            path,
             found: "a bzImage that does not say where it wants to lie",
             remedy: "give Linux 2.6.31 or newer; what needs a BIOS starts from a disk, with firmware_path",
         });
@@ -53,7 +49,7 @@ pub(super) fn load(
     let end = address.checked_add(size).filter(|_| address >= FIRST_MIB);
     let end = end.ok_or_else(|| damaged(format!("its header wants it at {address:#x}")))?;
     if end > ram.low_end() {
-        return Err(no_room("kernel", path, ram));
+        return Err(no_room("kernel", &path, ram));
     }
     let load = |file: &mut Noting<'_>| BzImage::load(&*ram.memory, Some(GuestAddress(address)), file, None);
     let loaded = contents.note(source, ram, load).map_err(|e| damaged(e.to_string()))?;

@@ -40,23 +40,24 @@ struct Piece {
 }
 
 impl Contents {
-    /// Opens a file; how many bytes it has.
-    pub fn open(&mut self, what: &'static str, path: &Path) -> Result<(usize, u64), BootError> {
+    /// Opens a file; its number here.
+    pub fn open(&mut self, what: &'static str, path: &Path) -> Result<usize, BootError> {
         let cannot = |source| read_error(what, path, source);
         let file = files::read_regular(path).map_err(cannot)?;
         let state = state(&file).map_err(cannot)?;
         self.files.push(Source { what, path: path.into(), file, state });
-        Ok((self.files.len() - 1, state.0))
+        Ok(self.files.len() - 1)
     }
 
-    /// One of the files.
-    pub fn file(&self, source: usize) -> &File {
-        &self.files[source].file
+    /// A file, where it is, and how many bytes it has.
+    pub fn file(&self, source: usize) -> (&File, &Path, u64) {
+        let Source { file, path, state: (len, _), .. } = &self.files[source];
+        (file, path, *len)
     }
 
     /// Notes that all of a file shall lie at `address`, where there is room for it.
     pub fn add(&mut self, source: usize, address: u64) {
-        let len = self.files[source].state.0;
+        let (_, _, len) = self.file(source);
         self.pieces.push(Piece { source, offset: 0, place: address..address + len });
     }
 

@@ -13,15 +13,12 @@ use super::{BootError, LoadedKernel, Protocol, cmdline, no_room, params};
 use crate::memory::Ram;
 use crate::memory::layout::{FIRST_MIB, HIGH_RAM};
 
-pub(super) fn load(
-    contents: &mut Contents,
-    source: usize,
-    ram: &Ram,
-    path: &Path,
-    len: u64,
-) -> Result<LoadedKernel, BootError> {
-    let damaged = |damage: String| BootError::Damaged { path: path.into(), damage };
-    check(contents.file(source), path, len, ram)?;
+/// Loads the kernel that `source` of `contents` is.
+pub(super) fn load(contents: &mut Contents, source: usize, ram: &Ram) -> Result<LoadedKernel, BootError> {
+    let (file, path, len) = contents.file(source);
+    check(file, path, len, ram)?;
+    let path = path.to_owned();
+    let damaged = |damage: String| BootError::Damaged { path: path.clone(), damage };
     let load = |file: &mut Noting<'_>| Elf::load(&*ram.memory, None, file, Some(GuestAddress(FIRST_MIB)));
     let loaded = contents.note(source, ram, load).map_err(|e| match e {
         LoaderError::Elf(ElfError::ReadKernelImage) => damaged("a segment lies outside of guest memory".into()),

@@ -234,13 +234,14 @@ pub fn load(
 }
 
 fn load_kernel(contents: &mut Contents, ram: &Ram, path: &Path) -> Result<LoadedKernel, BootError> {
-    let (kernel, len) = contents.open("kernel", path)?;
+    let kernel = contents.open("kernel", path)?;
+    let (file, _, len) = contents.file(kernel);
     let mut head = vec![0; 4096.min(usize::try_from(len).unwrap_or(4096))];
-    contents.file(kernel).read_exact_at(&mut head, 0).map_err(|source| read_error("kernel", path, source))?;
+    file.read_exact_at(&mut head, 0).map_err(|source| read_error("kernel", path, source))?;
     if head.starts_with(b"\x7fELF") {
-        elf::load(contents, kernel, ram, path, len)
+        elf::load(contents, kernel, ram)
     } else if head.get(0x202..0x206) == Some(b"HdrS") {
-        bzimage::load(contents, kernel, ram, path, len)
+        bzimage::load(contents, kernel, ram)
     } else {
         let (found, remedy) = recognise(&head);
         Err(BootError::Format { path: path.into(), found, remedy })
@@ -265,7 +266,8 @@ fn recognise(head: &[u8]) -> (&'static str, &'static str) {
 
 fn place_initrd(contents: &mut Contents, ram: &Ram, path: &Path, kernel: &LoadedKernel) -> Result<Initrd, BootError> {
     const PAGE: u64 = 4096;
-    let (initrd, len) = contents.open("initrd", path)?;
+    let initrd = contents.open("initrd", path)?;
+    let (_, _, len) = contents.file(initrd);
     let no_room = || no_room("initrd", path, ram);
     // As high as it may lie, so that the kernel has room to grow.
     let top = ram.low_end().min(kernel.initrd_max.saturating_add(1));

@@ -33,7 +33,10 @@ impl Session {
                 let machine = patched(&spec.machine_config, &patch);
                 return self.set_machine(machine);
             }
-            Command::SetCpu(cpu) => spec.cpu_config = Some(CpuConfigSource::Template(cpu)),
+            Command::SetCpu(cpu) => {
+                spec.cpu_config = Some(CpuConfigSource::Template(cpu));
+                spec.machine_config.cpu_template = None;
+            }
             Command::PutDrive(drive) => {
                 let disk = config::disk(&drive).map_err(Fault::bad_request)?;
                 if drive.is_root_device && spec.pmem.iter().any(|pmem| pmem.root_device) {
@@ -91,12 +94,18 @@ impl Session {
         Ok(())
     }
 
-    fn set_machine(&mut self, machine: MachineConfig) -> Result<(), Fault> {
+    /// A name of a processor takes the place of a `cpu-config`, and the other way about. What names none leaves both.
+    fn set_machine(&mut self, mut machine: MachineConfig) -> Result<(), Fault> {
+        let names_processor = machine.cpu_template.is_some();
+        machine.cpu_template = machine.cpu_template.or(self.spec.machine_config.cpu_template);
         config::machine(&machine).map_err(Fault::bad_request)?;
         if let Some(balloon) = &self.spec.balloon {
             config::room_for(balloon, machine.mem_size_mib).map_err(Fault::bad_request)?;
         }
         self.spec.machine_config = machine;
+        if names_processor {
+            self.spec.cpu_config = None;
+        }
         Ok(())
     }
 
@@ -207,7 +216,7 @@ fn patched(machine: &MachineConfig, patch: &MachineConfigPatch) -> MachineConfig
         max_vcpu_count: patch.max_vcpu_count.or(machine.max_vcpu_count),
         mem_size_mib: patch.mem_size_mib.unwrap_or(machine.mem_size_mib),
         smt: patch.smt.unwrap_or(machine.smt),
-        cpu_template: patch.cpu_template.or(machine.cpu_template),
+        cpu_template: patch.cpu_template,
         cpu_baseline: patch.cpu_baseline.or(machine.cpu_baseline),
         track_dirty_pages: patch.track_dirty_pages.unwrap_or(machine.track_dirty_pages),
         huge_pages: patch.huge_pages.unwrap_or(machine.huge_pages),

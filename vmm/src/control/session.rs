@@ -186,6 +186,9 @@ impl Session {
         }
         // The command line may have said where counters go.
         spec.metrics = spec.metrics.or(self.spec.metrics.take());
+        if spec.cpu_config.is_some() {
+            spec.machine_config.cpu_template = None;
+        }
         self.spec = spec;
         self.start()
     }

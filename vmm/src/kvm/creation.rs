@@ -8,7 +8,7 @@ use bedplate_devices::threads;
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VmFd};
 
-use super::{KvmError, Vm, VmConfig, baseline, call, cpuid, missing_for_baselines, open};
+use super::{KvmError, Vm, VmConfig, baseline, call, cpuid, missing_for_baselines, open, template};
 
 /// To make a VM, beside the last one.
 const ATTEMPTS: usize = 5;
@@ -41,6 +41,7 @@ impl Creation {
         } else {
             cpuid::complete(&mut supported);
         }
+        template::check(config.template)?;
         let supported = cpuid::templated(&supported, &config.cpu.cpuid_modifiers)?;
         Ok(Self { kvm, supported })
     }

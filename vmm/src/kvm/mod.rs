@@ -13,6 +13,7 @@ mod msrs;
 mod registers;
 mod run_page;
 mod state;
+mod template;
 mod vcpu;
 mod vm;
 
@@ -22,10 +23,11 @@ pub use debug::{Debug, DebugExit, HARDWARE_BREAKPOINTS, HardwareBreakpoint, On, 
 pub use exit::Exit;
 pub use irq::{INTX_PINS, Interrupts, intx_pins};
 pub use state::VcpuState;
+pub use template::changes;
 pub use vcpu::{Kicker, Vcpu, install_kick_signal};
 pub use vm::{Vm, VmConfig};
 
-use bedplate_api::vmm::{Capability, CpuBaseline};
+use bedplate_api::vmm::{Capability, CpuBaseline, CpuTemplate};
 use kvm_bindings::{KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_X86_MSR_FILTER, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Cap, Kvm};
 
@@ -92,9 +94,21 @@ pub enum KvmError {
         /// The largest one that it has.
         best: Option<CpuBaseline>,
     },
+    /// A template that has a name is for other processors.
+    #[error(
+        "cpu_template {template:?} is for {models}, and this host is none of them: leave it out, give cpu_baseline x86-64-v2, x86-64-v3 or \
+         x86-64-v4 in its place, or use another host"
+    )]
+    Template {
+        /// As asked for.
+        template: CpuTemplate,
+        /// Names of those that it is for.
+        models: String,
+    },
     /// A template changes a leaf that is not there.
     #[error(
-        "cpu-config: this host's CPUID has no leaf {leaf:#x}, subleaf {subleaf:#x}: take it out of cpuid_modifiers"
+        "cpu-config: this host's CPUID has no leaf {leaf:#x}, subleaf {subleaf:#x}: take it out of cpuid_modifiers, or leave \
+         cpu_template out"
     )]
     NoLeaf {
         /// `eax`.
@@ -103,7 +117,9 @@ pub enum KvmError {
         subleaf: u32,
     },
     /// A template changes a register that is not there.
-    #[error("cpu-config: this host's KVM does not offer the register {0:#x}: take it out of msr_modifiers")]
+    #[error(
+        "cpu-config: this host's KVM does not offer the register {0:#x}: take it out of msr_modifiers, or leave cpu_template out"
+    )]
     NoMsr(u32),
     /// A template gives a register what it cannot hold.
     #[error("cpu-config: this host's KVM refuses {value:#x} for the register {addr:#x}: change its bitmap")]

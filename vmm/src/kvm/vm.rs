@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use bedplate_api::vmm::{CpuBaseline, CpuConfig, MsrModifier};
+use bedplate_api::vmm::{CpuBaseline, CpuConfig, CpuTemplate, MsrModifier};
 use bedplate_devices::Memory;
 use kvm_bindings::{
     CpuId, KVM_CAP_SET_GUEST_DEBUG2, KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region,
@@ -23,6 +23,8 @@ pub struct VmConfig {
     pub baseline: Option<CpuBaseline>,
     /// Changes to it, or to the host's processor.
     pub cpu: CpuConfig,
+    /// Whose changes these are: the host has to be of its models.
+    pub template: CpuTemplate,
     /// Keep a log of the pages that the guest writes.
     pub log_dirty_pages: bool,
 }
