@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -11,8 +12,8 @@ use serde_json::{Value, json};
 
 use super::{BZIMAGE, INITRD, unix_http};
 
-/// For a guest to boot, in an emulated node.
-pub const BOOT: Duration = Duration::from_secs(120);
+/// For a guest to boot, in an emulated node that has to share its machine with others. Alone it takes a few seconds.
+pub const BOOT: Duration = Duration::from_secs(300);
 /// For one command in a guest.
 const COMMAND: Duration = Duration::from_secs(60);
 
@@ -176,7 +177,7 @@ impl Guest {
     /// Waits until the guest is up; the line in which it says what it sees.
     pub fn ready(&self) -> Result<String> {
         let heard = self.console.wait_for("TINY ready", BOOT).and_then(|_| self.console.wait_for("\n", COMMAND));
-        heard.with_context(|| self.last_words())
+        heard.with_context(|| format!("{}; {}", self.last_words(), self.stands()))
     }
 
     /// Runs a command in the guest; what it printed. An error when it failed.
@@ -256,6 +257,28 @@ impl Guest {
             bail!("the VMM ended with {status}, {why:?} instead of {reason:?}: {}", self.last_words());
         }
         Ok(())
+    }
+
+    /// What its processors and threads are at, for a guest that says nothing: registers and last exits, and of each thread its
+    /// state and the time that it had, in hundredths of a second. A second later once more: what stands still is the same.
+    fn stands(&self) -> String {
+        let task = |dir: PathBuf| {
+            let stat = fs::read_to_string(dir.join("stat")).unwrap_or_default();
+            let waits = fs::read_to_string(dir.join("wchan")).unwrap_or_default();
+            // proc(5): state, utime and stime are the third, fourteenth and fifteenth.
+            let fields: Vec<_> = stat.split(' ').collect();
+            let [name, state, user, system] = [1, 2, 13, 14].map(|n| fields.get(n).copied().unwrap_or_default());
+            format!("{name} {state} {user}+{system} {waits}")
+        };
+        let look = || {
+            let inspection = self.api("GET", "/bedplate/inspect", "", 200).unwrap_or_else(|error| format!("{error:#}"));
+            let threads = fs::read_dir(format!("/proc/{}/task", self.process.pid())).into_iter().flatten().flatten();
+            let threads: Vec<_> = threads.map(|entry| task(entry.path())).collect();
+            format!("{inspection}, threads: {}", threads.join(", "))
+        };
+        let first = look();
+        thread::sleep(Duration::from_secs(1));
+        format!("it is at {first}; then {}", look())
     }
 
     /// What the VMM said on standard error, and the end of the console.

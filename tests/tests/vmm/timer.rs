@@ -8,7 +8,7 @@ use crate::mmio::no_faults;
 /// Through the PIC, and through the I/O APIC.
 pub fn wakes() -> Result<()> {
     for (words, controller) in [("no-kvmclock nolapic noapic", "XT-PIC"), ("no-kvmclock nolapic_timer", "IO-APIC")] {
-        let guest = GuestSpec::new("timer").cmdline(words).boot()?;
+        let guest = GuestSpec::new("timer").cmdline(words).boot().context(words)?;
         let interrupts = || -> Result<u64> {
             let line = guest.run("grep timer$ /proc/interrupts")?;
             ensure!(line.contains(controller), "{words}: {line:?}");
